@@ -1,0 +1,24 @@
+"""Regard: see where a transformer looks, test whether to believe it, change it."""
+
+from .call import Call, Site
+from .load import load
+from .recording import Recording, open, statistic
+from .seam import intervene, record
+from .sites import UnreachableAttention
+from .tokens import Tokens, chat_roles
+from .weights import Weights
+
+__all__ = [
+    "Call",
+    "Recording",
+    "Site",
+    "Tokens",
+    "UnreachableAttention",
+    "Weights",
+    "chat_roles",
+    "intervene",
+    "load",
+    "open",
+    "record",
+    "statistic",
+]

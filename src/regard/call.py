@@ -1,0 +1,77 @@
+"""One attention call, as the seam sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module inside a model; `heads`, `kv_heads` and `causal` are known from its first call."""
+
+    name: str  # dotted path of the module
+    stack: str  # "language_model", "vision_tower", "decoder_cross", ...
+    layer: int
+    cross: bool = False  # keys come from another sequence
+    causal: bool = False
+    heads: int = 0
+    kv_heads: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.stack} layer {self.layer} ({self.name})"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Inputs of one attention call; its weights and its output are computed when asked for.
+
+    Weights are softmax(cap(scale * query @ key) + bias, masked), with one more column a row where there are sinks.
+    """
+
+    site: Site
+    query: Tensor  # [batch, head, query, dim]
+    key: Tensor  # [batch, kv_head, key, dim]
+    value: Tensor  # [batch, kv_head, key, dim]
+    scale: float
+    mask: Tensor | None = None  # broadcasts to [batch, head, query, key]; boolean (True: visible) or additive
+    causal: bool = False  # key j is visible to query i where j <= i, both counted from the first of this call
+    bias: Tensor | None = None  # additive, broadcasts to [batch, head, query, key]
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [head] or [batch, head, query, 1]: a logit that takes weight and gives no value
+    query_start: int = 0  # position of the first query in the whole sequence
+    key_start: int = 0
+    tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
+    query_tokens: Tokens | None = None
+    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # output where the model computed it; edits
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """[batch, head, query, dim]"""
+        given = self._given.get("output")
+        return self.weights.output() if given is None else given
+
+    @property
+    def query_positions(self) -> range:
+        return range(self.query_start, self.query_start + self.query.shape[2])
+
+    @property
+    def key_positions(self) -> range:
+        return range(self.key_start, self.key_start + self.key.shape[2])
+
+    def but(self, **new: Any) -> Call:
+        """A copy with `new` fields, which forgets the weights and the output of this one."""
+        kept = {k: v for k, v in self._given.items() if k != "output"}
+        return replace(self, **{"_given": kept, **new})

@@ -1,0 +1,154 @@
+"""The catalog: one row a paper, in `catalog/<room>.toml`; statistics by name. Status is computed, never typed in."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pkgutil
+import sqlite3
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent / "catalog"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One paper."""
+
+    key: str
+    room: str
+    title: str
+    link: str  # empty where it could not be established
+    about: str
+    works: str  # what has to work
+    expects: str  # what its claim checks
+    tags: tuple[str, ...]
+    object: str = ""  # "package.module:name", empty until built
+    claim: str = ""
+
+    def load(self) -> Any:
+        """The method itself."""
+        if not self.object:
+            raise NotImplementedError(f"{self.key!r} is in the catalog but not built yet")
+        module, _, name = self.object.partition(":")
+        return getattr(import_module(module), name)
+
+    @property
+    def status(self) -> str:
+        """`not built`, `broken`, `built`, or what the last run of its claim on this machine found."""
+        if not self.object:
+            return "not built"
+        try:
+            self.load()
+        except (ImportError, AttributeError):
+            return "broken"
+        last = runs().get(self.key)
+        if last is None:
+            return "built"
+        return {True: "held", False: "did not hold", None: "could not tell"}[last["holds"]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run of a claim found. `holds` is None where this scale cannot tell."""
+
+    holds: bool | None
+    measured: str
+    expected: str
+    seed: int
+    seconds: float = 0.0
+
+
+@cache
+def rows() -> dict[str, Row]:
+    """All rows by key."""
+    found: dict[str, Row] = {}
+    for path in sorted(_FOLDER.glob("*.toml")):
+        if path.stem != "tags":
+            for key, entry in tomllib.loads(path.read_text()).items():
+                found[key] = Row(key, path.stem, **{**entry, "tags": tuple(entry["tags"])})
+    return found
+
+
+@cache
+def tags() -> dict[str, str]:
+    """What each tag means."""
+    return tomllib.loads((_FOLDER / "tags.toml").read_text())["tags"]
+
+
+def row(key: str) -> Row:
+    try:
+        return rows()[key]
+    except KeyError:
+        raise KeyError(f"no paper {key!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
+
+
+def search(words: str) -> list[Row]:
+    """Rows that hold all words (or words that start so), best first."""
+    terms = [f'"{w.replace(chr(34), "")}"*' for w in words.split()]
+    if not terms:
+        return list(rows().values())
+    with sqlite3.connect(":memory:") as base:
+        base.execute("create virtual table paper using fts5(key, title, about, works, expects, tags, room, tokenize='porter')")
+        fields = ((r.key, r.title, r.about, r.works, r.expects, " ".join(r.tags), r.room) for r in rows().values())
+        base.executemany("insert into paper values (?, ?, ?, ?, ?, ?, ?)", fields)
+        rank = "bm25(paper, 8, 8, 2, 2, 1, 4, 1)"
+        hits = base.execute(f"select key from paper where paper match ? order by {rank}", (" ".join(terms),)).fetchall()
+    return [rows()[key] for (key,) in hits]
+
+
+def statistics() -> list[str]:
+    """Names of the statistics that `record` takes."""
+    package = import_module("regard.statistics")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def statistic(name: str) -> Callable[..., Tensor]:
+    """The statistic of this name: function `name` in `regard/statistics/name.py`."""
+    if name not in statistics():
+        raise KeyError(f"no statistic {name!r}{_near(name, statistics())}; there are {', '.join(statistics())}")
+    return getattr(import_module(f"regard.statistics.{name}"), name)
+
+
+def reproduce(key: str, *, scale: str = "small", seed: int = 0) -> Finding:
+    """Run a paper's claim, and remember what came out."""
+    found = row(key)
+    if not found.claim:
+        raise NotImplementedError(f"{key!r} has no claim yet; when built, it will check: {found.expects}")
+    began = time.perf_counter()
+    finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
+    finding = Finding(**{**asdict(finding), "seconds": time.perf_counter() - began})
+    path = _runs_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    aside.write_text(json.dumps({**runs(), key: {**asdict(finding), "scale": scale, "when": time.time()}}, indent=1))
+    os.replace(aside, path)
+    return finding
+
+
+def runs() -> dict[str, dict[str, Any]]:
+    """The last run of each claim on this machine."""
+    try:
+        return json.loads(_runs_file().read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _runs_file() -> Path:
+    home = os.environ.get("REGARD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
+    return Path(home) / "claims.json"
+
+
+def _near(name: str, among: Any) -> str:
+    close = difflib.get_close_matches(name, among, n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,0 +1,91 @@
+"""Load a model and what prepares its inputs, by name or folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and its processor or tokenizer (None where it has none)."""
+
+    model: nn.Module
+    processor: Any
+
+
+class UnknownModel(ValueError):
+    """No model can be loaded by this name."""
+
+
+def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **options: Any) -> Loaded:
+    """Load `name`: a model of Regard's zoo, a local folder, or a hub id. Weights come from safetensors only.
+
+    The configuration decides the class: causal, masked, encoder-decoder, vision or vision-language. `options` go to
+    transformers' `from_pretrained` (dtype, device_map, attn_implementation, ...).
+    """
+    import transformers
+
+    where = _zoo(str(name)) or str(name)
+    if trust_remote_code:
+        warnings.warn(f"running code that comes with {name}: only do this where you trust its authors", stacklevel=2)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise UnknownModel(f"{name} is a folder without a config.json, so it holds no transformers model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        auto = _auto_class(config)
+        model = auto.from_pretrained(
+            where, config=config, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UnknownModel(
+            f"{name!r} cannot be loaded: {str(error).strip().splitlines()[0]} (a zoo model is one of "
+            f"{', '.join(zoo())}; otherwise give a local folder or a hub id with safetensors weights)"
+        ) from error
+    return Loaded(model.eval(), _processor(where, trust_remote_code))
+
+
+def zoo() -> list[str]:
+    """Names of the trained models that ship with Regard."""
+    return sorted(p.name for p in resources.files("regard.zoo").iterdir() if p.joinpath("model.safetensors").is_file())
+
+
+def _zoo(name: str) -> str | None:
+    return str(resources.files("regard.zoo").joinpath(name)) if name in zoo() else None
+
+
+def _auto_class(config: Any) -> Any:
+    """The first auto class, from the most to the least telling, that knows this kind of model."""
+    import transformers
+
+    named = getattr(config, "architectures", None) or []
+    if named and (cls := getattr(transformers, named[0], None)) is not None and hasattr(cls, "from_pretrained"):
+        return cls  # what the weights were saved from
+    for auto in (
+        "AutoModelForImageTextToText",
+        "AutoModelForCausalLM",
+        "AutoModelForSpeechSeq2Seq",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+        "AutoModel",
+    ):
+        cls = getattr(transformers, auto)
+        if type(config) in cls._model_mapping:
+            return cls
+    raise ValueError(f"transformers has no model class for {type(config).__name__}")
+
+
+def _processor(where: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    for auto in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+        try:
+            return getattr(transformers, auto).from_pretrained(where, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,302 @@
+"""What statistics saw, labelled: an xarray DataTree with one node a stack."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from .call import Call, Site
+from .tokens import ROLES, Tokens
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a statistic's tensor is labelled."""
+
+    dims: tuple[str, ...]  # of what the statistic returns for one call
+    title: str
+    units: str = ""
+    limits: tuple[float | None, float | None] = (None, None)
+    about: str = ""
+
+
+class Statistic(Protocol):
+    """Call -> Tensor, with a `spec` (see `statistic`)."""
+
+    def __call__(self, call: Call, /) -> Tensor: ...
+
+
+def statistic(dims: str, *, title: str, units: str = "", limits: tuple[float | None, float | None] = (None, None)):
+    """Declare a function `call -> Tensor` a statistic whose tensor has these axes, in `batch head query key role rank`.
+
+    Over generation, tensors with a query axis are laid end to end; those with only a key axis are summed; others get
+    a `step` axis.
+    """
+
+    def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        about = (function.__doc__ or "").strip().splitlines()[:1]
+        function.spec = Spec(tuple(dims.split()), title, units, limits, *about)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def spec_of(function: Any) -> Spec:
+    while isinstance(function, partial):
+        function = function.func
+    spec = getattr(function, "spec", None)
+    if not isinstance(spec, Spec):
+        raise TypeError(f"{function!r} is not a statistic: declare its axes with @regard.statistic('batch head query', ...)")
+    return spec
+
+
+class Place(NamedTuple):
+    """Where a call's tensors belong in the whole."""
+
+    batch: int
+    heads: int
+    query: range
+    key: range
+
+
+@dataclass
+class Run:
+    """One sequence from its start: a forward pass, or a prefill and its decoding steps."""
+
+    parts: dict[str, dict[str, dict[int, list[tuple[Place, Tensor]]]]] = field(default_factory=dict)
+    sites: dict[str, dict[int, Site]] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    key_stack: dict[str, str] = field(default_factory=dict)  # of a cross stack: whose tokens its keys are
+    ends: dict[tuple[str, int], int] = field(default_factory=dict)  # queries recorded so far
+
+
+class Recording:
+    """What was recorded, run by run. `tree` is the one run; with several, index them: `recording[0]`."""
+
+    def __init__(self, trees: list[xr.DataTree]) -> None:
+        self._trees = trees
+
+    @property
+    def tree(self) -> xr.DataTree:
+        trees = self._all()
+        if len(trees) != 1:
+            raise ValueError(f"{len(trees)} runs were recorded; take one with recording[i], i from 0 to {len(trees) - 1}")
+        return trees[0]
+
+    @property
+    def partial(self) -> bool:
+        """Whether recording ended before the model did."""
+        return any(bool(tree.attrs.get("partial")) for tree in self._all())
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def __getitem__(self, i: int) -> xr.DataTree:
+        return self._all()[i]
+
+    def __iter__(self) -> Iterator[xr.DataTree]:
+        return iter(self._all())
+
+    def save(self, path: str | Path) -> Path:
+        """Write a zarr folder (written aside, then renamed: an old one stays whole until the new one is)."""
+        path = Path(path)
+        if path.exists() and not (path / "zarr.json").exists():
+            raise FileExistsError(f"{path} exists and is not a recording; choose another name")
+        trees = self._all()
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runs = xr.DataTree.from_dict({f"/run_{i}": _plain(tree) for i, tree in enumerate(trees)})
+            runs.to_zarr(aside, zarr_format=3, consolidated=False)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(aside, path)
+        except OSError as error:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise OSError(error.errno, f"the recording could not be written to {path}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def _all(self) -> list[xr.DataTree]:
+        if not self._trees:
+            raise ValueError("nothing was recorded: run the model inside the `with` block")
+        return self._trees
+
+
+def open(path: str | Path) -> Recording:  # noqa: A001 - `regard.open`, as in PIL and xarray
+    """Open a saved recording. Reads zarr format 3 only, which cannot carry code."""
+    path = Path(path)
+    if not (path / "zarr.json").is_file():
+        raise FileNotFoundError(f"{path} is not a recording (no zarr.json in it)")
+    try:
+        with xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None) as runs:
+            runs.load()
+        trees = [runs[name] for name in sorted(runs.children, key=lambda n: int(n.removeprefix("run_")))]
+    except (ValueError, KeyError, OSError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a recording: {error}") from error
+    return Recording([_labelled(tree) for tree in trees])
+
+
+class Recorder(Recording):
+    """A recording under way; the seam feeds it."""
+
+    def __init__(self, statistics: dict[str, Callable[..., Tensor]], processor: Any, attributes: dict[str, Any]) -> None:
+        super().__init__([])
+        self.specs = {name: spec_of(function) for name, function in statistics.items()}
+        self.statistics = statistics
+        self.processor = processor
+        self.attributes = attributes
+        self.runs: list[Run] = []
+        self.interrupted = False
+        self._built: tuple[int, list[xr.DataTree]] = (-1, [])
+        self._count = 0
+
+    def add(self, run: Run, call: Call, name: str, seen: Tensor) -> None:
+        dims = self.specs[name].dims
+        if seen.ndim != len(dims):
+            raise ValueError(f"statistic {name!r} declares axes {dims}, but gave {list(seen.shape)} at {call.site}")
+        layers = run.parts.setdefault(call.site.stack, {}).setdefault(name, {})
+        place = Place(call.query.shape[0], call.query.shape[1], call.query_positions, call.key_positions)
+        layers.setdefault(call.site.layer, []).append((place, seen.detach().cpu()))
+        self._count += 1
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def _all(self) -> list[xr.DataTree]:
+        if self._built[0] != self._count:
+            self._built = (self._count, [self._tree(run) for run in self.runs])
+        self._trees = self._built[1]
+        return super()._all()
+
+    def _tree(self, run: Run) -> xr.DataTree:
+        stacks = {f"/{stack}": self._dataset(run, stack) for stack in run.parts}
+        tree = xr.DataTree.from_dict({k: v for k, v in stacks.items() if v is not None})
+        packages = {name: version(name) for name in ("regard", "torch", "transformers")}
+        tree.attrs = {**self.attributes, **packages, "partial": self.interrupted}
+        return tree
+
+    def _dataset(self, run: Run, stack: str) -> xr.Dataset | None:
+        found, sites = run.parts[stack], run.sites[stack]
+        layers = sorted(sites)
+        places = [place for by_layer in found.values() for parts in by_layer.values() for place, _ in parts]
+        query0, key0 = min(p.query.start for p in places), min(p.key.start for p in places)
+        sizes = {
+            "batch": max(p.batch for p in places),
+            "head": max(p.heads for p in places),
+            "query": max(p.query.stop for p in places) - query0,
+            "key": max(p.key.stop for p in places) - key0,
+        }
+        data = {}
+        for name, by_layer in found.items():
+            spec = self.specs[name]
+            array, dims = _join(by_layer, layers, spec.dims, sizes, query0, key0)
+            limits = {} if spec.limits == (None, None) else {"range": [np.nan if v is None else v for v in spec.limits]}
+            data[name] = (dims, array, {"long_name": spec.title, "units": spec.units, "about": spec.about, **limits})
+        queries, keys = run.tokens.get(stack), run.tokens.get(run.key_stack.get(stack, stack))
+        coords: dict[str, Any] = {"layer": layers, "head": np.arange(sizes["head"])}
+        coords |= self._labels("query", queries, query0, sizes["query"], sizes["batch"])
+        coords |= self._labels("key", keys, key0, sizes["key"], sizes["batch"])
+        first = sites[layers[0]]
+        attrs = {
+            "kind": "cross" if first.cross else "self",
+            "causal": any(site.causal for site in sites.values()),
+            "sites": [sites[i].name for i in layers],
+            "grids": json.dumps(keys.grids if keys is not None else ()),
+        }
+        dataset = xr.Dataset(data, coords, attrs)
+        if "role" in dataset.dims:
+            present = {ROLES.index(r) for r in np.unique(coords["key_role"][1])} if "key_role" in coords else set()
+            dataset = dataset.assign_coords(role=list(ROLES)).isel(role=sorted(present))
+        used = set().union(*(v.dims for v in dataset.data_vars.values()))
+        return dataset.drop_dims([d for d in ("query", "key") if d not in used and d in dataset.dims])
+
+    def _labels(self, axis: str, tokens: Tokens | None, start: int, n: int, batch: int) -> dict[str, Any]:
+        labels: dict[str, Any] = {axis: np.arange(start, start + n)}
+        if tokens is None or len(tokens) < start + n or len(tokens.roles) != batch:
+            return labels
+        tokens = tokens[start : start + n]
+        names = np.array(ROLES)
+        labels[f"{axis}_token"] = (("batch", axis), np.array(tokens.texts(self.processor), dtype=object))
+        labels[f"{axis}_role"] = (("batch", axis), names[tokens.roles.numpy()].astype(object))
+        for i, part in enumerate(("image", "row", "column")):
+            labels[f"{axis}_{part}"] = (("batch", axis), tokens.places[..., i].numpy())
+        return labels
+
+
+def _join(
+    by_layer: dict[int, list[tuple[Place, Tensor]]],
+    layers: list[int],
+    dims: tuple[str, ...],
+    sizes: dict[str, int],
+    query0: int,
+    key0: int,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """One array from the tensors of all layers and steps: batch, layer, then the other dims."""
+    first = next(iter(by_layer.values()))[0][1].numpy()
+    steps = max(len(parts) for parts in by_layer.values())
+    stepped = steps > 1 and not {"query", "key"} & set(dims)
+    for dim, size in zip(dims, first.shape):
+        if dim not in sizes:
+            sizes = {**sizes, dim: max(t.shape[dims.index(dim)] for p in by_layer.values() for _, t in p)}
+    shape = [sizes[d] for d in dims]
+    whole = first.dtype.kind in "iu"
+    # What is not there (heads of a narrower layer, keys of a later step) stays NaN, or -1 for integers.
+    array = np.full([len(layers), *([steps] if stepped else []), *shape], -1 if whole else np.nan, first.dtype)
+    for layer, parts in by_layer.items():
+        at_layer = array[layers.index(layer)]
+        for step, (place, tensor) in enumerate(parts):
+            part = tensor.numpy()
+            where = [slice(None, n) for n in part.shape]
+            for axis, start in (("query", place.query.start - query0), ("key", place.key.start - key0)):
+                if axis in dims:
+                    i = dims.index(axis)
+                    where[i] = slice(start, start + part.shape[i])
+            target = at_layer[step] if stepped else at_layer
+            if "key" in dims and "query" not in dims:
+                target[tuple(where)] = np.nan_to_num(target[tuple(where)]) + part
+            else:
+                target[tuple(where)] = part
+    order = ["layer", *(["step"] if stepped else []), *dims]
+    if "batch" in dims:
+        i = order.index("batch")
+        array, order = np.moveaxis(array, i, 0), ["batch", *order[:i], *order[i + 1 :]]
+    return array, tuple(order)
+
+
+def _plain(tree: xr.DataTree) -> xr.DataTree:
+    """Texts as JSON attributes: zarr 3 has no settled type for them yet."""
+    tree = tree.copy()
+    tree.attrs = {k: v for k, v in tree.attrs.items() if v is not None}
+    tree.attrs["created"] = tree.attrs.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for node in tree.children.values():
+        dataset = node.to_dataset()
+        texts = [name for name, v in dataset.coords.items() if v.dtype.kind in "OUT"]
+        labels = {str(name): [list(dataset[name].dims), dataset[name].values.tolist()] for name in texts}
+        node.dataset = dataset.drop_vars(texts).assign_attrs(texts=json.dumps(labels))
+    return tree
+
+
+def _labelled(tree: xr.DataTree) -> xr.DataTree:
+    tree = xr.DataTree.from_dict({k: v for k, v in tree.to_dict().items()})
+    for node in tree.children.values():
+        dataset = node.to_dataset()
+        labels = json.loads(dataset.attrs.pop("texts", "{}"))
+        node.dataset = dataset.assign_coords({n: (dims, np.array(v, dtype=object)) for n, (dims, v) in labels.items()})
+    return tree

@@ -1,0 +1,91 @@
+"""Which modules of a model attend, and which stack and layer each belongs to."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+
+from torch import nn
+
+from .call import Site
+
+# Containers that say nothing about which part of a model this is.
+_GENERIC = {"model", "transformer", "layers", "layer", "h", "block", "blocks", "module", "base_model", "_orig_mod"}
+_CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
+
+
+class UnreachableAttention(TypeError):
+    """The model attends in a way that the seam cannot see, or cannot give exactly."""
+
+
+def find(model: nn.Module) -> dict[nn.Module, Site]:
+    """The attention modules that go through transformers' AttentionInterface, in module order."""
+    modules = [(n.removeprefix("_orig_mod."), m) for n, m in model.named_modules() if _calls_interface(m)]
+    prefix = getattr(getattr(model, "_orig_mod", model), "base_model_prefix", "")
+    templates: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, module in modules:
+        templates[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)].append((name, module))
+
+    found: dict[nn.Module, Site] = {}
+    taken: dict[str, set[int]] = defaultdict(set)
+    for template, members in templates.items():
+        tail = template.rpartition("*")[2].strip(".")
+        cross = all(_CROSS.search(tail) or getattr(m, "is_cross_attention", False) for _, m in members)
+        causal = any(getattr(m, "is_causal", False) for _, m in members)
+        layers = _layers([name for name, _ in members])
+        stack = _stack(template, prefix, causal) + ("_cross" if cross else "")
+        if taken[stack] & set(layers):
+            stack = f"{stack}.{tail}"
+        taken[stack] |= set(layers)
+        for (name, module), layer in zip(members, layers):
+            found[module] = Site(name, stack, layer, cross)
+    order = {module: i for i, (_, module) in enumerate(modules)}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def unreached(model: nn.Module, sites: dict[nn.Module, Site]) -> list[str]:
+    """Names of modules called attention that hold parameters and are not, and do not hold, a site."""
+    names = [site.name for site in sites.values()]
+
+    def related(name: str) -> bool:
+        return any(s == name or s.startswith(f"{name}.") or name.startswith(f"{s}.") for s in names)
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and next(module.parameters(), None) is not None and not related(name)
+    ]
+
+
+def refuse_unreached(model: nn.Module, names: list[str]) -> None:
+    """Say what is missing where no attention of a model can be seen."""
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if names:
+        kinds = sorted({type(model.get_submodule(n)).__name__ for n in names})
+        raise UnreachableAttention(
+            f"{type(model).__name__}: {', '.join(kinds)} does not call transformers' AttentionInterface, and Regard "
+            f"has no adapter for {family!r} (it would be regard/adapters/{family.replace('-', '_')}.py)"
+        )
+    raise UnreachableAttention(f"{type(model).__name__} holds no attention module that Regard knows")
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _stack(template: str, prefix: str, causal: bool) -> str:
+    parts = [p for p in template.partition("*")[0].split(".") if p]
+    if parts and parts[0] == prefix:
+        parts = parts[1:]
+    parts = [p for p in parts if p not in _GENERIC]
+    return parts[0] if parts else ("language_model" if causal else "encoder")
+
+
+def _layers(names: list[str]) -> list[int]:
+    """The first number in each name where that tells them apart (layer 3 stays 3), otherwise their order."""
+    first = [re.search(r"(?:^|\.)(\d+)(?=\.|$)", name) for name in names]
+    numbers = [int(m[1]) for m in first if m]
+    return numbers if len(set(numbers)) == len(names) else list(range(len(names)))

@@ -1,0 +1,3 @@
+"""Statistics: each file holds one, a function of a call of the same name as the file."""
+
+BASIC = ("entropy", "received", "mass", "distance", "top_keys", "top_weights")

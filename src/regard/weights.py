@@ -1,0 +1,123 @@
+"""The attention weights of one call, without the map: exact reductions, and rows when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+
+if TYPE_CHECKING:
+    from .call import Call
+
+DENSE_BUDGET = 2**30  # bytes that `dense` may take unless told otherwise
+
+
+class Reduction(NamedTuple):
+    """One number (or k) a row or column; reductions asked together are computed in one pass."""
+
+    name: str
+    knob: Hashable = None
+
+
+class Chosen:
+    """A boolean tensor as a knob. Compared by identity, so that it is never mistaken for another call's."""
+
+    def __init__(self, where: Tensor) -> None:
+        self.where = where
+
+
+class Weights:
+    """Lazy attention weights [batch, head, query, key] of a call.
+
+    Every method is exact: equal to the same reduction of the dense softmax map to float32 rounding. Rows with every
+    key masked hold what the model itself used: zeros behind a boolean mask, equal weights behind a finite additive one.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._done: dict[Reduction, Tensor] = {}
+        self.expected: set[Reduction] = set()  # computed along with the first reduction that is asked for
+        self.asked: set[Reduction] = set()
+
+    def _reduce(self, name: str, knob: Hashable = None) -> Tensor:
+        wanted = Reduction(name, knob)
+        self.asked.add(wanted)
+        if wanted not in self._done:
+            together = {wanted} | {r for r in self.expected if r not in self._done}
+            self._done |= kernels.reduce(self._call, together)
+        return self._done[wanted]
+
+    def entropy(self) -> Tensor:
+        """-sum p log p over keys, nats; 0 where a row looks at one key only. [batch, head, query]"""
+        return self._reduce("entropy")
+
+    def received(self, by: str | Tensor | None = None) -> Tensor:
+        """Sum of the weights on each key over queries, or over the queries of one role. [batch, head, key]
+
+        by: a role of `call.query_tokens`, or a boolean tensor [batch, query].
+        """
+        return self._reduce("received", self._knob(by, "query"))
+
+    def mass(self, keys: str | Tensor) -> Tensor:
+        """Summed weight on a set of keys, 0 to 1. [batch, head, query]
+
+        keys: a role of `call.tokens`, or a boolean tensor [batch, key].
+        """
+        return self._reduce("mass", self._knob(keys, "key"))
+
+    def distance(self, clip: int | None = None) -> Tensor:
+        """Expected |query position - key position|, tokens; distances above `clip` count as `clip`. [batch, head, query]"""
+        return self._reduce("distance", clip)
+
+    def maximum(self) -> Tensor:
+        """Largest weight of each row, 0 to 1. [batch, head, query]"""
+        return self._reduce("maximum")
+
+    def at(self, keys: Tensor) -> Tensor:
+        """Weight on one key a row: `keys` [batch|1, query] counts keys of this call; -1 gives 0. [batch, head, query]"""
+        return self._reduce("at", Chosen(keys))
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest weights of each row, descending, and their keys as positions (-1: none). [batch, head, query, k]"""
+        if k < 1:
+            raise ValueError(f"top(k={k}): k counts keys, so it is 1 or more")
+        return self._reduce("top_weights", k), self._reduce("top_keys", k)
+
+    def rows(self, a: int, b: int) -> Tensor:
+        """Dense weights of queries a to b. [batch, head, b-a, key]"""
+        return kernels.rows(self._call, a, b)
+
+    def dense(self, budget: int = DENSE_BUDGET) -> Tensor:
+        """All weights. [batch, head, query, key]; refuses above `budget` bytes."""
+        batch, head, query, _ = self._call.query.shape
+        row = batch * head * self._call.key.shape[2] * 4
+        if row * query > budget:
+            raise ValueError(
+                f"dense weights of {self._call.site} take {row * query / 1e6:,.0f} MB, over the budget of "
+                f"{budget / 1e6:,.0f} MB; rows(a, b) of at most {budget // row} queries fit, or raise `budget`"
+            )
+        return self.rows(0, query)
+
+    def output(self) -> Tensor:
+        """weights @ value, [batch, head, query, dim]"""
+        return kernels.output(self._call)
+
+    def _knob(self, chosen: str | Tensor | None, axis: str) -> Hashable:
+        if chosen is None or isinstance(chosen, str):
+            return chosen
+        n = self._call.query.shape[2] if axis == "query" else self._call.key.shape[2]
+        if chosen.dtype != torch.bool or chosen.shape[-1] != n or chosen.ndim > 2:
+            raise ValueError(
+                f"a set of {axis} positions is a role or a boolean tensor [batch, {axis}={n}]; "
+                f"got {chosen.dtype} {list(chosen.shape)}"
+            )
+        return Chosen(chosen.reshape(-1, n))
+
+
+def union(sets: Iterable[set[Reduction]]) -> set[Reduction]:
+    """What may be asked again of another call: boolean tensors belong to the call that they were made for."""
+    return {r for s in sets for r in s if not isinstance(r.knob, Chosen)}

@@ -1,0 +1,192 @@
+"""Train `reader`, the small causal language model that ships with Regard.
+
+    python -m regard.zoo.train_reader DATA [--out FOLDER] [--steps N] [--seed S]
+
+DATA is a folder that holds `text_books/*.txt.gz` and `text_tinyshakespeare/input.txt`. A run that was stopped goes on
+from its last checkpoint; batches are drawn from (seed, step), so a resumed run sees what an unbroken one would have.
+
+Llama architecture, byte-level BPE. A quarter of the sequences repeat a segment, because prose alone gives a model of
+this size little reason to grow induction heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, PAD = "<|bos|>", "<|pad|>"
+VOCAB = 2048
+SHORT, LONG = 256, 1024  # sequence lengths: most steps are short, the last fifth is long
+BATCH_TOKENS = 8192
+REPEATED = 0.25  # share of the sequences that repeat a segment
+PEAK_LR, WEIGHT_DECAY, WARMUP = 4e-3, 0.1, 200
+
+
+def texts(data: Path) -> list[str]:
+    """The books and plays, one string a file."""
+    books = [gzip.decompress(path.read_bytes()).decode() for path in sorted((data / "text_books").glob("*.txt.gz"))]
+    return [*books, (data / "text_tinyshakespeare" / "input.txt").read_text()]
+
+
+def train_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((line for text in corpus for line in text.splitlines(keepends=True)), trainer)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, model_max_length=LONG, padding_side="left"
+    )
+
+
+def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=160,
+        intermediate_size=400,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None,
+    )
+
+
+def split(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids for training and for validation: the last fiftieth of every file is held out."""
+    ids = [np.array(tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int64) for text in corpus]
+    cut = [len(i) - len(i) // 50 for i in ids]
+    return np.concatenate([i[:c] for i, c in zip(ids, cut)]), np.concatenate([i[c:] for i, c in zip(ids, cut)])
+
+
+def batch(ids: np.ndarray, length: int, seed: int, step: int, bos: int, repeated: float = REPEATED) -> Tensor:
+    """Sequences that start with bos: prose, or a segment (of prose, or of random tokens) over and over. [batch, token]"""
+    rng = np.random.default_rng((seed, step))
+    rows = []
+    for _ in range(BATCH_TOKENS // length):
+        if rng.random() < repeated:
+            n = int(rng.integers(12, length // 2))
+            start = int(rng.integers(len(ids) - n))
+            segment = ids[start : start + n] if rng.random() < 0.3 else rng.integers(2, VOCAB, n)
+            body = np.resize(segment, length - 1)
+        else:
+            start = int(rng.integers(len(ids) - length))
+            body = ids[start : start + length - 1]
+        rows.append(np.concatenate([[bos], body]))
+    return torch.from_numpy(np.stack(rows))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    return PEAK_LR * min((step + 1) / WARMUP, 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    aside = path.with_suffix(".part")
+    save_file(tensors, aside, metadata=metadata)
+    os.replace(aside, path)
+
+
+def train(data: Path, out: Path, steps: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = texts(data)
+    if (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = train_tokenizer(corpus)
+        tokenizer.save_pretrained(out)
+    train_ids, valid_ids = split(corpus, tokenizer)
+    print(f"{len(train_ids):,} training tokens, {len(valid_ids):,} held out", flush=True)
+
+    model = LlamaForCausalLM(config(tokenizer))
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    checkpoint, first = out / "checkpoint.safetensors", 0
+    parameters = dict(model.named_parameters())
+    if checkpoint.exists():
+        state = load_file(checkpoint)
+        first = int(state["step"])
+        for name, p in parameters.items():
+            p.data.copy_(state[name])
+            moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(first)), **moments}
+        print(f"going on from step {first}", flush=True)
+
+    began, running = time.time(), None
+    for step in range(first, steps):
+        length = SHORT if step < 0.8 * steps else LONG
+        ids = batch(train_ids, length, seed, step, tokenizer.bos_token_id)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 20 == 0:
+            speed = (step + 1 - first) * BATCH_TOKENS / (time.time() - began)
+            print(f"step {step + 1}/{steps}  loss {running:.3f}  {speed:,.0f} tokens/s", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {name: p.data for name, p in parameters.items()}
+            for name, p in parameters.items():
+                state |= {f"{key}/{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+            save_atomically(state | {"step": torch.tensor(step + 1)}, checkpoint)
+
+    model.eval()
+    with torch.no_grad():
+        held = [
+            model(b, labels=b).loss.item() for b in (batch(valid_ids, SHORT, 1, i, 0, repeated=0) for i in range(20))
+        ]
+    print(f"held-out loss {np.mean(held):.3f} nats a token", flush=True)
+    # Half precision halves the file; the config says float32, so that it is loaded as it was trained.
+    half = {name: p.data.half() for name, p in parameters.items() if name != "lm_head.weight"}
+    save_atomically(half, out / "model.safetensors", {"format": "pt"})
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(out)
+    card = json.loads((out / "measured.json").read_text()) if (out / "measured.json").exists() else {}
+    card |= {"held_out_loss": round(float(np.mean(held)), 4), "training_tokens": steps * BATCH_TOKENS, "seed": seed}
+    (out / "measured.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reader")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    train(args.data, args.out, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    main()
