@@ -234,9 +234,12 @@ class _Session:
             grid = _patches(self.model, source.name, pixels)
             extra = n - grid[0] * grid[1] if grid else -1
             if grid and 0 <= extra <= 16 and len(pixels) == batch:  # class token and registers come first
-                first = torch.arange(n) < extra
-                tokens = tokens.on_grid(~first, *grid).marked("special", first.expand(batch, n))
+                tokens = tokens.marked("special", (torch.arange(n) < extra).expand(batch, n))
+                for sample in range(batch):
+                    tokens = tokens.on_grid(sample, extra, grid)
             return tokens
+        if source.inputs.get("grid_thw") is not None:
+            return Tokens.plain("image", batch, n)
         sound = any(source.inputs.get(name) is not None for name in ("input_features", "input_values"))
         return Tokens.plain("frame" if sound else "other", batch, n)
 
@@ -268,27 +271,16 @@ class _Session:
         return tokens
 
     def _on_pictures(self, tokens: Tokens, image: Tensor) -> Tokens:
-        """Lay runs of image tokens on their pictures' grids, where the sizes agree; the first row of the batch decides."""
+        """Lay each run of image tokens on the grid of its picture, where their numbers agree."""
         outer = self.entries[0].inputs
-        sizes = outer.get("image_grid_thw")
-        runs = [m.span() for m in re.finditer("1+", "".join("01"[int(i)] for i in image[0]))]
-        if not bool((image == image[:1]).all()):
-            return tokens  # pictures lie at other places in other rows of the batch
-        grids: list[tuple[int, int] | None]
-        if isinstance(sizes, Tensor) and len(sizes) == len(runs):
-            grids = []
-            for (a, b), (t, h, w) in zip(runs, sizes.tolist()):
-                merge = round((t * h * w / (b - a)) ** 0.5)
-                grids.append((h // merge, w // merge) if t == 1 and h // merge * (w // merge) == b - a else None)
-        else:
-            pixels = outer.get("pixel_values")
-            shape = _patches(self.model, "", pixels) if isinstance(pixels, Tensor) else None
-            grids = [_merged(shape, b - a) for a, b in runs]
-        for number, ((a, b), grid) in enumerate(zip(runs, grids)):
-            if grid is not None:
-                where = torch.zeros(tokens.roles.shape[1], dtype=torch.bool)
-                where[a:b] = True
-                tokens = tokens.on_grid(where, *grid, image=number)
+        runs = [(b, m.span()) for b, row in enumerate(image.tolist()) for m in re.finditer("1+", "".join("01"[i] for i in row))]
+        sizes, pixels = outer.get("image_grid_thw"), outer.get("pixel_values")
+        shape = _patches(self.model, "", pixels) if isinstance(pixels, Tensor) else None
+        for number, (sample, (a, b)) in enumerate(runs):
+            if isinstance(sizes, Tensor) and len(sizes) == len(runs):
+                frames, *shape = sizes[number].tolist()
+                shape = tuple(shape) if frames == 1 else None
+            tokens = tokens.on_grid(sample, a, _merged(shape, b - a))
         return tokens
 
     def _keys_of(self, site: Site, call: Call) -> Tokens | None:

@@ -55,17 +55,14 @@ class Tokens:
         """A copy in which the positions `where` [batch, token] have `role`."""
         return replace(self, roles=torch.where(where.cpu(), ROLES.index(role), self.roles))
 
-    def on_grid(self, where: Tensor, rows: int, columns: int, image: int | None = None) -> Tokens:
-        """A copy in which the `rows * columns` positions `where` [token] are image patches, row by row.
-
-        image: which picture; None: picture b for row b of the batch.
-        """
-        places, batch = self.places.clone(), len(self.places)
-        at = torch.arange(rows * columns)
-        places[:, where, 0] = torch.arange(batch)[:, None] if image is None else image
-        places[:, where, 1], places[:, where, 2] = at // columns, at % columns
-        images = batch if image is None else image + 1
-        return replace(self, places=places, grids=self.grids + ((rows, columns),) * (images - len(self.grids)))
+    def on_grid(self, sample: int, start: int, grid: tuple[int, int] | None) -> Tokens:
+        """A copy in which the next picture, cut into rows and columns of patches, starts at `start`; None: not known."""
+        if grid is None:
+            return replace(self, grids=(*self.grids, (0, 0)))
+        places, at = self.places.clone(), torch.arange(grid[0] * grid[1])
+        image = torch.full_like(at, len(self.grids))
+        places[sample, start : start + len(at)] = torch.stack([image, at // grid[1], at % grid[1]], dim=1)
+        return replace(self, places=places, grids=(*self.grids, grid))
 
     def texts(self, processor: Any) -> list[list[str]]:
         """The text of each token, spaces kept; the id where there is no processor."""

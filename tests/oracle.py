@@ -1,0 +1,66 @@
+"""What attention modules themselves return, and dense reductions of it in float64: the truth that tests compare to."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from regard import sites
+
+Maps = dict[str, dict[int, list[Tensor]]]
+
+
+@contextmanager
+def eager_maps(model: nn.Module) -> Iterator[Maps]:
+    """Collect the weights that transformers' own eager functions return, stack -> layer -> one map a call."""
+    found: Maps = {}
+    where = sites.find(model)
+    calls: dict[nn.Module, int] = {}
+    shared = len(where) == 1  # ALBERT: each run of the one module is a layer
+
+    def collecting(function):
+        @functools.wraps(function)
+        def run(module, *args, **kwargs):
+            output, weights = function(module, *args, **kwargs)
+            if module in where:
+                layer = where[module].layer + (calls.get(module, 0) if shared else 0)
+                calls[module] = calls.get(module, 0) + 1
+                found.setdefault(where[module].stack, {}).setdefault(layer, []).append(weights.detach())
+            return output, weights
+
+        return run
+
+    files = {sys.modules[type(module).__module__] for module in where}
+    own = {file: file.eager_attention_forward for file in files}
+    try:
+        for file, function in own.items():
+            file.eager_attention_forward = collecting(function)
+        yield found
+    finally:
+        for file, function in own.items():
+            file.eager_attention_forward = function
+
+
+def reductions(weights: Tensor, *, query_start: int = 0, key_start: int = 0, keys: Tensor | None = None) -> dict[str, Tensor]:
+    """Of a dense map [batch, head, query, key], in float64. keys: [batch, key] boolean, for `mass`."""
+    p = weights.double()
+    n_query, n_key = p.shape[-2:]
+    i = torch.arange(query_start, query_start + n_query)
+    j = torch.arange(key_start, key_start + n_key)
+    apart = (i[:, None] - j).abs().double()
+    found = {
+        "entropy": torch.special.entr(p).sum(-1),
+        "received": p.sum(-2),
+        "distance": (p * apart).sum(-1),
+        "near": (p * apart.clamp(max=2)).sum(-1),
+        "maximum": p.amax(-1),
+        "top_weights": p.sort(-1, descending=True).values[..., :3],
+    }
+    if keys is not None:
+        found["mass"] = (p * keys[:, None, None]).sum(-1)
+    return found
