@@ -186,13 +186,12 @@ class Recorder(Recording):
         return super()._all()
 
     def _tree(self, run: Run) -> xr.DataTree:
-        stacks = {f"/{stack}": self._dataset(run, stack) for stack in run.parts}
-        tree = xr.DataTree.from_dict({k: v for k, v in stacks.items() if v is not None})
+        tree = xr.DataTree.from_dict({f"/{stack}": self._dataset(run, stack) for stack in run.parts})
         packages = {name: version(name) for name in ("regard", "torch", "transformers")}
         tree.attrs = {**self.attributes, **packages, "partial": self.interrupted}
         return tree
 
-    def _dataset(self, run: Run, stack: str) -> xr.Dataset | None:
+    def _dataset(self, run: Run, stack: str) -> xr.Dataset:
         found, sites = run.parts[stack], run.sites[stack]
         layers = sorted(sites)
         places = [place for by_layer in found.values() for parts in by_layer.values() for place, _ in parts]
@@ -224,8 +223,7 @@ class Recorder(Recording):
         if "role" in dataset.dims:
             present = {ROLES.index(r) for r in np.unique(coords["key_role"][1])} if "key_role" in coords else set()
             dataset = dataset.assign_coords(role=list(ROLES)).isel(role=sorted(present))
-        used = set().union(*(v.dims for v in dataset.data_vars.values()))
-        return dataset.drop_dims([d for d in ("query", "key") if d not in used and d in dataset.dims])
+        return dataset
 
     def _labels(self, axis: str, tokens: Tokens | None, start: int, n: int, batch: int) -> dict[str, Any]:
         labels: dict[str, Any] = {axis: np.arange(start, start + n)}

@@ -305,6 +305,7 @@ class _Session:
                 call = call.but(_given={"edits": (*call._given.get("edits", ()), partial(_edit_weights, thing))})
         return call
 
+    @torch.no_grad()
     def see(self, module: nn.Module, call: Call, dropped: bool) -> None:
         recorder = self.recorder
         assert recorder is not None
@@ -328,12 +329,11 @@ class _Session:
         run.sites.setdefault(call.site.stack, {})[call.site.layer] = call.site
         run.tokens[call.site.stack] = self.tokens[call.site.stack]
         run.key_stack |= self.key_stack
-        with torch.no_grad():
-            call.weights.expected = union(_asked.get(f, set()) for f in recorder.statistics.values())
-            for name, function in recorder.statistics.items():
-                call.weights.asked = set()
-                recorder.add(run, call, name, function(call))
-                _asked[function] = union([call.weights.asked])
+        call.weights.expected = union(_asked.get(f, set()) for f in recorder.statistics.values())
+        for name, function in recorder.statistics.items():
+            call.weights.asked = set()
+            recorder.add(run, call, name, function(call))
+            _asked[function] = union([call.weights.asked])
 
 
 @contextmanager
