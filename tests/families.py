@@ -10,7 +10,13 @@ import transformers as t
 from torch import nn
 
 VOCAB = 99
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": VOCAB}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 VISION = {
@@ -68,7 +74,9 @@ def gemma3() -> Built:
 
 
 def gpt_oss() -> Built:
-    config = t.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, **NO_IDS)
+    config = t.GptOssConfig(
+        **GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, **NO_IDS
+    )
     model = t.GptOssForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
@@ -85,7 +93,9 @@ def albert() -> Built:
 
 
 def t5() -> Built:
-    config = t.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0)
+    config = t.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0
+    )
     return t.T5ForConditionalGeneration(config), {**text(), "decoder_input_ids": text(n=5)["input_ids"]}
 
 
@@ -124,7 +134,10 @@ def whisper() -> Built:
         begin_suppress_tokens=[],
     )
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
-    return t.WhisperForConditionalGeneration(config), {"input_features": sound, "decoder_input_ids": text(n=5)["input_ids"]}
+    return t.WhisperForConditionalGeneration(config), {
+        "input_features": sound,
+        "decoder_input_ids": text(n=5)["input_ids"],
+    }
 
 
 def vit() -> Built:
@@ -186,7 +199,20 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     )
 }
 EAGER_ONLY = {"gemma2", "gpt_oss"}  # softcap and sinks: transformers itself refuses sdpa for them
-GENERATE = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "t5", "bart", "whisper", "llava", "qwen2_vl")
+GENERATE = (
+    "gpt2",
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "t5",
+    "bart",
+    "whisper",
+    "llava",
+    "qwen2_vl",
+)
 
 
 def build(name: str, implementation: str = "eager") -> Built:

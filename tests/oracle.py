@@ -46,7 +46,9 @@ def eager_maps(model: nn.Module) -> Iterator[Maps]:
             file.eager_attention_forward = function
 
 
-def reductions(weights: Tensor, *, query_start: int = 0, key_start: int = 0, keys: Tensor | None = None) -> dict[str, Tensor]:
+def reductions(
+    weights: Tensor, *, query_start: int = 0, key_start: int = 0, keys: Tensor | None = None
+) -> dict[str, Tensor]:
     """Of a dense map [batch, head, query, key], in float64. keys: [batch, key] boolean, for `mass`."""
     p = weights.double()
     n_query, n_key = p.shape[-2:]

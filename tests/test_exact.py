@@ -31,10 +31,14 @@ def check(dataset, layer: int, maps: torch.Tensor, queries: torch.Tensor | None 
     torch.testing.assert_close(rows[chosen], maps.float()[chosen], atol=TOLERANCE, rtol=0)
     truth = reductions(maps)
     for name in ("entropy", "distance", "near", "top_weights"):
-        seen = torch.from_numpy(at[name].values)[..., :3] if name == "top_weights" else torch.from_numpy(at[name].values)
+        seen = (
+            torch.from_numpy(at[name].values)[..., :3] if name == "top_weights" else torch.from_numpy(at[name].values)
+        )
         torch.testing.assert_close(seen[chosen].double(), truth[name][chosen], atol=TOLERANCE, rtol=TOLERANCE)
     received = (maps.double() * keep[:, None, :, None]).sum(-2)
-    torch.testing.assert_close(torch.from_numpy(at["received"].values).double(), received, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(
+        torch.from_numpy(at["received"].values).double(), received, atol=TOLERANCE, rtol=TOLERANCE
+    )
     if "key_role" in dataset.coords:
         for role in dataset["role"].values:
             is_role = torch.from_numpy(dataset["key_role"].values == role)

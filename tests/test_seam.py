@@ -131,9 +131,15 @@ def test_part_of_a_model_can_be_recorded():
 
 def test_a_model_outside_the_interface_is_refused():
     model = t.BloomForCausalLM(t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99))
-    with pytest.raises(regard.UnreachableAttention, match=r"BloomAttention .* no adapter for 'bloom'"), regard.record(model, "entropy"):
+    with (
+        pytest.raises(regard.UnreachableAttention, match=r"BloomAttention .* no adapter for 'bloom'"),
+        regard.record(model, "entropy"),
+    ):
         pass
-    with pytest.raises(regard.UnreachableAttention, match="holds no attention"), regard.record(nn.Linear(2, 2), "entropy"):
+    with (
+        pytest.raises(regard.UnreachableAttention, match="holds no attention"),
+        regard.record(nn.Linear(2, 2), "entropy"),
+    ):
         pass
     assert is_clean(model)
 
@@ -143,7 +149,10 @@ def test_an_unreadable_implementation_is_refused():
     AttentionInterface.register("mine", lambda *a, **k: None)
     try:
         model.set_attn_implementation("mine")
-        with pytest.raises(regard.UnreachableAttention, match="'mine'.*set_attn_implementation"), regard.record(model, "entropy"):
+        with (
+            pytest.raises(regard.UnreachableAttention, match=r"'mine'.*set_attn_implementation"),
+            regard.record(model, "entropy"),
+        ):
             pass
     finally:
         del AttentionInterface._global_mapping["mine"]
@@ -449,7 +458,10 @@ def test_bad_interventions_are_named():
     model, inputs = build("llama")
     with pytest.raises(TypeError, match="is not an intervention"), regard.intervene(model, object()):
         pass
-    with pytest.raises(TypeError, match=r"Wrong.*output must return a Tensor \[2, 4, 12, 8\]"), regard.intervene(model, Wrong()):
+    with (
+        pytest.raises(TypeError, match=r"Wrong.*output must return a Tensor \[2, 4, 12, 8\]"),
+        regard.intervene(model, Wrong()),
+    ):
         model(**inputs)
     assert is_clean(model)
 
@@ -485,7 +497,9 @@ def test_statistics_without_an_axis_in_time_get_steps():
 
     model, inputs = build("llama")
     with regard.record(model, widest) as recording:
-        model.generate(input_ids=text()["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+        model.generate(
+            input_ids=text()["input_ids"], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0
+        )
     assert recording.tree["language_model"]["widest"].dims == ("batch", "layer", "step", "head")
     assert recording.tree["language_model"].sizes["step"] == 3
 

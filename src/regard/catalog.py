@@ -99,7 +99,9 @@ def search(words: str) -> list[Row]:
     if not terms:
         return list(rows().values())
     with sqlite3.connect(":memory:") as base:
-        base.execute("create virtual table paper using fts5(key, title, about, works, expects, tags, room, tokenize='porter')")
+        base.execute(
+            "create virtual table paper using fts5(key, title, about, works, expects, tags, room, tokenize='porter')"
+        )
         fields = ((r.key, r.title, r.about, r.works, r.expects, " ".join(r.tags), r.room) for r in rows().values())
         base.executemany("insert into paper values (?, ?, ?, ?, ?, ?, ?)", fields)
         rank = "bm25(paper, 8, 8, 2, 2, 1, 4, 1)"

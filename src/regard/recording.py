@@ -33,9 +33,9 @@ class Spec:
 
 
 class Statistic(Protocol):
-    """Call -> Tensor, with a `spec` (see `statistic`)."""
+    """Call -> Tensor (None leaves the call out), with a `spec` (see `statistic`)."""
 
-    def __call__(self, call: Call, /) -> Tensor: ...
+    def __call__(self, call: Call, /) -> Tensor | None: ...
 
 
 def statistic(dims: str, *, title: str, units: str = "", limits: tuple[float | None, float | None] = (None, None)):
@@ -58,7 +58,9 @@ def spec_of(function: Any) -> Spec:
         function = function.func
     spec = getattr(function, "spec", None)
     if not isinstance(spec, Spec):
-        raise TypeError(f"{function!r} is not a statistic: declare its axes with @regard.statistic('batch head query', ...)")
+        raise TypeError(
+            f"{function!r} is not a statistic: declare its axes with @regard.statistic('batch head query', ...)"
+        )
     return spec
 
 
@@ -92,7 +94,9 @@ class Recording:
     def tree(self) -> xr.DataTree:
         trees = self._all()
         if len(trees) != 1:
-            raise ValueError(f"{len(trees)} runs were recorded; take one with recording[i], i from 0 to {len(trees) - 1}")
+            raise ValueError(
+                f"{len(trees)} runs were recorded; take one with recording[i], i from 0 to {len(trees) - 1}"
+            )
         return trees[0]
 
     @property
@@ -127,7 +131,9 @@ class Recording:
         except OSError as error:
             if old.exists() and not path.exists():
                 os.rename(old, path)
-            raise OSError(error.errno, f"the recording could not be written to {path}: {error.strerror or error}") from error
+            raise OSError(
+                error.errno, f"the recording could not be written to {path}: {error.strerror or error}"
+            ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -139,7 +145,7 @@ class Recording:
         return self._trees
 
 
-def open(path: str | Path) -> Recording:  # noqa: A001 - `regard.open`, as in PIL and xarray
+def open(path: str | Path) -> Recording:
     """Open a saved recording. Reads zarr format 3 only, which cannot carry code."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
@@ -156,7 +162,9 @@ def open(path: str | Path) -> Recording:  # noqa: A001 - `regard.open`, as in PI
 class Recorder(Recording):
     """A recording under way; the seam feeds it."""
 
-    def __init__(self, statistics: dict[str, Callable[..., Tensor]], processor: Any, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self, statistics: dict[str, Callable[..., Tensor]], processor: Any, attributes: dict[str, Any]
+    ) -> None:
         super().__init__([])
         self.specs = {name: spec_of(function) for name, function in statistics.items()}
         self.statistics = statistics
@@ -167,7 +175,9 @@ class Recorder(Recording):
         self._built: tuple[int, list[xr.DataTree]] = (-1, [])
         self._count = 0
 
-    def add(self, run: Run, call: Call, name: str, seen: Tensor) -> None:
+    def add(self, run: Run, call: Call, name: str, seen: Tensor | None) -> None:
+        if seen is None:  # the statistic leaves this call out
+            return
         dims = self.specs[name].dims
         if seen.ndim != len(dims):
             raise ValueError(f"statistic {name!r} declares axes {dims}, but gave {list(seen.shape)} at {call.site}")
@@ -206,7 +216,7 @@ class Recorder(Recording):
         for name, by_layer in found.items():
             spec = self.specs[name]
             array, dims = _join(by_layer, layers, spec.dims, sizes, query0, key0)
-            limits = {} if spec.limits == (None, None) else {"range": [np.nan if v is None else v for v in spec.limits]}
+            limits = {} if None in spec.limits else {"range": list(spec.limits)}
             data[name] = (dims, array, {"long_name": spec.title, "units": spec.units, "about": spec.about, **limits})
         queries, keys = run.tokens.get(stack), run.tokens.get(run.key_stack.get(stack, stack))
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(sizes["head"])}
@@ -250,7 +260,7 @@ def _join(
     first = next(iter(by_layer.values()))[0][1].numpy()
     steps = max(len(parts) for parts in by_layer.values())
     stepped = steps > 1 and not {"query", "key"} & set(dims)
-    for dim, size in zip(dims, first.shape):
+    for dim, _size in zip(dims, first.shape):
         if dim not in sizes:
             sizes = {**sizes, dim: max(t.shape[dims.index(dim)] for p in by_layer.values() for _, t in p)}
     shape = [sizes[d] for d in dims]
@@ -282,7 +292,9 @@ def _plain(tree: xr.DataTree) -> xr.DataTree:
     """Texts as JSON attributes: zarr 3 has no settled type for them yet."""
     tree = tree.copy()
     tree.attrs = {k: v for k, v in tree.attrs.items() if v is not None}
-    tree.attrs["created"] = tree.attrs.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    tree.attrs["created"] = tree.attrs.get("created") or datetime.datetime.now(datetime.UTC).isoformat(
+        timespec="seconds"
+    )
     for node in tree.children.values():
         dataset = node.to_dataset()
         texts = [name for name, v in dataset.coords.items() if v.dtype.kind in "OUT"]
@@ -292,7 +304,7 @@ def _plain(tree: xr.DataTree) -> xr.DataTree:
 
 
 def _labelled(tree: xr.DataTree) -> xr.DataTree:
-    tree = xr.DataTree.from_dict({k: v for k, v in tree.to_dict().items()})
+    tree = xr.DataTree.from_dict(dict(tree.to_dict().items()))
     for node in tree.children.values():
         dataset = node.to_dataset()
         labels = json.loads(dataset.attrs.pop("texts", "{}"))

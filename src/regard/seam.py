@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from . import catalog, sites
 from .call import Call, Site
+from .passes import Passes
 from .recording import Recorder, Run
 from .sites import UnreachableAttention
-from .tokens import ROLES, Tokens
 from .weights import Reduction, union
 
 READABLE = ("eager", "sdpa")  # implementations whose semantics `_read` knows
@@ -98,204 +98,44 @@ def _name(statistic: str | Callable[..., Tensor]) -> str:
     return name
 
 
-@dataclass
-class _Entry:
-    """A model, or a model inside it, that is running: what it was given."""
-
-    name: str
-    inputs: dict[str, Any]
-    start: int = 0  # positions that were in its cache before
-
-
-@dataclass
 class _Session:
     """One open `record` or `intervene`."""
 
-    model: nn.Module
-    recorder: Recorder | None = None
-    interventions: Sequence[Any] = ()
-    roles: Sequence[str] | None = None
-    sites: dict[nn.Module, Site] = field(default_factory=dict)
-    vocabulary: dict[str, set[int]] = field(default_factory=dict)
-    entries: list[_Entry] = field(default_factory=list)  # running now, outermost first
-    passes: int = 0  # forward passes so far
-    turns: dict[nn.Module, tuple[int, int, int]] = field(default_factory=dict)  # pass, runs in it, queries in this run
-    seen_in: dict[tuple[str, int], int] = field(default_factory=dict)  # last pass of a stack's layer
-    extended: dict[str, int] = field(default_factory=dict)  # last pass of a stack's tokens
-    key_stack: dict[str, str] = field(default_factory=dict)  # whose tokens a cross stack's keys are
-    tokens: dict[str, Tokens] = field(default_factory=dict)  # by stack, as far as the sequence has come
-    checked: set[nn.Module] = field(default_factory=set)
-    caches: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.sites = sites.find(self.model)
-        missed = sites.unreached(self.model, self.sites)
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Recorder | None = None,
+        interventions: Sequence[Any] = (),
+        roles: Sequence[str] | None = None,
+    ) -> None:
+        self.model, self.recorder, self.interventions = model, recorder, interventions
+        self.sites = sites.find(model)
+        missed = sites.unreached(model, self.sites)
         if not self.sites:
-            sites.refuse_unreached(self.model, missed)
-        if self.recorder is not None:
-            self.recorder.attributes.setdefault("unreached", missed)
+            sites.refuse_unreached(model, missed)
+        if recorder is not None:
+            recorder.attributes.setdefault("unreached", missed)
         for module, site in self.sites.items():
-            used = _implementation(module)
+            used = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
             if used not in READABLE:
                 raise UnreachableAttention(
                     f"{site.name} runs with attn_implementation={used!r}, which Regard cannot read exactly; "
                     f"call model.set_attn_implementation('sdpa') (or 'eager') first"
                 )
-        self.vocabulary = _vocabulary(self.model, self.recorder.processor if self.recorder else None)
-
-    # Following the model's passes
+        self.passes = Passes(model, self.sites, recorder.processor if recorder else None, roles)
+        self.checked: set[nn.Module] = set()  # modules whose output was compared with weights @ value
+        self.seen_in: dict[tuple[str, int], int] = {}  # last pass of a stack's layer
+        self.caches: list[Any] = []
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        while self.entries and not f"{name}.".startswith(self.entries[-1].name + "." * bool(self.entries[-1].name)):
-            self.entries.pop()  # left over from a pass that failed
-        if not self.entries:
-            self.passes += 1
-        entry = _Entry(name, _inputs(module, args, kwargs))
-        cache = entry.inputs.get("past_key_values")
-        if cache is not None and hasattr(cache, "get_seq_length"):
-            entry.start = int(cache.get_seq_length())
-            if self.recorder is not None and not any(cache is c for c in self.caches):
-                cache.reorder_cache = _refuse_beams
-                self.caches.append(cache)
-        self.entries.append(entry)
+        cache = self.passes.enter(name, module, args, kwargs)
+        if cache is not None and self.recorder is not None and not any(cache is c for c in self.caches):
+            cache.reorder_cache = _refuse_beams
+            self.caches.append(cache)
 
     def free_caches(self) -> None:
         for cache in self.caches:
             cache.__dict__.pop("reorder_cache", None)
-
-    def leave(self, *_: Any) -> None:
-        if self.entries:
-            self.entries.pop()
-
-    def turn(self, module: nn.Module, *_: Any) -> None:
-        """An attention module starts to run."""
-        last, runs, _ = self.turns.get(module, (0, 0, 0))
-        self.turns[module] = (self.passes, runs + 1 if last == self.passes else 0, 0)
-
-    def check_seen(self, module: nn.Module, *_: Any) -> None:
-        if self.entries and self.turns[module][2] == 0:
-            raise UnreachableAttention(f"{self.sites[module].name} ran without calling AttentionInterface")
-
-    # Placing a call
-
-    def where(self, module: nn.Module, call: Call) -> dict[str, Any]:
-        """Site, positions and tokens of a call, as fields of it."""
-        site = self.sites[module]
-        if not self.entries:  # a module run by itself, or again for a checkpoint's gradient
-            return {"site": replace(site, heads=call.query.shape[1], kv_heads=call.key.shape[1])}
-        _, runs, seen = self.turns.get(module, (self.passes, 0, 0))
-        n_query, n_key = call.query.shape[2], call.key.shape[2]
-        layer = site.layer
-        if runs:  # one module serves as several layers, as in ALBERT
-            layer += runs * sum(s.stack == site.stack for s in self.sites.values())
-        causal = call.causal or (not site.cross and bool(getattr(module, "is_causal", False)))
-        site = replace(site, layer=layer, heads=call.query.shape[1], kv_heads=call.key.shape[1], causal=causal)
-        source = self._source()
-        start = max(e.start for e in self.entries[source:]) + seen
-        # A sliding cache holds the newest keys only; a packed sequence comes in pieces that see only themselves.
-        key_start = 0 if site.cross else (seen or max(0, start + n_query - n_key))
-        context: dict[str, Any] = {"site": site, "query_start": start, "key_start": key_start}
-        own = self._extend(call.but(**context), self.entries[source])
-        keys = self._keys_of(site, call) if site.cross else own
-        if keys is not None:
-            if len(keys) < key_start + n_key:  # a static cache is longer than what it holds
-                keys = keys.then(Tokens.plain("pad", len(keys.roles), key_start + n_key - len(keys)))
-            context["tokens"] = keys[key_start : key_start + n_key].to(call.query.device)
-        return context | {"query_tokens": own[start : start + n_query].to(call.query.device)}
-
-    def _source(self) -> int:
-        """Which running model was given what the innermost one works on: ids, pictures or frames, not embeddings."""
-        for i in reversed(range(len(self.entries))):
-            inputs = self.entries[i].inputs
-            if inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None:
-                return i
-        return 0
-
-    def _extend(self, call: Call, source: _Entry) -> Tokens:
-        """Tokens of the stack's sequence, up to the last query of this call."""
-        stack, batch = call.site.stack, call.query.shape[0]
-        known = self.tokens.get(stack)
-        if known is None or (call.query_start == 0 and self.extended[stack] != self.passes):
-            known = Tokens.plain("other", batch, call.query_start)
-        missing = call.query_positions.stop - len(known)
-        if missing > 0:
-            known = known.then(self._describe(call, source, missing))
-        self.tokens.pop(stack, None)  # the newest stands last
-        self.tokens[stack], self.extended[stack] = known, self.passes
-        return known
-
-    def _describe(self, call: Call, source: _Entry, n: int) -> Tokens:
-        batch, ids = call.query.shape[0], source.inputs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == (batch, n):
-            return self._describe_text(call, source, ids)
-        pixels = source.inputs.get("pixel_values")
-        if isinstance(pixels, Tensor) and not call.site.cross:
-            tokens = Tokens.plain("image", batch, n)
-            grid = _patches(self.model, source.name, pixels)
-            extra = n - grid[0] * grid[1] if grid else -1
-            if grid and 0 <= extra <= 16 and len(pixels) == batch:  # class token and registers come first
-                tokens = tokens.marked("special", (torch.arange(n) < extra).expand(batch, n))
-                for sample in range(batch):
-                    tokens = tokens.on_grid(sample, extra, grid)
-            return tokens
-        if source.inputs.get("grid_thw") is not None:
-            return Tokens.plain("image", batch, n)
-        sound = any(source.inputs.get(name) is not None for name in ("input_features", "input_values"))
-        return Tokens.plain("frame" if sound else "other", batch, n)
-
-    def _describe_text(self, call: Call, source: _Entry, ids: Tensor) -> Tokens:
-        batch, n = ids.shape
-        ids, start = ids.detach().cpu().long(), call.query_start
-        step = start > 0 and n == 1
-        tokens = Tokens.plain("generated" if step else "text", batch, n, ids)
-        if self.roles is not None and start == 0:
-            if len(self.roles) != n or set(self.roles) - set(ROLES):
-                raise ValueError(f"roles: {len(self.roles)} given for {n} tokens, each one of {', '.join(ROLES)}")
-            numbers = torch.tensor([ROLES.index(r) for r in self.roles])
-            tokens = replace(tokens, roles=numbers.expand(batch, n).clone())
-        if step:  # after its end, generate feeds a finished row padding with the mask left on
-            before = self.tokens[call.site.stack] if call.site.stack in self.tokens else tokens[:0]
-            ended = before.role("generated") & _isin(before.ids, self.vocabulary["eos"])
-            tokens = tokens.marked("pad", ended.any(1, keepdim=True))
-        else:
-            bos = _isin(ids, self.vocabulary["bos"])
-            if start == 0:
-                bos[:, 0] |= _isin(ids[:, 0], self.vocabulary["decoder_start"])
-            tokens = tokens.marked("special", _isin(ids, self.vocabulary["special"])).marked("bos", bos)
-            image = _isin(ids, self.vocabulary["image"])
-            if image.any():
-                tokens = self._on_pictures(tokens.marked("image", image), image)
-        mask = source.inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= start + n and len(mask) == batch:
-            tokens = tokens.marked("pad", mask[:, start : start + n].cpu() == 0)
-        return tokens
-
-    def _on_pictures(self, tokens: Tokens, image: Tensor) -> Tokens:
-        """Lay each run of image tokens on the grid of its picture, where their numbers agree."""
-        outer = self.entries[0].inputs
-        runs = [(b, m.span()) for b, row in enumerate(image.tolist()) for m in re.finditer("1+", "".join("01"[i] for i in row))]
-        sizes, pixels = outer.get("image_grid_thw"), outer.get("pixel_values")
-        shape = _patches(self.model, "", pixels) if isinstance(pixels, Tensor) else None
-        for number, (sample, (a, b)) in enumerate(runs):
-            if isinstance(sizes, Tensor) and len(sizes) == len(runs):
-                frames, *shape = sizes[number].tolist()
-                shape = tuple(shape) if frames == 1 else None
-            tokens = tokens.on_grid(sample, a, _merged(shape, b - a))
-        return tokens
-
-    def _keys_of(self, site: Site, call: Call) -> Tokens | None:
-        """Tokens of the sequence that cross attention looks at: the newest other stack of this length."""
-        for stack, tokens in reversed(self.tokens.items()):
-            if stack != site.stack and len(tokens) == call.key.shape[2] and len(tokens.roles) == len(call.key):
-                self.key_stack[site.stack] = stack
-                return tokens
-        return None
-
-    def advance(self, module: nn.Module, n_query: int) -> None:
-        last, runs, seen = self.turns.get(module, (self.passes, 0, 0))
-        self.turns[module] = (last, runs, seen + n_query)
-
-    # Changing a call, and seeing it
 
     def change(self, module: nn.Module, call: Call) -> Call:
         for thing in self.interventions:
@@ -313,22 +153,22 @@ class _Session:
             _check(call)
             self.checked.add(module)
         key = (call.site.stack, call.site.layer)
-        again = self.seen_in.get(key) not in (None, self.passes)
-        self.seen_in[key] = self.passes
+        again = self.seen_in.get(key) not in (None, self.passes.count)
+        self.seen_in[key] = self.passes.count
         if not recorder.runs or (again and call.query_start == 0 and key in recorder.runs[-1].ends):
             recorder.runs.append(Run())
         run = recorder.runs[-1]
         end = run.ends.get(key, call.query_start)
         if end != call.query_start:
             raise ValueError(
-                f"{call.site}: this call starts at position {call.query_start}, the one before ended at {end}. Decoding "
-                f"that steps back (assisted, speculative) cannot be recorded; run the sequence that it found through "
-                f"model(ids) instead: the attention is the same"
+                f"{call.site}: this call starts at position {call.query_start}, the one before ended at {end}. "
+                f"Decoding that steps back (assisted, speculative) cannot be recorded; run the sequence that it found "
+                f"through model(ids) instead: the attention is the same"
             )
         run.ends[key] = call.query_positions.stop
         run.sites.setdefault(call.site.stack, {})[call.site.layer] = call.site
-        run.tokens[call.site.stack] = self.tokens[call.site.stack]
-        run.key_stack |= self.key_stack
+        run.tokens[call.site.stack] = self.passes.tokens[call.site.stack]
+        run.key_stack |= self.passes.key_stack
         call.weights.expected = union(_asked.get(f, set()) for f in recorder.statistics.values())
         for name, function in recorder.statistics.items():
             call.weights.asked = set()
@@ -346,10 +186,10 @@ def _open(session: _Session) -> Iterator[None]:
             if module is session.model or isinstance(module, PreTrainedModel):
                 enter = partial(session.enter, name)
                 undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                undo.callback(module.register_forward_hook(session.leave, always_call=True).remove)
-        for module, site in session.sites.items():
-            undo.callback(module.register_forward_pre_hook(session.turn).remove)
-            undo.callback(module.register_forward_hook(session.check_seen).remove)
+                undo.callback(module.register_forward_hook(session.passes.leave, always_call=True).remove)
+        for module in session.sites:
+            undo.callback(module.register_forward_pre_hook(session.passes.turn).remove)
+            undo.callback(module.register_forward_hook(session.passes.check_seen).remove)
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
         editors = [thing for thing in session.interventions if hasattr(thing, "hidden")]
@@ -390,11 +230,13 @@ def _route(
     if not sessions:
         return function(module, query, key, value, attention_mask, **kwargs)
     call = given = _read(sessions[0], implementation, function, module, query, key, value, attention_mask, kwargs)
-    contexts = [session.where(module, given) for session in sessions]
+    contexts = [session.passes.where(module, given) for session in sessions]
     for session, context in zip(sessions, contexts):
         call = session.change(module, call.but(**context))
 
-    untouched = all(getattr(call, f) is getattr(given, f) for f in ("scale", "mask", "causal", "bias", "softcap", "sinks"))
+    untouched = all(
+        getattr(call, f) is getattr(given, f) for f in ("scale", "mask", "causal", "bias", "softcap", "sinks")
+    )
     if untouched and "edits" not in call._given:  # the model's own function still says what is wanted
         changed = (call.query, query), (call.key, given.key), (call.value, given.value)
         query, key, value = (new if new is not old else own for (new, old), own in zip(changed, (query, key, value)))
@@ -411,11 +253,11 @@ def _route(
             if hasattr(thing, "output"):
                 edited = _result(thing, "output", thing.output(call.but(**context), edited), edited)
     for session, context in zip(sessions, contexts):
-        if session.entries:
+        if session.passes.entries:
             if session.recorder is not None:
                 seen = replace(call, **context)
                 session.see(module, seen, dropped=bool(kwargs.get("dropout")) and module.training)
-            session.advance(module, call.query.shape[2])
+            session.passes.advance(module, call.query.shape[2])
     if result is None or edited is not output:
         result = edited.transpose(1, 2).contiguous()
     return result, weights
@@ -506,52 +348,6 @@ def _blocks(session: _Session) -> dict[nn.Module, Site]:
 
 def _implementation(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-
-
-def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [p for p in inspect.signature(module.forward).parameters]
-    return dict(zip(names, args)) | kwargs
-
-
-def _vocabulary(model: nn.Module, processor: Any) -> dict[str, set[int]]:
-    """Ids that tell a token's role, as the configurations of the model and of its parts name them."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    parts = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
-    parts += [c for c in (getattr(model, "generation_config", None), tokenizer) if c is not None]
-
-    def ids(*names: str) -> set[int]:
-        values = [getattr(part, name, None) for part in parts for name in names]
-        listed = [v if isinstance(v, (list, tuple)) else [v] for v in values]
-        return {i for v in listed for i in v if isinstance(i, int) and i >= 0}
-
-    image = ids("image_token_id", "image_token_index", "video_token_id")
-    special = ids("eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id") - image
-    special |= set(getattr(tokenizer, "all_special_ids", ())) - image
-    bos, eos = ids("bos_token_id"), ids("eos_token_id")
-    return {"bos": bos, "eos": eos, "special": special, "image": image, "decoder_start": ids("decoder_start_token_id")}
-
-
-def _isin(ids: Tensor, among: set[int]) -> Tensor:
-    return torch.isin(ids, torch.tensor(sorted(among), dtype=ids.dtype))
-
-
-def _patches(model: nn.Module, name: str, pixels: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of the patches that the vision model at `name` cuts pictures [..., row, column] into."""
-    config = getattr(getattr(model, "_orig_mod", model).get_submodule(name), "config", None)
-    config = getattr(config, "vision_config", config)
-    size = getattr(config, "patch_size", None)
-    if size is None or pixels.ndim < 4:
-        return None
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return pixels.shape[-2] // height, pixels.shape[-1] // width
-
-
-def _merged(grid: tuple[int, int] | None, n: int) -> tuple[int, int] | None:
-    """The grid of `n` tokens that patches on `grid` were merged into, in squares."""
-    for side in (1, 2, 3, 4) if grid else ():
-        if (grid[0] // side) * (grid[1] // side) == n:
-            return grid[0] // side, grid[1] // side
-    return None
 
 
 def _refuse_beams(*_: Any, **__: Any) -> None:

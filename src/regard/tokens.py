@@ -39,7 +39,9 @@ class Tokens:
 
     def then(self, more: Tokens) -> Tokens:
         """These positions followed by `more`."""
-        both = {name: torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in ("roles", "ids", "places")}
+        both = {
+            name: torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in ("roles", "ids", "places")
+        }
         return replace(self, **both, grids=self.grids + more.grids)
 
     def to(self, device: torch.device) -> Tokens:
@@ -56,7 +58,7 @@ class Tokens:
         return replace(self, roles=torch.where(where.cpu(), ROLES.index(role), self.roles))
 
     def on_grid(self, sample: int, start: int, grid: tuple[int, int] | None) -> Tokens:
-        """A copy in which the next picture, cut into rows and columns of patches, starts at `start`; None: not known."""
+        """A copy in which the next picture starts at `start`, in rows and columns of patches (None: not known)."""
         if grid is None:
             return replace(self, grids=(*self.grids, (0, 0)))
         places, at = self.places.clone(), torch.arange(grid[0] * grid[1])

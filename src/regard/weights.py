@@ -70,7 +70,7 @@ class Weights:
         return self._reduce("mass", self._knob(keys, "key"))
 
     def distance(self, clip: int | None = None) -> Tensor:
-        """Expected |query position - key position|, tokens; distances above `clip` count as `clip`. [batch, head, query]"""
+        """Expected |query position - key position|, tokens; above `clip` it counts as `clip`. [batch, head, query]"""
         return self._reduce("distance", clip)
 
     def maximum(self) -> Tensor:
@@ -78,11 +78,11 @@ class Weights:
         return self._reduce("maximum")
 
     def at(self, keys: Tensor) -> Tensor:
-        """Weight on one key a row: `keys` [batch|1, query] counts keys of this call; -1 gives 0. [batch, head, query]"""
+        """Weight on one key a row; `keys` [batch|1, query] counts this call's keys, -1 gives 0. [batch, head, query]"""
         return self._reduce("at", Chosen(keys))
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest weights of each row, descending, and their keys as positions (-1: none). [batch, head, query, k]"""
+        """The k largest weights of each row, descending, and their positions (-1: none). [batch, head, query, k]"""
         if k < 1:
             raise ValueError(f"top(k={k}): k counts keys, so it is 1 or more")
         return self._reduce("top_weights", k), self._reduce("top_keys", k)

@@ -9,5 +9,5 @@ from ..weights import DENSE_BUDGET
 
 @statistic("batch head query key", title="Weights", units="share", limits=(0, 1))
 def rows(call: Call, *, budget: int = DENSE_BUDGET) -> Tensor:
-    """Dense weights, for as long as one call's map is below `budget` bytes; an error above. [batch, head, query, key]"""
+    """Dense weights, 0 to 1; an error where one call's take more than `budget` bytes. [batch, head, query, key]"""
     return call.weights.dense(budget)

@@ -8,5 +8,5 @@ from ..recording import statistic
 
 @statistic("batch head query rank", title="Top keys", units="position")
 def top_keys(call: Call, *, k: int = 8) -> Tensor:
-    """Positions of the `k` keys with the largest weights, largest first; -1 where fewer are seen. [batch, head, query, rank]"""
-    return call.weights.top(min(k, call.key.shape[2]))[1]
+    """Positions of the `k` largest weights, largest first; -1 where fewer keys are seen. [batch, head, query, rank]"""
+    return call.weights.top(k)[1].int()

@@ -1,0 +1,5 @@
+"""The `regard` command."""
+
+from .app import app
+
+__all__ = ["app"]

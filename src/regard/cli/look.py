@@ -1,0 +1,326 @@
+"""`regard look`: from a model and an input to a recording and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import catalog, report, sites
+from ..load import Loaded, load
+from ..observations import Observation, observe
+from ..recording import Recorder, statistic
+from ..seam import record
+from ..statistics import BASIC
+from ..tokens import chat_roles
+
+ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
+TOP = 24  # keys kept of each row where rows are not
+DECODED = 16  # tokens that an encoder-decoder model writes unless told how many
+
+
+class InputError(ValueError):
+    """What was given to look at cannot be looked at."""
+
+
+@dataclass
+class Seen:
+    """What `look` wrote, and what it found."""
+
+    recording: Path
+    report: Path
+    partial: bool
+    tables: list[Table] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+
+
+def look(
+    name: str = "reader",
+    *,
+    text: str | None = None,
+    file: Path | None = None,
+    image: Path | None = None,
+    generate: int = 0,
+    out: Path = Path("regard-look"),
+    truncate: bool = False,
+    trust_remote_code: bool = False,
+    console: Console | None = None,
+) -> Seen:
+    """Run a model over a text or picture, and write `recording.zarr` and `report.html` into the folder `out`."""
+    console = console or Console(quiet=True)
+    text, picture = _read(text, file), _open(image)  # bad input is found before a model is loaded
+    _writable(out)
+    began = time.perf_counter()
+    with console.status(f"loading {name}"):
+        loaded = load(name, trust_remote_code=trust_remote_code)
+    inputs, roles = _prepare(loaded, name, text, picture, truncate, generate)
+    model = loaded.model
+    decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
+    steps = generate or (DECODED if decoder else 0)
+    if steps and not (isinstance(model, nn.Module) and getattr(model, "can_generate", lambda: False)()):
+        raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
+
+    attributes = {"model": name, "architecture": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
+    partial_ = False
+    with _progress(console, model, steps) as tick:
+        statistics = _statistics(model, inputs, steps) | {"tick": tick}
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            torch.inference_mode(),
+            record(model, processor=loaded.processor, roles=roles, attributes=attributes, **statistics) as recording,
+        ):
+            if steps:
+                tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+                pad = getattr(tokenizer, "pad_token_id", None)
+                end = model.generation_config.eos_token_id
+                end = end[0] if isinstance(end, list) else end
+                model.generate(
+                    **inputs,
+                    max_new_tokens=steps,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=end if pad is None else pad,
+                )
+            else:
+                model(**inputs)
+        partial_ = recording.interrupted
+    return _write(recording, out, [picture] if picture else [], partial_, time.perf_counter() - began, console)
+
+
+def _write(
+    recording: Recorder, out: Path, pictures: list[Image.Image], interrupted: bool, seconds: float, console: Console
+) -> Seen:
+    if not len(recording):
+        raise InputError("interrupted before any attention was recorded; nothing was written")
+    recording.attributes["seconds"] = round(seconds, 2)
+    with console.status("writing the recording"):
+        path = recording.save(out / "recording.zarr")
+    tree = recording[0]
+    observations = observe(tree)
+    with console.status("writing the report"):
+        page = report.write(tree, out / "report.html", findings=observations, pictures=pictures)
+    tables = [_table(stack, node.to_dataset()) for stack, node in tree.children.items()]
+    return Seen(path, page, interrupted, tables, observations)
+
+
+def _read(text: str | None, file: Path | None) -> str | None:
+    if text is not None and file is not None:
+        raise InputError("--text and --file: give one of them")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--file {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--file {file} is not UTF-8 text (byte {error.start}); convert it first") from error
+    if text is not None and not text.strip():
+        raise InputError("the text is empty")
+    return text
+
+
+def _open(image: Path | None) -> Image.Image | None:
+    if image is None:
+        return None
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"--image {image} is not a picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"--image {image}: {error}") from error
+    except OSError as error:
+        raise InputError(f"--image {image}: {error.strerror or error}") from error
+
+
+def _writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out, prefix=".", suffix=".part"):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to: {error.strerror}; choose another folder") from error
+
+
+def _prepare(
+    loaded: Loaded, name: str, text: str | None, picture: Image.Image | None, truncate: bool, generate: int
+) -> tuple[dict[str, Any], list[str] | None]:
+    """The model's inputs for a text, a picture or both, and the roles of tokens where a chat template gave them."""
+    model, processor = loaded
+    wanted = model.main_input_name
+    sees = any("pixel_values" in _parameters(m) for m in model.modules() if hasattr(m, "config"))
+    if wanted not in ("input_ids", "pixel_values"):
+        raise InputError(
+            f"{type(model).__name__} takes {wanted}; from Python: regard.record(model, ...) around your own call"
+        )
+    if processor is None:
+        raise InputError(f"{name} has no tokenizer or image processor beside it; save one into the folder")
+    if picture is not None and not sees:
+        raise InputError(f"--image: {type(model).__name__} reads text only")
+    if picture is None and wanted == "pixel_values":
+        raise InputError(f"{type(model).__name__} looks at pictures: give one with --image")
+    if wanted == "pixel_values":
+        if text is not None:
+            raise InputError(f"--text: {type(model).__name__} looks at pictures only")
+        return dict(processor(images=picture, return_tensors="pt")), None
+    if text is None:
+        text = "What is in this picture?" if picture else _paragraph()
+    inputs, roles = _words(model, processor, text, picture)
+    limit = _positions(model)
+    n = inputs["input_ids"].shape[1]
+    if limit is not None and n + generate > limit:
+        room = limit - generate
+        if not truncate or picture is not None or room < 1:
+            raise InputError(
+                f"the text has {n} tokens{f' and {generate} are to be generated' if generate else ''}, but {name} has "
+                f"{limit} positions; shorten it, or cut it with --truncate"
+            )
+        inputs = {k: v[:, :room] if isinstance(v, Tensor) and v.shape[:2] == (1, n) else v for k, v in inputs.items()}
+    return inputs, roles
+
+
+def _words(
+    model: nn.Module, processor: Any, text: str, picture: Image.Image | None
+) -> tuple[dict[str, Any], list[str] | None]:
+    if picture is None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        inputs = dict(tokenizer(text, return_tensors="pt"))
+        if inputs["input_ids"].numel() == 0:
+            raise InputError("the text has no tokens")
+        return {k: v for k, v in inputs.items() if k in _parameters(model)}, None
+    chat = getattr(processor, "chat_template", None)
+    marker = getattr(processor, "image_token", None)
+    if chat:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = dict(processor(text=prompt, images=picture, return_tensors="pt"))
+        return inputs, _with_pictures(processor, messages, inputs["input_ids"])
+    prompt = f"{marker}\n{text}" if marker and marker not in text else text
+    return dict(processor(text=prompt, images=picture, return_tensors="pt")), None
+
+
+def _with_pictures(processor: Any, messages: list[dict[str, Any]], ids: Tensor) -> list[str] | None:
+    """Roles of a chat in which each image token has been repeated for every patch."""
+    roles = chat_roles(processor, messages, add_generation_prompt=True)
+    image = getattr(processor, "image_token_id", None)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    spread, at = [], 0
+    for i in ids[0].tolist():
+        if i == image and spread and spread[-1] == "image":
+            spread.append("image")
+            continue
+        while at < len(plain) and plain[at] == image and i != image:
+            at += 1
+        if at >= len(plain) or plain[at] != i:
+            return None  # the processor adds more than patches: leave roles to what ids tell
+        spread.append("image" if i == image else roles[at])
+        at += 1
+    return spread
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _positions(model: nn.Module) -> int | None:
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(limit := getattr(config, name, None), int):
+            # RoBERTa and its kin spend positions up to the padding id on nothing
+            offset = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+            return limit - (offset.padding_idx + 1 if getattr(offset, "padding_idx", None) else 0)
+    return None
+
+
+def _paragraph() -> str:
+    return resources.files("regard.data").joinpath("paragraph.txt").read_text(encoding="utf-8").strip()
+
+
+def _statistics(model: nn.Module, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
+    expected = inputs["input_ids"].shape[1] + steps if "input_ids" in inputs else 0
+    modules = len(sites.find(model)) or 1
+    dense = catalog.statistic("rows")
+
+    @statistic("batch head query key", title="Weights", units="share", limits=(0, 1))
+    def rows(call: Any) -> Tensor | None:
+        """Dense rows, where those of all layers fit the budget together."""
+        n_key = call.key.shape[2] if call.site.cross else max(call.key_positions.stop, expected)
+        n_query = max(call.query_positions.stop, expected if call.site.causal else 0)
+        size = call.query.shape[0] * call.query.shape[1] * n_query * n_key * 4 * modules
+        return dense(call) if size <= ROWS_BUDGET else None
+
+    chosen = {name: catalog.statistic(name) for name in BASIC}
+    chosen |= {name: partial(chosen[name], k=TOP) for name in ("top_keys", "top_weights")}
+    return chosen | {"rows": rows}
+
+
+@contextlib.contextmanager
+def _progress(console: Console, model: nn.Module, steps: int) -> Iterator[Any]:
+    """Shows attention calls as they happen; gives a statistic that counts them and records nothing."""
+    total = len(sites.find(model))
+    columns = (
+        TextColumn("looking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("attention calls"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total * max(1, steps))
+
+        @statistic("batch", title="Progress")
+        def tick(call: Any) -> None:
+            progress.advance(task)
+
+        yield tick
+
+
+def _table(stack: str, dataset: xr.Dataset) -> Table:
+    """A line a layer: what each statistic is on average, over heads and positions."""
+    sizes = dataset.sizes
+    title = f"{stack}: {sizes['layer']} layers x {sizes['head']} heads, {sizes['query']} queries"
+    title += f" on {sizes['key']} keys" if sizes["key"] != sizes["query"] else ""
+    columns: dict[str, np.ndarray] = {}
+    for name, variable in dataset.data_vars.items():
+        label = str(variable.attrs.get("long_name", name))
+        units = variable.attrs.get("units", "")
+        if "role" in variable.dims:
+            roles = [r for r in variable["role"].values if float(variable.sel(role=r).mean()) > 0 or r != "other"]
+            for role in roles:
+                columns[f"on {role}"] = _mean(variable.sel(role=role))
+        elif "rank" not in variable.dims and not {"query", "key"} <= set(variable.dims):
+            if "key" in variable.dims:
+                share = variable.max("key") / max(1, sizes["query"])
+                columns["most looked at key"] = _mean(share)
+            else:
+                columns[f"{label}{f' ({units})' if units else ''}"] = _mean(variable)
+    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    table.add_column("layer", justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for i, layer in enumerate(dataset["layer"].values):
+        cells = (f"{v[i]:.0%}" if name.startswith(("on ", "most")) else f"{v[i]:.2f}" for name, v in columns.items())
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _mean(variable: xr.DataArray) -> np.ndarray:
+    return variable.mean([d for d in variable.dims if d != "layer"]).values

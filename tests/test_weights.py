@@ -1,0 +1,230 @@
+"""Reductions against the dense float64 oracle: any shape, mask and dtype; hand-worked values; memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import reductions
+
+from regard.call import Call, Site
+from regard.kernels import strips
+from regard.tokens import Tokens
+
+SITE = Site("attention", "language_model", 0)
+INF = float("inf")
+
+
+def dense(call: Call) -> torch.Tensor:
+    """Softmax in float64, by the definition in `Call`."""
+    group = call.query.shape[1] // call.key.shape[1]
+    scores = call.query.double() @ call.key.double().repeat_interleave(group, 1).mT * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if call.bias is not None:
+        scores = scores + call.bias.double()
+    n_query, n_key = scores.shape[-2:]
+    if call.causal:
+        scores = scores.masked_fill(torch.arange(n_key) > torch.arange(n_query)[:, None], -INF)
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        scores = scores.masked_fill(~call.mask, -INF)
+    elif call.mask is not None:
+        scores = scores + call.mask.double()
+    if call.sinks is not None:
+        sinks = call.sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    visible = (scores > -INF).any(-1, keepdim=True)
+    return torch.where(visible, scores.softmax(-1), 0.0)
+
+
+@st.composite
+def calls(draw) -> Call:
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    n_query, n_key, dim = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.sampled_from([1, 3, 8]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    sharp = draw(st.sampled_from([0.1, 1.0, 30.0]))
+    heads = kv_heads * group
+    query = torch.randn(batch, n_query, heads, dim).to(dtype).transpose(1, 2) * sharp  # strided, as models give it
+    key, value = (torch.randn(batch, kv_heads, n_key, dim).to(dtype) for _ in range(2))
+    masks = {
+        "none": None,
+        "boolean": torch.rand(batch, 1, n_query, n_key) < 0.6,
+        "additive": torch.randn(1, heads, n_query, n_key),
+        "padding": (torch.rand(batch, 1, 1, n_key) < 0.6),
+    }
+    return Call(
+        SITE,
+        query,
+        key,
+        value,
+        scale=dim**-0.5,
+        mask=masks[draw(st.sampled_from(sorted(masks)))],
+        causal=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 2.0])),
+        sinks=torch.randn(heads) if draw(st.booleans()) else None,
+        query_start=draw(st.integers(0, 5)),
+        key_start=draw(st.integers(0, 5)),
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(calls(), st.integers(1, 40))
+def test_any_call_equals_the_oracle(call, strip):
+    keys = torch.rand(call.query.shape[0], call.key.shape[2]) < 0.5
+    truth = dense(call)
+    wanted = reductions(truth, query_start=call.query_start, key_start=call.key_start, keys=keys)
+    held, strips.STRIP = strips.STRIP, strip
+    try:
+        weights = call.weights
+        got = {
+            "entropy": weights.entropy(),
+            "received": weights.received(),
+            "distance": weights.distance(),
+            "near": weights.distance(clip=2),
+            "maximum": weights.maximum(),
+            "mass": weights.mass(keys),
+            "top_weights": weights.top(3)[0][..., : truth.shape[-1]],
+        }
+        output = weights.output()
+    finally:
+        strips.STRIP = held
+    # scores of hundreds have a float32 grain of their own
+    grain = 1e-5 if call.query.dtype == torch.float64 else 1e-5 + 3e-6 * float(call.query.abs().max()) * 3
+    for name, tensor in got.items():
+        torch.testing.assert_close(
+            tensor.double(), wanted[name], atol=grain, rtol=grain, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    torch.testing.assert_close(weights.dense().double(), truth, atol=grain, rtol=grain)
+    values = call.value.double().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    tolerance = max(grain, {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(call.query.dtype, 0.0)) * 4
+    torch.testing.assert_close(output.double(), truth @ values, atol=tolerance, rtol=tolerance)
+
+
+def simple(n: int = 4, **options) -> Call:
+    """All scores equal, so each row spreads evenly over what it sees."""
+    zero = torch.zeros(1, 1, n, 2)
+    return Call(SITE, zero, zero, zero, 1.0, causal=True, **options)
+
+
+def test_values_worked_by_hand():
+    weights = simple().weights
+    assert weights.entropy()[0, 0].tolist() == pytest.approx([0, math.log(2), math.log(3), math.log(4)])
+    # key 0 gets 1 + 1/2 + 1/3 + 1/4
+    assert weights.received()[0, 0].tolist() == pytest.approx([25 / 12, 13 / 12, 7 / 12, 1 / 4])
+    assert weights.distance()[0, 0].tolist() == pytest.approx([0, 0.5, 1, 1.5])
+    assert weights.distance(clip=1)[0, 0].tolist() == pytest.approx([0, 0.5, 2 / 3, 3 / 4])
+    assert weights.maximum()[0, 0].tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    first = torch.tensor([[True, False, False, False]])
+    assert weights.mass(first)[0, 0].tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    assert weights.received(by=first)[0, 0].tolist() == pytest.approx([1, 0, 0, 0])
+    assert weights.at(torch.tensor([[-1, 0, 1, 3]]))[0, 0].tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
+
+
+def test_a_sink_takes_weight_and_gives_none():
+    weights = simple(sinks=torch.zeros(1)).weights  # a logit of 0 beside scores of 0: one more key
+    assert weights.dense().sum(-1)[0, 0].tolist() == pytest.approx([1 / 2, 2 / 3, 3 / 4, 4 / 5])
+
+
+def test_roles_select_keys_and_queries():
+    tokens = Tokens.plain("text", 1, 4).marked("bos", torch.tensor([[True, False, False, False]]))
+    call = simple(tokens=tokens, query_tokens=tokens)
+    assert call.weights.mass("bos")[0, 0].tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    assert call.weights.received(by="bos")[0, 0].tolist() == pytest.approx([1, 0, 0, 0])
+    assert call.weights.mass("image").abs().max() == 0
+    with pytest.raises(ValueError, match="no role 'picture'; roles are text, bos"):
+        call.weights.mass("picture")
+    with pytest.raises(ValueError, match="not known"):
+        simple().weights.mass("bos")
+    with pytest.raises(ValueError, match=r"boolean tensor \[batch, key=4\]; got torch.bool \[1, 3\]"):
+        simple().weights.mass(torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_top_names_positions_and_none():
+    values, keys = simple(key_start=10, query_start=10).weights.top(6)
+    assert keys[0, 0, 0].tolist() == [10, -1, -1, -1, -1, -1]
+    assert sorted(keys[0, 0, 3].tolist()) == [-1, -1, 10, 11, 12, 13]
+    assert values[0, 0, 1].tolist() == pytest.approx([0.5, 0.5, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="k counts keys"):
+        simple().weights.top(0)
+
+
+def test_sharp_scores_keep_their_digits():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 64, 16) * 100, torch.randn(1, 2, 64, 16) * 100
+    scores = query.double() @ key.double().mT  # about 1e5
+    bias = (scores - scores.float().double()).float()  # so that float32 and float64 start from the same scores
+    call = Call(SITE, query, key, key, 1.0, bias=bias)
+    exact = Call(SITE, query.double(), key.double(), key.double(), 1.0, bias=bias.double())
+    assert float(scores.abs().max()) > 1e4
+    torch.testing.assert_close(
+        call.weights.entropy().sum(-1), exact.weights.entropy().float().sum(-1), atol=0.5, rtol=0.2
+    )
+    equal = Call(SITE, query * 0, key, key, 1.0)
+    torch.testing.assert_close(equal.weights.entropy(), torch.full((1, 2, 64), math.log(64)), atol=1e-5, rtol=0)
+
+
+def test_nan_stays_where_dense_has_it():
+    call = simple()
+    query = call.query.clone()
+    query[0, 0, 2] = float("nan")
+    weights = call.but(query=query).weights
+    assert weights.entropy()[0, 0].isnan().tolist() == [False, False, True, False]
+
+
+def test_rows_with_every_key_masked():
+    hidden = torch.tensor([[[[False] * 4, [True] * 4, [True] * 4, [True] * 4]]])
+    boolean = simple(mask=hidden).weights
+    assert boolean.dense()[0, 0, 0].tolist() == [0, 0, 0, 0]
+    assert boolean.entropy()[0, 0, 0] == 0
+    lowest = torch.where(hidden, 0.0, torch.finfo(torch.float32).min)
+    zero = torch.zeros(1, 1, 4, 2)
+    additive = Call(SITE, zero, zero, zero, 1.0, mask=lowest).weights
+    assert additive.dense()[0, 0, 0].tolist() == [0.25] * 4  # what eager attention does with a finite mask
+
+
+def test_gradients_of_reductions():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 5, 4, dtype=torch.double), torch.randn(1, 1, 5, 4, dtype=torch.double)
+
+    def reduce(query, key):
+        weights = Call(SITE, query, key, key, 0.5, causal=True, softcap=3.0).weights
+        return weights.entropy(), weights.received(), weights.distance(), weights.output()
+
+    held, strips.STRIP = strips.STRIP, 20  # several strips
+    try:
+        assert torch.autograd.gradcheck(reduce, (query.requires_grad_(), key.requires_grad_()))
+    finally:
+        strips.STRIP = held
+
+
+def test_dense_refuses_above_its_budget_and_says_what_fits():
+    with pytest.raises(ValueError, match=r"take 0 MB, over the budget of 0 MB; rows\(a, b\) of at most 2 queries fit"):
+        simple().weights.dense(budget=32)
+    assert simple().weights.rows(1, 3).shape == (1, 1, 2, 4)
+
+
+def test_memory_does_not_grow_with_the_map():
+    """16,384 tokens, 8 heads: the map would be 8.6 GB."""
+    program = """
+import resource, torch
+from regard.call import Call, Site
+n, heads = 16384, 8
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, heads, n, 32) for _ in range(3))
+rows = 1024  # as a call of the last queries: the same strips, fewer of them
+call = Call(Site("a", "s", 0), q[:, :, -rows:], k, v, 0.2, query_start=n - rows)
+call.but(query=q[:, :, :1], key=k[:, :, :64], value=v[:, :, :64]).weights.entropy()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+w = call.weights
+w.expected = set()
+w.entropy(); w.received(); w.distance(); w.top(8); w.mass(torch.ones(1, n, dtype=torch.bool)); w.output()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    extra = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert extra < 300
