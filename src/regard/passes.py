@@ -49,7 +49,7 @@ class Passes:
         entry = _Entry(name, _inputs(module, args, kwargs))
         self.entries.append(entry)
         cache = entry.inputs.get("past_key_values")
-        if not hasattr(cache, "get_seq_length"):
+        if cache is None or not hasattr(cache, "get_seq_length"):
             return None
         entry.start = int(cache.get_seq_length())
         return cache
@@ -60,7 +60,7 @@ class Passes:
 
     def turn(self, module: nn.Module, *_: Any) -> None:
         """An attention module starts to run."""
-        last, runs, _ = self.turns.get(module, (0, 0, 0))
+        last, runs, _seen = self.turns.get(module, (0, 0, 0))
         self.turns[module] = (self.count, runs + 1 if last == self.count else 0, 0)
 
     def check_seen(self, module: nn.Module, *_: Any) -> None:
@@ -229,7 +229,9 @@ def _patches(model: nn.Module, name: str, pixels: Tensor) -> tuple[int, int] | N
 
 def _merged(grid: tuple[int, int] | None, n: int) -> tuple[int, int] | None:
     """The grid of `n` tokens that patches on `grid` were merged into, in squares."""
-    for side in (1, 2, 3, 4) if grid else ():
+    if grid is None:
+        return None
+    for side in (1, 2, 3, 4):
         if (grid[0] // side) * (grid[1] // side) == n:
             return grid[0] // side, grid[1] // side
     return None

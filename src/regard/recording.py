@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,8 +47,9 @@ def statistic(dims: str, *, title: str, units: str = "", limits: tuple[float | N
     """
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        about = (function.__doc__ or "").strip().splitlines()[:1]
-        function.spec = Spec(tuple(dims.split()), title, units, limits, *about)  # type: ignore[attr-defined]
+        first = next(iter((function.__doc__ or "").strip().splitlines()), "")
+        about = re.sub(r"\s*\[[a-z, ]*\]$", "", first)  # the axes, which `dims` says
+        function.spec = Spec(tuple(dims.split()), title, units, limits, about)  # type: ignore[attr-defined]
         return function
 
     return declare
@@ -153,7 +155,7 @@ def open(path: str | Path) -> Recording:
     try:
         with xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None) as runs:
             runs.load()
-        trees = [runs[name] for name in sorted(runs.children, key=lambda n: int(n.removeprefix("run_")))]
+        trees = [runs.children[name] for name in sorted(runs.children, key=lambda n: int(n.removeprefix("run_")))]
     except (ValueError, KeyError, OSError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a recording: {error}") from error
     return Recording([_labelled(tree) for tree in trees])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ def _close() -> None:
 
 
 def _look_up(self: AttentionInterface, implementation: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(_route, implementation or "eager", _get_interface(self, implementation, default))
+    return partial(_route, implementation or "eager", _get_interface(self, implementation, default))  # type: ignore[arg-type]
 
 
 def _route(
@@ -295,7 +295,7 @@ def _read(
         softcap = kwargs.get("softcap") if "softcap" in honoured else None
         sinks = kwargs.get("sinks") if "sinks" in honoured else None
         if sinks is None and "sinks" in getattr(code, "__code__", code).co_names:
-            sinks = module.sinks
+            sinks = cast(Tensor, module.sinks)
     return Call(site, query, key, value, scale, mask, causal, bias, softcap, sinks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Reduction(NamedTuple):
     """One number (or k) a row or column; reductions asked together are computed in one pass."""
 
     name: str
-    knob: Hashable = None
+    knob: Any = None  # hashable
 
 
 class Chosen:

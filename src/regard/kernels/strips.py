@@ -7,7 +7,7 @@ through a rounded log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from ..call import Call
+    from ..tokens import Tokens
     from ..weights import Reduction
 
-STRIP = 2**21  # weights held at once: 8 MB in float32, and three or four such buffers
+STRIP = 2**20  # weights held at once: 4 MB in float32, and three or four such buffers; larger strips leave the cache
 
 
 def rows(call: Call, a: int, b: int) -> Tensor:
@@ -43,7 +44,7 @@ def output(call: Call) -> Tensor:
 def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
     """Every reduction in `wanted`, in one pass over the strips."""
     wanted = list(wanted)
-    masses = [r for r in wanted if r.name == "mass"]
+    masses, sets = [r for r in wanted if r.name == "mass"], call.query.new_empty(0)
     if masses:
         sets = torch.stack([_select(r.knob, call.tokens, call, "key") for r in masses], dim=-1).to(_exact(call))
     groups = {r: _select(r.knob, call.query_tokens, call, "query") for r in wanted if r.name == "received" and r.knob}
@@ -52,6 +53,7 @@ def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
     parts: dict[Reduction, list[Tensor]] = {r: [] for r in wanted}
     columns: dict[Reduction, Tensor] = {}
 
+    top = at = mass = sets
     for a, b, p in _strips(call):
         n = p.shape[-1]
         if k:
@@ -65,7 +67,7 @@ def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
         for r in wanted:
             match r.name:
                 case "entropy":
-                    parts[r].append(torch.special.entr(p).sum(-1))
+                    parts[r].append(_entropy(p))
                 case "maximum":
                     parts[r].append(p.amax(-1))
                 case "distance":
@@ -81,7 +83,11 @@ def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
                 case "top_keys":
                     parts[r].append(at[..., : r.knob])
                 case "received":
-                    seen = torch.einsum("bhqk,bq->bhk", p, groups[r][:, a:b].to(p.dtype).expand(len(p), -1)) if r in groups else p.sum(-2)
+                    seen = (
+                        torch.einsum("bhqk,bq->bhk", p, groups[r][:, a:b].to(p.dtype).expand(len(p), -1))
+                        if r in groups
+                        else p.sum(-2)
+                    )
                     seen = F.pad(seen, (0, n_key - n))
                     columns[r] = columns[r] + seen if r in columns else seen
                 case _:
@@ -125,11 +131,11 @@ def _softmax(call: Call, a: int, b: int) -> Tensor:
         scores = scores.masked_fill(~visible, lowest)
     elif call.mask is not None:
         scores = scores + _cut(call.mask, a, b, n).to(scores.dtype)
-    if call.causal:
-        at = torch.arange(n, device=scores.device)
-        future = at[a:] > at[a:b, None] if n > a else None
-        if future is not None:
-            scores[..., a:].masked_fill_(future, float("-inf"))
+    if call.causal and n > a:
+        future = torch.arange(a, n, device=scores.device) > torch.arange(a, b, device=scores.device)[:, None]
+        scores[..., a:].masked_fill_(future, float("-inf"))
+        if visible is not None:
+            visible = visible & ~F.pad(future, (a, 0))
     if call.sinks is not None:
         sinks = call.sinks.to(scores.dtype)
         sinks = sinks.reshape(1, head, 1, 1) if sinks.numel() == head else sinks[:, :, a:b]
@@ -141,6 +147,13 @@ def _softmax(call: Call, a: int, b: int) -> Tensor:
         if blind.any():
             weights = weights.masked_fill(blind, 0.0)
     return weights
+
+
+def _entropy(p: Tensor) -> Tensor:
+    if not p.requires_grad:
+        return torch.special.entr(p).sum(-1)
+    # entr has an infinite slope at 0, which softmax's own slope of 0 there would turn into NaN
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def _exact(call: Call) -> torch.dtype:
@@ -160,7 +173,7 @@ def _distances(call: Call, a: int, b: int, n: int, clip: int | None) -> Tensor:
     return (apart if clip is None else apart.clamp(max=clip)).to(_exact(call))
 
 
-def _select(knob: object, tokens: object, call: Call, axis: str) -> Tensor:
+def _select(knob: Any, tokens: Tokens | None, call: Call, axis: str) -> Tensor:
     """[batch|1, key or query] boolean."""
     if hasattr(knob, "where"):
         return knob.where

@@ -5,8 +5,8 @@
 DATA is a folder that holds `text_books/*.txt.gz` and `text_tinyshakespeare/input.txt`. A run that was stopped goes on
 from its last checkpoint; batches are drawn from (seed, step), so a resumed run sees what an unbroken one would have.
 
-Llama architecture, byte-level BPE. A quarter of the sequences repeat a segment, because prose alone gives a model of
-this size little reason to grow induction heads.
+Llama architecture, byte-level BPE. Training starts on short sequences that repeat a few random tokens, which grows
+previous-token and induction heads within minutes; prose follows, with a part of repeated sequences so that they stay.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +28,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 VOCAB = 2048
-SHORT, LONG = 256, 1024  # sequence lengths: most steps are short, the last fifth is long
-BATCH_TOKENS = 8192
-REPEATED = 0.25  # share of the sequences that repeat a segment
-PEAK_LR, WEIGHT_DECAY, WARMUP = 4e-3, 0.1, 200
+LONG = 1024  # positions
+
+
+class Phase(NamedTuple):
+    """A stretch of training."""
+
+    share: float  # of all steps
+    length: int  # tokens in a sequence
+    sequences: int  # in a batch
+    repeated: float  # share of the sequences that repeat a segment of random tokens
+
+
+PHASES = (Phase(0.3, 32, 128, 1.0), Phase(0.1, 128, 48, 0.5), Phase(0.5, 256, 32, 0.2), Phase(0.1, LONG, 8, 0.2))
+PEAK_LR, WEIGHT_DECAY, WARMUP = 3e-3, 0.1, 50
 
 
 def texts(data: Path) -> list[str]:
@@ -71,6 +82,7 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=LONG,
+        initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -85,25 +97,31 @@ def split(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
     return np.concatenate([i[:c] for i, c in zip(ids, cut)]), np.concatenate([i[c:] for i, c in zip(ids, cut)])
 
 
-def batch(ids: np.ndarray, length: int, seed: int, step: int, bos: int, repeated: float = REPEATED) -> Tensor:
-    """Sequences that start with bos: prose, or a segment (of prose, or of random tokens) over and over. [batch, token]"""
+def phase_at(step: int, steps: int) -> Phase:
+    ends = np.cumsum([phase.share for phase in PHASES]) * steps
+    return PHASES[min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)]
+
+
+def batch(ids: np.ndarray, phase: Phase, seed: int, step: int, bos: int) -> Tensor:
+    """Sequences that start with bos: prose, or a few random tokens over and over. [batch, token]"""
     rng = np.random.default_rng((seed, step))
     rows = []
-    for _ in range(BATCH_TOKENS // length):
-        if rng.random() < repeated:
-            n = int(rng.integers(12, length // 2))
-            start = int(rng.integers(len(ids) - n))
-            segment = ids[start : start + n] if rng.random() < 0.3 else rng.integers(2, VOCAB, n)
-            body = np.resize(segment, length - 1)
+    for _ in range(phase.sequences):
+        if rng.random() < phase.repeated:
+            n = int(np.exp(rng.uniform(np.log(3), np.log(phase.length / 3))))
+            body = np.resize(rng.integers(2, VOCAB, n), phase.length - 1)
         else:
-            start = int(rng.integers(len(ids) - length))
-            body = ids[start : start + length - 1]
+            start = int(rng.integers(len(ids) - phase.length))
+            body = ids[start : start + phase.length - 1]
         rows.append(np.concatenate([[bos], body]))
     return torch.from_numpy(np.stack(rows))
 
 
 def learning_rate(step: int, steps: int) -> float:
-    return PEAK_LR * min((step + 1) / WARMUP, 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+    """Warm-up, flat through the first phase, then a cosine to a hundredth."""
+    begun = PHASES[0].share * steps
+    fallen = max(0.0, step - begun) / (steps - begun)
+    return PEAK_LR * min((step + 1) / WARMUP, 0.5 * (1 + np.cos(np.pi * fallen)) + 0.01)
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -140,10 +158,9 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
             optimizer.state[p] = {"step": torch.tensor(float(first)), **moments}
         print(f"going on from step {first}", flush=True)
 
-    began, running = time.time(), None
+    began, running, tokens = time.time(), None, 0
     for step in range(first, steps):
-        length = SHORT if step < 0.8 * steps else LONG
-        ids = batch(train_ids, length, seed, step, tokenizer.bos_token_id)
+        ids = batch(train_ids, phase_at(step, steps), seed, step, tokenizer.bos_token_id)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -152,9 +169,10 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        tokens += ids.numel()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 20 == 0:
-            speed = (step + 1 - first) * BATCH_TOKENS / (time.time() - began)
+            speed = tokens / (time.time() - began)
             print(f"step {step + 1}/{steps}  loss {running:.3f}  {speed:,.0f} tokens/s", flush=True)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             state = {name: p.data for name, p in parameters.items()}
@@ -165,7 +183,8 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
     model.eval()
     with torch.no_grad():
         held = [
-            model(b, labels=b).loss.item() for b in (batch(valid_ids, SHORT, 1, i, 0, repeated=0) for i in range(20))
+            model(b, labels=b).loss.item()
+            for b in (batch(valid_ids, Phase(1, 256, 32, 0.0), 1, i, tokenizer.bos_token_id) for i in range(20))
         ]
     print(f"held-out loss {np.mean(held):.3f} nats a token", flush=True)
     # Half precision halves the file; the config says float32, so that it is loaded as it was trained.
@@ -174,7 +193,7 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(out)
     card = json.loads((out / "measured.json").read_text()) if (out / "measured.json").exists() else {}
-    card |= {"held_out_loss": round(float(np.mean(held)), 4), "training_tokens": steps * BATCH_TOKENS, "seed": seed}
+    card |= {"held_out_loss": round(float(np.mean(held)), 4), "steps": steps, "seed": seed}
     (out / "measured.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

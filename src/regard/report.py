@@ -1,0 +1,687 @@
+"""The report: a recording as one html file which needs nothing else, neither network nor Python.
+
+The file holds a header (JSON), then blocks (base64 of raw deflate), which the page's modules in `view/` open when they
+are needed. Blocks, all in C order:
+
+- weights of a layer and sample: one byte a weight, `round(255 * sqrt(weight))`. Either every row (head, query, key; a
+  causal row ends with the query's own position), or the largest weights of each row as planes: by rank one plane of
+  weights and one for each byte of the key's index, each (head, query).
+- a variable: 16 or 8 bits between its lowest and highest number, the last code being NaN;
+  (batch, layer, head, role, query or key).
+- the means of every variable over all but (batch, layer, head): float32.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+import xarray as xr
+from markupsafe import Markup
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .observations import Observation
+
+BUDGET = 12_000_000
+LARGEST_PICTURE = 512  # pixels, longest side
+MOST_KEYS = 64  # of a row, where not every row fits
+ROLLOUT_SHARE = 0.1  # of the budget, at most
+STRUCTURE = {"rows", "top_keys", "top_weights"}
+ROW = ("batch", "layer", "head", "query", "key")
+TOP = ("batch", "layer", "head", "query", "rank")
+
+
+def write(
+    tree: xr.DataTree,
+    path: Path,
+    *,
+    findings: Sequence[Observation] = (),
+    pictures: Sequence[Image.Image] = (),
+    budget: int = BUDGET,
+) -> Path:
+    """Write the report of a recording as one html file of at most `budget` bytes; returns its path.
+
+    A picture belongs to the patches whose `key_image` is its place in `pictures`. Where not every weight fits, each row
+    keeps as many of its largest weights as do, and the page says how many; ValueError when not even one does.
+
+    >>> report.write(recording.tree, Path("run.html"), findings=observe(recording.tree))
+    """
+    if not isinstance(tree, xr.DataTree):
+        raise TypeError(f"report: tree is a {type(tree).__name__}; give a DataTree, such as recording.tree")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"report: the folder {path.parent} does not exist; create it first")
+    blocks: list[bytes] = []
+    stacks = [_Stack(name, node, blocks) for name, node in _nodes(tree).items()]
+    page = _Page(tree, stacks, findings, [_picture(one) for one in pictures])
+    for stack in stacks:
+        stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
+    coarse = 4 * sum(map(len, blocks)) / 3 > budget / 3
+    for stack in stacks:
+        stack.add_statistics(blocks, bits=8 if coarse else 16)
+    _fit(stacks, blocks, lambda: len(page.html(blocks)), budget)
+    html = page.html(blocks)
+    if len(html) > budget:
+        raise ValueError(_too_large(len(html), budget))
+    # Beside the target, so that the replacement stays on one file system and is atomic.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        draft.write_bytes(html)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _too_large(size: int, budget: int) -> str:
+    return (
+        f"report: {size:,} bytes with one key a row, over budget={budget:,}. Raise budget=, or record fewer layers, "
+        "fewer statistics or a shorter text"
+    )
+
+
+def _nodes(tree: xr.DataTree) -> dict[str, xr.DataTree]:
+    nodes = {name: node for name, node in tree.children.items() if {"layer", "head"} <= set(node.sizes)}
+    if not nodes:
+        raise ValueError(
+            f"report: the tree holds no stack: of its nodes {list(tree.children)} none has the dims layer and head; "
+            "give a recording's tree"
+        )
+    return nodes
+
+
+def _fit(stacks: list[_Stack], blocks: list[bytes], fixed: Any, budget: int) -> None:
+    """Append the weights' blocks: every row where that fits, and else as many keys a row as do."""
+    stacks = [stack for stack in stacks if stack.holds_weights]
+    count = sum(stack.samples * len(stack.layers) for stack in stacks)
+    # Around each block: its tags, its number in the header, base64's padding.
+    room = (budget - fixed() - 90 * count - 1000) * 3 // 4
+    partial = []
+    # The smallest first, each with a fair part of what is left, so that a large stack does not starve the others.
+    for i, stack in enumerate(sorted(stacks, key=lambda stack: stack.dense_size)):
+        packed = stack.dense(room // (len(stacks) - i))
+        if packed is None:
+            partial.append(stack)
+            continue
+        stack.weights |= {"blocks": stack.place(blocks, packed)}
+        room -= sum(map(len, packed))
+    growing = {stack.name: _Ranks(stack) for stack in partial}
+    kept = list(growing.values())
+    while growing:
+        for name, ranks in list(growing.items()):
+            size = ranks.next_size()
+            if size is None or size > room:
+                if not ranks.k:
+                    short = (size or 0) - room
+                    raise ValueError(_too_large(budget + max(short, 1) * 4 // 3, budget))
+                del growing[name]
+            else:
+                ranks.take()
+                room -= size
+    for ranks in kept:
+        ranks.stack.weights |= {"k": ranks.k, "blocks": ranks.stack.place(blocks, ranks.packed())}
+        ranks.stack.note_error(ranks.k)
+
+
+def _deflate(data: bytes) -> bytes:
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return squeeze.compress(data) + squeeze.flush()
+
+
+def _codes(weights: np.ndarray) -> np.ndarray:
+    """Weights as 8-bit roots; NaN is 0."""
+    return np.rint(255 * np.sqrt(np.clip(np.nan_to_num(weights.astype(np.float32)), 0, 1))).astype(np.uint8)
+
+
+def _error(weights: np.ndarray, codes: np.ndarray) -> float:
+    off = np.abs(np.nan_to_num(weights.astype(np.float32)) - (codes / np.float32(255)) ** 2)
+    return float(off.max(initial=0.0))
+
+
+def _mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Mean of what is finite; NaN where nothing is."""
+    known = np.isfinite(values)
+    count = known.sum(axis=axes)
+    total = np.where(known, values, 0).sum(axis=axes, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+@dataclass
+class _Variable:
+    name: str
+    label: str
+    values: np.ndarray  # (batch, layer, head[, role][, query or key])
+    along: str  # "query", "key" or ""
+    roles: list[str] | None
+    attrs: dict[str, Any]
+    header: dict[str, Any] = field(default_factory=dict)
+
+
+class _Stack:
+    """One node of the tree, checked, with its part of the page's header."""
+
+    def __init__(self, name: str, node: xr.DataTree, blocks: list[bytes]) -> None:
+        data = node.to_dataset()
+        self.name, self.left_out, self.notices, self.error = name, [], [], 0.0
+        self.data = data if "batch" in data.dims else data.expand_dims("batch")
+        self.kind = str(data.attrs.get("kind", "self"))
+        self.causal = bool(data.attrs.get("causal", False))
+        self.samples = self.data.sizes["batch"]
+        self.layers = self._labels("layer")
+        self.heads = self._labels("head")
+        self.query, self.key = self._side("query"), self._side("key")
+        self.weights: dict[str, Any] = {}
+        self._check_weights()
+        self.variables = list(self._variables())
+        if not any(one.along == "key" for one in self.variables):
+            self.variables += self._received()
+        self.rollout: dict[str, Any] = {}
+        atlas = []
+        for variable in self.variables:
+            variable.header["atlas"] = len(atlas)
+            atlas += list(self._reduced(variable))
+        self.means = atlas
+        self.atlas = len(blocks)
+        blocks.append(_deflate(np.asarray(atlas, "<f4").tobytes()))
+
+    def _labels(self, dim: str) -> list[int]:
+        labels = self.data[dim].values  # xarray counts from 0 where there is no coordinate
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"report: stack {self.name!r}: coordinate {dim} is {labels.dtype}; it needs integers")
+        return [int(x) for x in labels]
+
+    def _side(self, side: str) -> dict[str, Any]:
+        if side not in self.data.dims:
+            # Only statistics without this dim: a self-attention stack still has its tokens on the other side.
+            other = {"query": "key", "key": "query"}[side]
+            known = self.kind == "self" and other in self.data.dims
+            return (
+                self._side(other)
+                if known
+                else {"position": [], "token": [[]] * self.samples, "role": [[]] * self.samples}
+            )
+        position = self._labels(side)
+        side_of = {"position": position}
+        for part, otherwise in (("token", [f" {x}" for x in position]), ("role", ["text"] * len(position))):
+            side_of[part] = [[str(x) for x in row] for row in self._coordinate(f"{side}_{part}", side, otherwise)]
+        if f"{side}_image" in self.data.coords:
+            for part in ("image", "row", "column"):
+                rows = self._coordinate(f"{side}_{part}", side, [-1] * len(position))
+                side_of[part] = [[int(x) for x in row] for row in rows]
+        return side_of
+
+    def _coordinate(self, name: str, side: str, otherwise: list[Any]) -> np.ndarray:
+        values = self.data.coords.get(name)
+        if values is None:
+            return np.broadcast_to(np.asarray(otherwise, dtype=object), (self.samples, len(otherwise)))
+        if not {side} <= set(values.dims) <= {"batch", side}:
+            raise ValueError(
+                f"report: stack {self.name!r}: {name} has the dims {values.dims}; it needs (batch, {side})"
+            )
+        if "batch" not in values.dims:
+            values = values.expand_dims(batch=self.samples)
+        return values.transpose("batch", side).values
+
+    def _array(self, name: str, dims: tuple[str, ...]) -> np.ndarray:
+        values = self.data[name]
+        if "batch" not in values.dims:
+            values = values.expand_dims("batch")
+        if set(values.dims) != set(dims):
+            raise ValueError(f"report: stack {self.name!r}: {name} has the dims {values.dims}; it needs {dims}")
+        return values.transpose(*dims).values
+
+    def _check_weights(self) -> None:
+        self.rows = self._array("rows", ROW) if "rows" in self.data else None
+        pair = {"top_keys", "top_weights"} & set(self.data.data_vars)
+        if len(pair) == 1:
+            raise ValueError(
+                f"report: stack {self.name!r} holds {pair.pop()} alone; top_keys and top_weights go together"
+            )
+        self.top = (self._array("top_keys", TOP), self._array("top_weights", TOP)) if pair else None
+        weights = self.rows if self.rows is not None else self.top[1] if self.top else np.empty(0)
+        if self.top and self.top[0].shape != self.top[1].shape:
+            raise ValueError(f"report: stack {self.name!r}: top_keys and top_weights differ in shape")
+        self.holds_weights = weights.size > 0
+        if not self.holds_weights:
+            return
+        low, high = float(np.nanmin(weights, initial=0)), float(np.nanmax(weights, initial=0))
+        if low < -1e-3 or high > 1 + 1e-2:
+            self.notices.append(
+                f"Some weights of this stack lie outside 0 to 1 (from {low:.2g} to {high:.2g}); "
+                "they are drawn at the nearer end."
+            )
+        # A causal row is stored up to the query's own position, if nothing but zeros lies beyond.
+        positions = np.asarray(self.key["position"]), np.asarray(self.query["position"])
+        self.lengths = np.full(len(positions[1]), len(positions[0]))
+        self.triangle = False
+        if self.causal and self.rows is not None and bool((np.diff(positions[0]) > 0).all()):
+            lengths = np.searchsorted(positions[0], positions[1], side="right")
+            beyond = np.arange(len(positions[0])) >= lengths[:, None]
+            self.triangle = not any(
+                np.nan_to_num(self.rows[at][:, beyond]).any() for at in np.ndindex(self.samples, len(self.layers))
+            )
+            if self.triangle:
+                self.lengths = lengths
+        self.dense_size = (
+            self.samples * len(self.layers) * len(self.heads) * int(self.lengths.sum())
+            if self.rows is not None
+            else 2**62
+        )
+
+    def _variables(self) -> Iterator[_Variable]:
+        for name in map(str, self.data.data_vars):
+            if name in STRUCTURE:
+                continue
+            values = self.data[name]
+            rest = set(values.dims) - {"batch", "layer", "head"}
+            along = rest & {"query", "key"}
+            if not {"layer", "head"} <= set(values.dims) or rest - {"query", "key", "role"} or len(along) > 1:
+                self.left_out.append(f"{name} of {self.name}, which has the dims {', '.join(map(str, values.dims))}")
+                continue
+            if values.dtype.kind not in "fiub":
+                self.left_out.append(f"{name} of {self.name}, which holds no real numbers")
+                continue
+            order = ["batch", "layer", "head", *(["role"] if "role" in rest else []), *along]
+            roles = [str(x) for x in values["role"].values] if "role" in rest else None
+            yield _Variable(
+                name=name,
+                label=str(values.attrs.get("long_name") or name.replace("_", " ")),
+                values=self._array(name, tuple(order)).astype(np.float32),
+                along="".join(along),
+                roles=roles,
+                attrs=values.attrs,
+            )
+
+    def _received(self) -> list[_Variable]:
+        """What each key receives, out of the weights, for a recording without any variable by key."""
+        if not self.holds_weights:
+            return []
+        about = "Sum over the queries of the weight that they give to the key."
+        if self.rows is not None:
+            values, label = np.nansum(self.rows, axis=3, dtype=np.float32), "Weight summed over the queries"
+        else:
+            keys, weights = self.places
+            values = np.zeros((*keys.shape[:3], len(self.key["position"])), np.float32)
+            for at in np.ndindex(keys.shape[:3]):
+                values[at] = np.bincount(keys[at].ravel(), weights[at].ravel(), values.shape[-1])
+            label, about = (
+                "Weight summed over the queries, largest only",
+                f"{about} Only of each row’s largest weights.",
+            )
+        return [_Variable("rows", label, values, "key", None, {"about": about})]
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """The largest weights of each row, descending, and their keys' indices; (batch, layer, head, query, rank)."""
+        if self.top is None:
+            k = min(MOST_KEYS, self.rows.shape[-1])
+            keys = np.empty((*self.rows.shape[:-1], k), np.int32)
+            weights = np.empty(keys.shape, np.float32)
+            for at in np.ndindex(self.rows.shape[:3]):  # a head at a time: the indices of all would take gigabytes
+                rows = np.nan_to_num(self.rows[at].astype(np.float32))
+                keys[at] = np.argpartition(rows, rows.shape[-1] - k, axis=-1)[:, -k:]
+                weights[at] = np.take_along_axis(rows, keys[at], -1)
+        else:
+            position, keys = np.asarray(self.key["position"]), self.top[0].astype(np.int64)
+            weights = np.where(keys < 0, 0, np.nan_to_num(self.top[1]).astype(np.float32))
+            order = np.argsort(position)
+            places = order[np.searchsorted(position, keys, sorter=order).clip(0, len(position) - 1)]
+            unknown = (keys >= 0) & (position[places] != keys)
+            if unknown.any():
+                raise ValueError(
+                    f"report: stack {self.name!r}: top_keys holds the position {keys[unknown][0]}, which the "
+                    f"coordinate key lacks ({position.min()} to {position.max()}); give absolute positions"
+                )
+            keys = np.where(keys < 0, 0, places)
+        if (np.diff(weights, axis=-1) > 0).any():
+            order = np.argsort(-weights, axis=-1, kind="stable")
+            keys, weights = np.take_along_axis(keys, order, -1), np.take_along_axis(weights, order, -1)
+        return keys, weights
+
+    def _reduced(self, variable: _Variable) -> np.ndarray:
+        """Means as (role or 1, batch, layer, head)."""
+        values = variable.values
+        if variable.along:
+            values = _mean(values, (values.ndim - 1,))
+        return np.moveaxis(values, -1, 0) if variable.roles is not None else values[None]
+
+    def place(self, blocks: list[bytes], packed: list[bytes]) -> list[list[int]]:
+        """Append a block for each sample and layer; their numbers by sample."""
+        numbers = range(len(blocks), len(blocks) + len(packed))
+        blocks.extend(packed)
+        return np.reshape(numbers, (self.samples, len(self.layers))).tolist()
+
+    def add_statistics(self, blocks: list[bytes], *, bits: int) -> None:
+        for variable in self.variables:
+            values = np.where(np.isfinite(variable.values), variable.values, np.nan)
+            known = values[~np.isnan(values)]
+            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+            none = 2**bits - 1
+            limits = variable.attrs.get("range")
+            variable.header |= {
+                "name": variable.name,
+                "label": variable.label,
+                "units": str(variable.attrs.get("units", "")),
+                "about": str(variable.attrs.get("about", "")),
+                "range": None if limits is None else [float(x) for x in np.ravel(limits)],
+                "along": variable.along,
+                "roles": variable.roles,
+                "low": low,
+                "high": high,
+                "bits": bits,
+                "block": None,
+            }
+            if variable.along:
+                scaled = (values - low) / ((high - low) or 1) * (none - 1)
+                codes = np.where(np.isnan(values), none, np.rint(np.nan_to_num(scaled))).astype(
+                    "<u2" if bits == 16 else "u1"
+                )
+                variable.header["block"] = len(blocks)
+                blocks.append(_deflate(codes.tobytes()))
+
+    def dense(self, room: int) -> list[bytes] | None:
+        """Every row, a block for each sample and layer, or None where that takes more than `room` bytes."""
+        if self.rows is None:
+            return None
+        inside = np.arange(len(self.key["position"])) < self.lengths[:, None]
+        packed, used, error = [], 0, 0.0
+        for at in np.ndindex(self.samples, len(self.layers)):
+            weights = self.rows[at]
+            codes = _codes(weights)
+            error = max(error, _error(weights, codes))
+            packed.append(_deflate(codes[:, inside].tobytes()))
+            used += len(packed[-1])
+            # After one layer it shows: do not pack gigabytes which will not fit.
+            if used > room or used / len(packed) * self.samples * len(self.layers) > 1.5 * room:
+                return None
+        self.weights = {"form": "dense", "triangle": self.triangle}
+        self.error = max(self.error, error)
+        return packed
+
+    def add_rollout(self, blocks: list[bytes], room: float) -> None:
+        """Head-mean rows, half identity, multiplied up the layers (Abnar & Zuidema, arXiv:2005.00928, section 3)."""
+        self.rollout = {"blocks": None, "reason": self._no_rollout()}
+        if self.rollout["reason"]:
+            return
+        rows, n = self.rows, self.rows.shape[-1]
+        packed, one = [], np.eye(n, dtype=np.float32)
+        inside = np.arange(n) < self.lengths[:, None]
+        for b in range(self.samples):
+            rolled = one
+            for layer in range(len(self.layers)):
+                mean = _mean(rows[b, layer], (0,)).astype(np.float32)
+                # A row that was masked passes on what it has.
+                mean = np.where(np.isnan(mean).all(-1, keepdims=True), one, np.nan_to_num(mean))
+                rolled = (0.5 * mean + 0.5 * one) @ rolled
+            codes = _codes(rolled)
+            self.error = max(self.error, _error(rolled, codes))
+            packed.append(_deflate(codes[inside].tobytes()))
+        if 4 * sum(map(len, packed)) / 3 > room:
+            self.rollout["reason"] = "the matrix is too large for this page"
+            return
+        self.rollout = {"blocks": list(range(len(blocks), len(blocks) + len(packed))), "triangle": self.triangle}
+        blocks.extend(packed)
+
+    def _no_rollout(self) -> str:
+        if self.rows is None:
+            return "it needs every row of every layer, and the recording holds none or only the largest weights"
+        if self.kind != "self":
+            return "it is defined for self attention"
+        if self.query["position"] != self.key["position"]:
+            return "it needs the rows of all tokens, and some were not recorded"
+        if self.layers != list(range(len(self.layers))):
+            return f"it needs every layer, and only {', '.join(map(str, self.layers))} were recorded"
+        return ""
+
+    def header(self) -> dict[str, Any]:
+        grids = self.data.attrs.get("grids", [])
+        grids = json.loads(grids) if isinstance(grids, str) else grids
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "causal": self.causal,
+            "samples": self.samples,
+            "layers": self.layers,
+            "heads": self.heads,
+            "sites": [str(x) for x in np.ravel(self.data.attrs.get("sites", []))],
+            "grids": [[int(x) for x in grid] for grid in grids],
+            "query": self.query,
+            "key": self.key,
+            "variables": [variable.header for variable in self.variables],
+            "atlas": self.atlas,
+            "weights": self.weights or None,
+            "rollout": self.rollout,
+            "notices": self.notices,
+        }
+
+    def start(self, findings: Sequence[Any]) -> list[int]:
+        """Indices of the layer and head to open with: the first one found, or the highest of the first variable."""
+        for finding in findings:
+            if finding.stack == self.name and finding.layer in self.layers and finding.head in self.heads:
+                return [self.layers.index(finding.layer), self.heads.index(finding.head)]
+        if not self.means or not np.isfinite(self.means[0][0]).any():
+            return [0, 0]
+        return [int(x) for x in np.unravel_index(np.nanargmax(self.means[0][0]), self.means[0][0].shape)]
+
+    def note_error(self, k: int) -> None:
+        _, weights = self.places
+        self.error = max(self.error, _error(weights[..., :k], _codes(weights[..., :k])))
+
+
+class _Ranks:
+    """A stack's largest weights, packed rank by rank, so that what k ranks take is known without packing anew."""
+
+    def __init__(self, stack: _Stack) -> None:
+        self.stack, self.k = stack, 0
+        self.keys, weights = stack.places
+        self.codes = _codes(weights)
+        keys = len(stack.key["position"])
+        self.width = 1 if keys <= 2**8 else 2 if keys <= 2**16 else 3
+        stack.weights = {"form": "top", "width": self.width}
+        self.at = list(np.ndindex(self.keys.shape[:2]))
+        self.squeeze = [zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS) for _ in self.at]
+        self.parts: list[list[bytes]] = [[] for _ in self.at]
+        self.next: list[bytes] = []
+
+    def next_size(self) -> int | None:
+        """Bytes of one rank more; None if there is none."""
+        if self.k == self.keys.shape[-1]:
+            return None
+        self.next = []
+        for at, squeeze in zip(self.at, self.squeeze, strict=True):
+            keys = self.keys[at][..., self.k]
+            planes = [self.codes[at][..., self.k], *((keys >> 8 * i).astype(np.uint8) for i in range(self.width))]
+            data = b"".join(plane.tobytes() for plane in planes)
+            # A flushed stream may be cut there, and ended with an empty last block.
+            self.next.append(squeeze.compress(data) + squeeze.flush(zlib.Z_SYNC_FLUSH))
+        return sum(map(len, self.next)) + (0 if self.k else 2 * len(self.at))
+
+    def take(self) -> None:
+        self.k += 1
+        for parts, part in zip(self.parts, self.next, strict=True):
+            parts.append(part)
+
+    def packed(self) -> list[bytes]:
+        return [b"".join(parts) + b"\x03\x00" for parts in self.parts]
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    """The picture, no side longer than `LARGEST_PICTURE`, as a data address: PNG or JPEG, whichever is smaller."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"report: pictures holds a {type(image).__name__}; give PIL images (Image.fromarray, Image.open)"
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image.convert("RGBA"))
+        image = ground
+    image = image.convert("RGB")
+    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    drawn = {}
+    for kind, knobs in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        out = io.BytesIO()
+        image.save(out, kind, **knobs)
+        drawn[kind] = out.getvalue()
+    kind = min(drawn, key=lambda kind: len(drawn[kind]))
+    source = f"data:image/{kind};base64,{base64.b64encode(drawn[kind]).decode()}"
+    return {"source": source, "width": image.width, "height": image.height}
+
+
+class _Page:
+    """Everything around the data: words, template, modules."""
+
+    def __init__(
+        self, tree: xr.DataTree, stacks: list[_Stack], findings: Sequence[Any], pictures: list[dict[str, Any]]
+    ) -> None:
+        self.attrs, self.stacks, self.findings, self.pictures = tree.attrs, stacks, findings, pictures
+        view = resources.files("regard") / "view"
+        self.style = (view / "report.css").read_text("utf-8")
+        self.script = _bundle(view)
+        loader = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+        self.template = loader.from_string((view / "report.html").read_text("utf-8"))
+
+    def html(self, blocks: list[bytes]) -> bytes:
+        attrs = self.attrs
+        known = {stack.name: stack for stack in self.stacks}
+        first = next((finding.stack for finding in self.findings if finding.stack in known), self.stacks[0].name)
+        header = {
+            "stacks": [stack.header() for stack in self.stacks],
+            "pictures": self.pictures,
+            "starts": [stack.start(self.findings) for stack in self.stacks],
+            "start": list(known).index(first),
+        }
+        model = str(attrs.get("model") or attrs.get("architecture") or "A recording")
+        policy = (
+            f"default-src 'none'; img-src data:; style-src {_digest(self.style)}; script-src {_digest(self.script)}; "
+            "base-uri 'none'; form-action 'none'"
+        )
+        html = self.template.render(
+            policy=Markup(policy),  # made of constants and digests
+            title=f"{model}: where it looks",
+            style=Markup(self.style),
+            model=model,
+            facts=self._facts(model),
+            partial=bool(attrs.get("partial", False)),
+            notices=self._notices(),
+            findings=[self._finding(finding, known) for finding in self.findings],
+            precision=self._precision(),
+            left_out=[words for stack in self.stacks for words in stack.left_out],
+            versions=[f"{name} {attrs[name]}" for name in ("regard", "transformers", "torch") if attrs.get(name)],
+            header=Markup(_json(header)),
+            blocks=[Markup(base64.b64encode(block).decode()) for block in blocks],
+            script=Markup(self.script),
+        )
+        return html.encode("utf-8", "replace")  # half a surrogate pair in a name becomes a question mark
+
+    def _facts(self, model: str) -> list[str]:
+        attrs, facts = self.attrs, []
+        if attrs.get("architecture") and attrs["architecture"] != model:
+            facts.append(str(attrs["architecture"]))
+        for stack in self.stacks:
+            size = f"{len(stack.layers)} layers × {len(stack.heads)} heads"
+            count = len((stack.key if stack.kind == "self" else stack.query)["position"])
+            tokens = f"{count} tokens, " if count else ""
+            facts.append((f"{stack.name.replace('_', ' ')}: " if len(self.stacks) > 1 else "") + tokens + size)
+        if attrs.get("attention") or attrs.get("dtype"):
+            facts.append(" ".join(str(attrs[name]) for name in ("attention", "dtype") if attrs.get(name)))
+        if attrs.get("created"):
+            facts.append(_date(str(attrs["created"])))
+        if attrs.get("seconds") is not None:
+            facts.append(f"recorded in {float(attrs['seconds']):.3g} s")
+        return facts
+
+    def _notices(self) -> list[str]:
+        notices = []
+        if self.attrs.get("partial"):
+            notices.append(
+                "Partial: the recording was interrupted. What is here was recorded before that; the rest is missing."
+            )
+        unreached = self.attrs.get("unreached", [])
+        unreached = [unreached] if isinstance(unreached, str) else [str(x) for x in np.ravel(unreached)]
+        if any(unreached):
+            notices.append(f"Not read, though they attend: {', '.join(unreached)}. Nothing on this page includes them.")
+        if self.attrs.get("note"):
+            notices.append(str(self.attrs["note"]))
+        return notices
+
+    def _finding(self, finding: Any, known: dict[str, _Stack]) -> dict[str, str]:
+        stack = known.get(finding.stack)
+        if stack is None or (finding.layer is not None and finding.layer not in stack.layers):
+            return {"text": finding.text, "link": "", "where": ""}
+        where = [stack.name.replace("_", " ")] if len(known) > 1 or finding.layer is None else []
+        parts = [quote(finding.stack, safe="")]
+        if finding.layer is not None:
+            where.append(f"layer {finding.layer}")
+            parts.append(str(finding.layer))
+            if finding.head is not None and finding.head in stack.heads:
+                where.append(f"head {finding.head}")
+                parts.append(str(finding.head))
+        return {"text": finding.text, "link": f"#{'/'.join(parts)}", "where": ", ".join(where)}
+
+    def _precision(self) -> str:
+        bits = {variable.header.get("bits") for stack in self.stacks for variable in stack.variables}
+        words = []
+        if any(stack.holds_weights for stack in self.stacks):
+            error = max(stack.error for stack in self.stacks)
+            words.append(
+                "Weights are kept in 8 bits on a square-root scale: none shown is off by more than "
+                f"{100 * error:.2g} percentage points, small ones by far less."
+            )
+        for number in sorted(bits - {None}):
+            words.append(
+                f"Other numbers are kept in {number} bits: off by at most {50 / (2**number - 2):.1g}% of their range."
+            )
+        return " ".join(words)
+
+
+def _bundle(view: Any) -> str:
+    """The page's modules as one, each after what it imports. Their top-level names must differ."""
+    seen: list[str] = []
+    out: list[str] = []
+
+    def add(name: str) -> None:
+        if name in seen:
+            return
+        seen.append(name)
+        source = (view / name).read_text("utf-8")
+        for needed in re.findall(r'^import [^;]* from "\./([\w.]+)";$', source, re.M):
+            add(needed)
+        source = re.sub(r'^import [^;]* from "[^"]*";\n', "", source, flags=re.M)
+        out.append(re.sub(r"^export ", "", source, flags=re.M))
+
+    add("page.js")
+    return "\n".join(out)
+
+
+def _digest(source: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON which cannot end the script element that it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII only: no U+2028, no lone surrogate
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _date(text: str) -> str:
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{when.day} {when:%B %Y, %H:%M}"

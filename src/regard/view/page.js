@@ -1,0 +1,70 @@
+// The report: its data blocks, its address, its theme.
+
+import { setTheme } from "./colour.js";
+import { explore } from "./explore.js";
+import { inflate, Recording } from "./recording.js";
+
+const header = JSON.parse(document.getElementById("header").textContent);
+const recording = new Recording(header, (block) => inflate(document.getElementById(`block-${block}`).textContent));
+
+const dark = matchMedia("(prefers-color-scheme: dark)"), print = matchMedia("print");
+let wanted = null;
+function theme() {
+  const name = print.matches ? "light" : wanted ?? (dark.matches ? "dark" : "light");
+  document.documentElement.dataset.theme = name;
+  setTheme(name);
+}
+theme();
+
+// #stack/layer/head/token/scope/sample, in the recording's own labels; parts at the end may be missing.
+function parse(hash) {
+  const parts = hash.replace(/^#/, "").split("/").map((part) => {
+    try { return decodeURIComponent(part); } catch { return part; }
+  });
+  const stack = recording.stacks.findIndex(({ name }) => name === parts[0]);
+  if (stack < 0) return null;
+  const { layers, heads, samples, rollout } = recording.stacks[stack];
+  const start = header.starts[stack];
+  const index = (labels, label, otherwise) => {
+    const at = label ? labels.indexOf(Number(label)) : -1;
+    return at >= 0 ? at : otherwise;
+  };
+  const scopes = ["head", "layer", "all", ...(rollout.blocks ? ["rollout"] : [])];
+  return { stack, layer: index(layers, parts[1], start[0]), head: index(heads, parts[2], start[1]),
+    token: /^k?-?\d+$/.test(parts[3] ?? "") ? parts[3] : null, scope: scopes.includes(parts[4]) ? parts[4] : "head",
+    sample: parts[5] < samples ? Number(parts[5]) : 0 };
+}
+
+function address({ stack, layer, head, token, scope, sample }) {
+  const { name, layers, heads } = recording.stacks[stack];
+  const parts = [encodeURIComponent(name), layers[layer], heads[head], token ?? "-", scope, sample];
+  if (!sample) parts.pop();
+  if (!sample && scope === "head") parts.pop();
+  return `#${parts.join("/")}`;
+}
+
+// replaceState, not location.hash: choosing twenty tokens should not take twenty steps back.
+const page = explore(document.getElementById("explore"), recording,
+  { changed: (state) => history.replaceState(null, "", address(state)),
+    // Milliseconds from opening the page to the first picture of heads and text.
+    drawn: () => { document.documentElement.dataset.drawn ??= Math.round(performance.now()); } });
+const first = parse(`#${encodeURIComponent(recording.stacks[header.start].name)}`);
+page.go(parse(location.hash) ?? first);
+addEventListener("hashchange", () => {
+  const next = parse(location.hash);
+  if (!next) return;
+  page.go(next);
+  const main = document.getElementById("explore");
+  if (main.getBoundingClientRect().top > innerHeight / 2) main.scrollIntoView();
+});
+
+const button = document.getElementById("theme");
+const label = () => { button.textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark"; };
+const retheme = () => { theme(); label(); page.redraw(); };
+button.addEventListener("click", () => {
+  wanted = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  retheme();
+});
+dark.addEventListener("change", retheme);
+print.addEventListener("change", retheme);
+label();

@@ -1,0 +1,394 @@
+"""The report's file: size, precision, content, escaping, errors."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import xarray as xr
+from PIL import Image
+
+from regard import report
+
+VIEW = Path(report.__file__).parent / "view"
+
+
+def weights(rng, layers=2, heads=3, queries=8, keys=8, *, batch=1, causal=True, spread=1.0, sink=0.0) -> np.ndarray:
+    """Softmax maps (batch, layer, head, query, key); queries are the last positions."""
+    scores = spread * rng.normal(size=(batch, layers, heads, queries, keys))
+    scores[..., 0] += sink
+    if causal:
+        scores[..., np.arange(keys) > np.arange(keys - queries, keys)[:, None]] = -np.inf
+    scores -= scores.max(-1, keepdims=True)
+    exp = np.exp(scores)
+    return (exp / exp.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def stack(rows=None, top=None, *, tokens=None, roles=None, first=0, layers=None, extra=None, **attrs) -> xr.Dataset:
+    """A node with the weights and one variable of each kind of dims. `top` is (keys, weights)."""
+    batch, n_layers, heads, queries = (rows if rows is not None else top[0]).shape[:4]
+    keys = rows.shape[4] if rows is not None else len(tokens)
+    rng = np.random.default_rng(7)
+    position = np.arange(first, first + keys)
+    tokens = tokens or [f" t{i}" for i in range(keys)]
+    roles = roles or ["bos"] + ["user"] * (keys - 1)
+    head = ("batch", "layer", "head")
+    data = {
+        "level": (head, rng.normal(size=(batch, n_layers, heads)), {"long_name": "Level", "units": "m"}),
+        "along_query": ((*head, "query"), rng.gamma(2, size=(batch, n_layers, heads, queries)), {"units": "nats"}),
+        "along_key": ((*head, "key"), rng.gamma(2, size=(batch, n_layers, heads, keys)), {"long_name": "Along key"}),
+        "parts": ((*head, "query", "role"), rng.dirichlet([1, 1], size=(batch, n_layers, heads, queries))),
+    }
+    if rows is not None:
+        data["rows"] = ((*head, "query", "key"), rows)
+    if top is not None:
+        data |= {name: ((*head, "query", "rank"), x) for name, x in zip(("top_keys", "top_weights"), top, strict=True)}
+    coords = {
+        "layer": np.arange(n_layers) if layers is None else layers,
+        "head": np.arange(heads),
+        "query": position[-queries:],
+        "key": position,
+        "role": ["bos", "user"],
+    }
+    for side, n in (("query", queries), ("key", keys)):
+        for name, values in (("token", tokens), ("role", roles)):
+            coords[f"{side}_{name}"] = (("batch", side), np.array([list(values)[-n:]] * batch, dtype=object))
+    return xr.Dataset(data, coords | (extra or {}), {"kind": "self", "causal": True, **attrs})
+
+
+def tree(node: xr.Dataset, name="language_model", **attrs) -> xr.DataTree:
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs={"model": "a/model", **attrs}), name: node})
+
+
+class Page:
+    """A written report, taken apart again."""
+
+    def __init__(self, path: Path) -> None:
+        self.bytes = path.read_bytes()
+        self.html = self.bytes.decode()
+        self.header = json.loads(re.search(r'id="header">(.*?)</script>', self.html, re.S)[1])
+        self.blocks = re.findall(r'<script type="text/plain" id="block-\d+">(.*?)</script>', self.html)
+
+    def block(self, number: int) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(base64.b64decode(self.blocks[number]), -zlib.MAX_WBITS), np.uint8)
+
+    def dense(self, stack=0, sample=0) -> np.ndarray:
+        """(layer, head, query, key) of a causal stack with every row."""
+        one = self.header["stacks"][stack]
+        key, query = (np.asarray(one[side]["position"]) for side in ("key", "query"))
+        inside = key <= query[:, None] if one["weights"]["triangle"] else np.ones((len(query), len(key)), bool)
+        out = np.zeros((len(one["layers"]), len(one["heads"]), len(query), len(key)), np.float32)
+        for layer, number in enumerate(one["weights"]["blocks"][sample]):
+            out[layer][:, inside] = (self.block(number).reshape(len(one["heads"]), -1) / np.float32(255)) ** 2
+        return out
+
+    def top(self, stack=0, sample=0) -> tuple[np.ndarray, np.ndarray]:
+        """Key indices and weights (layer, head, query, rank)."""
+        one = self.header["stacks"][stack]
+        kept, shape = one["weights"], (len(one["heads"]), len(one["query"]["position"]))
+        layers = [self.block(n).reshape(kept["k"], 1 + kept["width"], *shape) for n in kept["blocks"][sample]]
+        planes = np.moveaxis(np.stack(layers), (1, 2), (4, 0)).astype(np.int64)
+        keys = sum(plane * 256**i for i, plane in enumerate(planes[1:]))
+        return keys, (planes[0] / 255) ** 2
+
+
+def bound(p: np.ndarray) -> np.ndarray:
+    """Largest error of a weight kept as round(255 sqrt(p)): half a step of the root."""
+    return np.sqrt(p) / 255 + 1 / 510**2 + 1e-6
+
+
+def write(tmp_path, given, **knobs) -> Page:
+    return Page(report.write(given, tmp_path / "page.html", **knobs))
+
+
+@pytest.mark.parametrize(("spread", "sink"), [(1.0, 0.0), (0.3, 0.0), (2.0, 6.0)])
+def test_every_row_of_128_tokens_takes_less_than_two_megabytes(tmp_path, spread, sink):
+    rows = weights(np.random.default_rng(0), 12, 12, 128, 128, spread=spread, sink=sink)
+    page = write(tmp_path, tree(stack(rows)))
+    assert len(page.bytes) < 2_000_000
+    assert page.header["stacks"][0]["weights"]["form"] == "dense"
+    assert (np.abs(page.dense() - rows[0]) <= bound(rows[0])).all()
+
+
+def diffuse_top(rng, layers, heads, tokens, k):
+    """Random keys and nearly even weights: nothing to compress."""
+    keys = rng.integers(0, tokens, size=(1, layers, heads, tokens, k))
+    rates = -np.sort(-rng.uniform(0.1, 1, size=keys.shape), axis=-1)
+    return keys, (rates / rates.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def test_1024_tokens_fit_the_budget_with_as_many_keys_as_fit(tmp_path):
+    top = diffuse_top(np.random.default_rng(0), 12, 12, 1024, 24)
+    page = write(tmp_path, tree(stack(top=top, tokens=[f" t{i}" for i in range(1024)])))
+    k = page.header["stacks"][0]["weights"]["k"]
+    assert len(page.bytes) < 12_000_000
+    assert 8 <= k <= 24
+    keys, kept = page.top()
+    np.testing.assert_array_equal(keys, top[0][0, ..., :k])
+    assert (np.abs(kept - top[1][0, ..., :k]) <= bound(top[1][0, ..., :k])).all()
+
+
+@pytest.mark.parametrize("budget", [600_000, 400_000, 300_000])
+def test_a_smaller_budget_keeps_fewer_keys_and_is_never_exceeded(tmp_path, budget):
+    top = diffuse_top(np.random.default_rng(0), 4, 8, 300, 20)
+    page = write(tmp_path, tree(stack(top=top, tokens=[f" t{i}" for i in range(300)])), budget=budget)
+    assert budget * 0.75 < len(page.bytes) <= budget
+    assert 1 <= page.header["stacks"][0]["weights"]["k"] < 20
+
+
+def test_a_budget_too_small_for_one_key_is_refused_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    top = diffuse_top(np.random.default_rng(0), 4, 8, 300, 20)
+    with pytest.raises(ValueError, match=r"over budget=150,000.*fewer layers"):
+        report.write(tree(stack(top=top, tokens=[f" t{i}" for i in range(300)])), path, budget=150_000)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_too_many_for_the_budget_become_the_largest_keys(tmp_path):
+    rows = weights(np.random.default_rng(1), 3, 4, 200, 200)
+    page = write(tmp_path, tree(stack(rows)), budget=300_000)
+    one = page.header["stacks"][0]["weights"]
+    keys, kept = page.top()
+    assert one["form"] == "top"
+    assert len(page.bytes) <= 300_000
+    largest = -np.sort(-rows[0], axis=-1)[..., : one["k"]]
+    assert (np.abs(kept - largest) <= bound(largest)).all()
+    picked = np.take_along_axis(rows[0], keys, -1)
+    np.testing.assert_array_equal(picked[kept > 0], largest[kept > 0])
+
+
+def test_stacks_share_the_budget(tmp_path):
+    rng = np.random.default_rng(1)
+    both = {"small": stack(weights(rng, 2, 2, 20, 20)), "large": stack(weights(rng, 4, 8, 160, 160))}
+    page = write(tmp_path, xr.DataTree.from_dict(both), budget=400_000)
+    assert [one["weights"]["form"] for one in page.header["stacks"]] == ["dense", "top"]
+    assert len(page.bytes) <= 400_000
+
+
+def test_a_row_or_head_that_is_not_there_stays_away_and_queries_may_be_the_last_ones(tmp_path):
+    rows = weights(np.random.default_rng(2), 2, 3, 4, 9)
+    rows[0, 1, 2] = np.nan
+    rows[0, 0, 0, 1] = np.nan
+    page = write(tmp_path, tree(stack(rows, first=100, layers=[3, 11])))
+    drawn = page.dense()
+    assert not drawn[1, 2].any()
+    assert not drawn[0, 0, 1].any()
+    assert page.header["stacks"][0]["weights"]["triangle"]
+    assert page.header["stacks"][0]["layers"] == [3, 11]
+    known = np.nan_to_num(rows[0])
+    assert (np.abs(drawn - known) <= bound(known)).all()
+
+
+def test_a_causal_stack_with_weight_on_the_future_is_stored_whole(tmp_path):
+    rows = weights(np.random.default_rng(2), causal=False)
+    page = write(tmp_path, tree(stack(rows)))
+    assert not page.header["stacks"][0]["weights"]["triangle"]
+    assert (np.abs(page.dense() - rows[0]) <= bound(rows[0])).all()
+
+
+def test_top_keys_are_absolute_positions_and_minus_one_is_none(tmp_path):
+    keys = np.array([[[[[100, 102], [103, -1], [101, 103], [100, 101]]]]])
+    kept = np.array([[[[[0.6, 0.4], [1.0, 0.0], [0.2, 0.5], [0.5, np.nan]]]]], np.float32)
+    page = write(tmp_path, tree(stack(top=(keys, kept), tokens=list("abcd"), first=100)))
+    places, drawn = page.top()
+    assert places[0, 0, 0].tolist() == [0, 2]
+    assert places[0, 0, 2].tolist() == [3, 1]  # given the wrong way round
+    assert drawn[0, 0, :, 1] == pytest.approx([0.4, 0, 0.2, 0], abs=0.003)
+
+
+def test_variables_keep_sixteen_bits_and_their_means_are_exact(tmp_path):
+    node = stack(weights(np.random.default_rng(3)))
+    node["along_query"][0, 1, 1, 3] = np.nan
+    page = write(tmp_path, tree(node))
+    one = page.header["stacks"][0]
+    atlas = page.block(one["atlas"]).view("<f4").reshape(-1, 1, 2, 3)
+    for variable in one["variables"]:
+        true = node[variable["name"]]
+        rest = [dim for dim in true.dims if dim in ("query", "key")]
+        mean = true.mean(rest).transpose(..., "batch", "layer", "head").values.reshape(-1, 1, 2, 3)
+        np.testing.assert_allclose(atlas[variable["atlas"] : variable["atlas"] + len(mean)], mean, rtol=1e-6)
+        if variable["along"]:
+            codes = page.block(variable["block"]).view("<u2").astype(float)
+            step = (variable["high"] - variable["low"]) / 65534
+            drawn = np.where(codes == 65535, np.nan, variable["low"] + codes * step)
+            order = ["batch", "layer", "head", *(["role"] if variable["roles"] else []), variable["along"]]
+            np.testing.assert_allclose(drawn, true.transpose(*order).values.ravel(), atol=0.51 * step + 1e-6)
+
+
+def test_rollout_is_the_product_of_half_identity_means(tmp_path):
+    rows = weights(np.random.default_rng(4), 3, 2, 6, 6)
+    page = write(tmp_path, tree(stack(rows)))
+    rolled = np.eye(6)
+    for layer in rows[0].astype(float):
+        rolled = (0.5 * layer.mean(0) + 0.5 * np.eye(6)) @ rolled
+    drawn = np.zeros((6, 6))
+    drawn[np.tril_indices(6)] = (page.block(page.header["stacks"][0]["rollout"]["blocks"][0]) / 255) ** 2
+    assert (np.abs(drawn - rolled) <= bound(rolled)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"layers": [0, 2]}, "every layer"), ({"kind": "cross"}, "self attention"), ({"suffix": True}, "all tokens")],
+)
+def test_rollout_says_why_it_is_absent(tmp_path, change, reason):
+    rows = weights(np.random.default_rng(4), queries=4 if change.pop("suffix", False) else 8)
+    page = write(tmp_path, tree(stack(rows, **change)))
+    assert reason in page.header["stacks"][0]["rollout"]["reason"]
+
+
+def test_head_notices_findings_and_versions_are_in_the_page(tmp_path):
+    given = tree(
+        stack(weights(np.random.default_rng(5))),
+        partial=True,
+        unreached=["model.resampler"],
+        regard="0.1",
+        torch="2.13",
+        created="2026-03-05T14:03:11",
+    )
+    findings = [
+        SimpleNamespace(text="One head looks back.", stack="language_model", layer=1, head=2),
+        SimpleNamespace(text="Elsewhere.", stack="not recorded", layer=0, head=0),
+        SimpleNamespace(text="All of it.", stack="language_model", layer=None, head=None),
+    ]
+    page = write(tmp_path, given, findings=findings)
+    for words in ("a/model", "8 tokens, 2 layers × 3 heads", "5 March 2026, 14:03", "interrupted", "model.resampler"):
+        assert words in page.html
+    assert "regard 0.1 · torch 2.13" in page.html
+    assert re.findall(r'<a href="(#lang[^"]*)"', page.html) == ["#language_model/1/2", "#language_model"]
+    assert page.header["starts"] == [[1, 2]]
+
+
+def test_what_cannot_be_shown_is_named(tmp_path):
+    node = stack(weights(np.random.default_rng(5)))
+    node["odd"] = (("layer", "query"), np.zeros((2, 8)))
+    node["words"] = (("batch", "layer", "head"), np.full((1, 2, 3), "x"))
+    html = write(tmp_path, tree(node)).html
+    assert "odd of language_model" in html
+    assert "words of language_model" in html
+
+
+def test_without_a_variable_by_key_the_weights_give_one(tmp_path):
+    rows = weights(np.random.default_rng(5))
+    page = write(tmp_path, tree(stack(rows).drop_vars(["along_key", "level", "along_query", "parts"])))
+    (variable,) = page.header["stacks"][0]["variables"]
+    codes = page.block(variable["block"]).view("<u2")
+    drawn = variable["low"] + codes * (variable["high"] - variable["low"]) / 65534
+    np.testing.assert_allclose(drawn, rows.sum(3).ravel(), atol=1e-3)
+
+
+def test_statistics_alone_make_a_page(tmp_path):
+    node = stack(weights(np.random.default_rng(5))).drop_vars("rows")
+    page = write(tmp_path, tree(node))
+    assert page.header["stacks"][0]["weights"] is None
+    bare = xr.Dataset({"level": (("layer", "head"), np.ones((2, 3)))})
+    assert write(tmp_path, tree(bare)).header["stacks"][0]["layers"] == [0, 1]
+
+
+HOSTILE = ["</script><script>alert(1)</script>", "<!--", "\u2028", "\ud83d", "\x00", "\u202e", '"&amp;', "]]>"]
+
+
+def test_nothing_given_becomes_markup(tmp_path):
+    node = stack(weights(np.random.default_rng(5)), tokens=HOSTILE, sites=["<i>"] * 2)
+    node["level"].attrs["long_name"] = "<b>"
+    finding = SimpleNamespace(text="</ul><script>", stack="<script>", layer=0, head=0)
+    page = write(tmp_path, tree(node, "<script>", model="</title><script>", note="<script>"), findings=[finding])
+    opened = re.findall(r"<script[^>]*>", page.html)
+    assert opened.count('<script type="module">') == 1
+    assert all(re.fullmatch(r'<script type="(application/json|text/plain|module)"[^>]*>', tag) for tag in opened)
+    assert page.header["stacks"][0]["key"]["token"][0] == HOSTILE
+    assert "<b>" not in page.html
+    assert "<i>" not in page.html
+
+
+def test_the_policy_forbids_the_network_and_allows_only_this_script(tmp_path):
+    page = write(tmp_path, tree(stack(weights(np.random.default_rng(5)))))
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page.html)[1]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy
+    for tag, rule in (("style", "style-src"), ('script type="module"', "script-src")):
+        text = re.search(rf"<{tag}>(.*?)</{tag.split()[0]}>", page.html, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{rule} 'sha256-{digest}'" in policy
+    assert not re.search(r"""(src|href)=["']?(https?:|//)|@import|url\(""", page.html)
+
+
+def test_the_modules_parse_nothing_as_markup_and_share_no_names():
+    names = []
+    for module in VIEW.glob("*.js"):
+        source = module.read_text("utf-8")
+        unsafe = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|</script"
+        assert not re.search(unsafe, source), module
+        names += re.findall(r"^(?:export )?(?:async )?(?:const|let|function\*?|class) (\w+)", source, re.M)
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+
+
+def test_pictures_are_scaled_and_kept_inside(tmp_path):
+    rng = np.random.default_rng(6)
+    photo = Image.fromarray(rng.integers(0, 255, (700, 1400, 3), np.uint8))
+    clear = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    page = write(tmp_path, tree(stack(weights(rng))), pictures=[photo, clear])
+    first, second = page.header["pictures"]
+    assert (first["width"], first["height"]) == (512, 256)
+    assert first["source"].startswith("data:image/jpeg;base64,")
+    assert (second["width"], second["height"]) == (40, 20)
+    assert second["source"].startswith("data:image/png;base64,")
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    given = tree(stack(weights(np.random.default_rng(6))))
+    assert write(tmp_path, given).bytes == write(tmp_path, given).bytes
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_weights_outside_zero_to_one_are_told(tmp_path):
+    rows = weights(np.random.default_rng(6))
+    rows[0, 0, 0, 3, 1] = -0.4
+    (notice,) = write(tmp_path, tree(stack(rows))).header["stacks"][0]["notices"]
+    assert "-0.4" in notice
+
+
+def broken(**changes):
+    node = stack(weights(np.random.default_rng(6)))
+    keys = np.zeros((1, 2, 3, 8, 2), int)
+    if "alone" in changes:
+        node["top_keys"] = (("batch", "layer", "head", "query", "rank"), keys)
+    if "unknown" in changes:
+        node = node.drop_vars("rows")
+        node["top_keys"] = (("batch", "layer", "head", "query", "rank"), keys + 4711)
+        node["top_weights"] = (("batch", "layer", "head", "query", "rank"), keys + 0.5)
+    if "dims" in changes:
+        node["rows"] = node["rows"].isel(query=0)
+    return tree(node)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (xr.Dataset(), TypeError, "Dataset; give a DataTree"),
+        (xr.DataTree.from_dict({"/a": xr.Dataset()}), ValueError, r"\['a'\] none has the dims layer and head"),
+        (broken(alone=True), ValueError, "top_keys alone"),
+        (broken(unknown=True), ValueError, "position 4711.*absolute positions"),
+        (broken(dims=True), ValueError, "rows has the dims"),
+    ],
+)
+def test_bad_trees_are_refused_in_words(tmp_path, given, error, words):
+    with pytest.raises(error, match=words):
+        report.write(given, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_bad_input_is_refused_in_words(tmp_path):
+    given = tree(stack(weights(np.random.default_rng(6))))
+    with pytest.raises(FileNotFoundError, match="missing does not exist; create it"):
+        report.write(given, tmp_path / "missing" / "page.html")
+    with pytest.raises(TypeError, match="pictures holds a ndarray; give PIL images"):
+        report.write(given, tmp_path / "page.html", pictures=[np.zeros((3, 3))])
