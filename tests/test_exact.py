@@ -160,6 +160,8 @@ def test_generation(family, implementation):
             assert (total > 0) == (family in ("mistral", "gemma3", "gemma2", "gpt_oss") and window(model, layer))
             seen = torch.from_numpy(at["received"].values).double()
             torch.testing.assert_close(seen, received, atol=TOLERANCE, rtol=TOLERANCE)
+        if stack == "language_model" and family in ("llava", "qwen2_vl"):
+            assert dataset["key_row"].values.max() == (3 if family == "llava" else 1)
         if "decoder" not in stack:
             assert (dataset["query_role"].values[:, -5:] == "generated").all()
             assert not (dataset["query_role"].values[:, :-5] == "generated").any()

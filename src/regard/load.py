@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,8 @@ def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **opti
     where = _zoo(str(name)) or str(name)
     if trust_remote_code:
         warnings.warn(f"running code that comes with {name}: only do this where you trust its authors", stacklevel=2)
+    if not Path(where).exists() and (os.sep in where[:1] or where.startswith((".", "~"))):
+        raise UnknownModel(f"there is no folder {name}")
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise UnknownModel(f"{name} is a folder without a config.json, so it holds no transformers model")
     try:

@@ -93,14 +93,16 @@ def rule_hits(dataset: xr.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _earlier(texts: np.ndarray, at: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions after, and of, earlier copies of each token [batch, query, copies] (-2: none), and where there are any.
 
-    A copy right before does not count: what followed it is the token itself.
+    A copy right before does not count: what followed it is the token itself. Nor do positions where copies fill more
+    than a quarter of what can be seen: there a rule says little.
     """
     keys: list[list[list[int]]] = []
     for row, use in zip(texts, real):
         seen: dict[str, list[int]] = {}
         keys.append([])
         for i, token in enumerate(row):
-            keys[-1].append([j for j in seen.get(token, []) if j < i - 1] if use[i] else [])
+            copies = [j for j in seen.get(token, []) if j < i - 1] if use[i] else []
+            keys[-1].append(copies if 4 * len(copies) <= i + 1 else [])
             if use[i]:
                 seen.setdefault(token, []).append(i)
     width = max((len(k) for row in keys for k in row), default=0) or 1
@@ -138,24 +140,24 @@ def _sinks(stack: str, dataset: xr.Dataset) -> list[Observation]:
 
 
 def _picture(stack: str, dataset: xr.Dataset) -> list[Observation]:
-    if "image" not in dataset["role"].values or "query_role" not in dataset.coords:
+    """Which head looks at the picture most, from tokens after it, where that is well more than an even share."""
+    if "image" not in dataset["role"].values or not dataset.attrs.get("causal") or "key_role" not in dataset.coords:
         return []
-    asks = (dataset["query_role"] != "image") & (dataset["query_role"] != "pad")
-    after = asks & (dataset["query"] > dataset["key"].where(dataset["key_role"] == "image").max("key"))
-    if dataset.attrs.get("causal"):
-        asks = after
-    if not bool(asks.any()) or dataset.attrs.get("kind") != "self":
+    patches = dataset["key_role"] == "image"
+    asks = (dataset["query_role"] != "pad") & (dataset["query"] > dataset["key"].where(patches).max("key"))
+    if not bool(asks.any()):
         return []
-    share = dataset["mass"].sel(role="image").where(asks).mean(("batch", "query"))
-    if not bool(share.notnull().any()):
+    share = dataset["mass"].sel(role="image").where(asks).mean(("batch", "query")).transpose("layer", "head")
+    even = float((patches.sum("key") / (dataset["query"] + 1)).where(asks).mean())
+    layer, head = np.unravel_index(np.nanargmax(share.values), share.shape)
+    most, number = float(share[layer, head]), int(dataset["layer"].values[layer])
+    if most < min(1.25 * even, 0.5 + even / 2):
         return []
-    best = share.where(share == share.max(), drop=True)
-    layer, head = int(best["layer"].values[0]), int(best["head"].values[0])
     text = (
-        f"{_name(stack)} layer {layer} head {head} looks at the picture most: {float(share.max()):.0%} of its "
-        f"attention from the other tokens; over all heads it is {float(share.mean()):.0%}."
+        f"{_name(stack)} layer {number} head {head} looks at the picture most: {most:.0%} of its attention from later "
+        f"tokens, where all heads give it {float(share.mean()):.0%} and even attention would give it {even:.0%}."
     )
-    return [Observation(text, stack, layer, head, float(share.max()))]
+    return [Observation(text, stack, number, int(head), most)]
 
 
 def _of(hits: float, count: int) -> str:

@@ -39,6 +39,9 @@ class Passes:
         self.tokens: dict[str, Tokens] = {}  # by stack, as far as its sequence has come; the newest last
         self.extended: dict[str, int] = {}  # last pass of a stack's tokens
         self.key_stack: dict[str, str] = {}  # whose tokens a cross stack's keys are
+        # Of the newest pictures, which generate shows to the vision tower in a pass before the text's:
+        self.patches: tuple[int, int] | None = None  # rows and columns of the vision tower's patches
+        self.sizes: list[list[int]] = []  # frames, rows and columns of each, where sizes differ
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A model, or a model inside it, starts to run; gives its cache, if it has one."""
@@ -48,6 +51,10 @@ class Passes:
             self.count += 1
         entry = _Entry(name, _inputs(module, args, kwargs))
         self.entries.append(entry)
+        if isinstance(pixels := entry.inputs.get("pixel_values"), Tensor):
+            self.patches, self.sizes = _patches(self.model, name, pixels) or self.patches, []
+        if isinstance(sizes := entry.inputs.get("image_grid_thw", entry.inputs.get("grid_thw")), Tensor):
+            self.sizes = sizes.tolist()
         cache = entry.inputs.get("past_key_values")
         if cache is None or not hasattr(cache, "get_seq_length"):
             return None
@@ -161,18 +168,16 @@ class Passes:
 
     def _on_pictures(self, tokens: Tokens, image: Tensor) -> Tokens:
         """Lay each run of image tokens on the grid of its picture, where their numbers agree."""
-        outer = self.entries[0].inputs
         runs = [
             (b, m.span())
             for b, row in enumerate(image.tolist())
             for m in re.finditer("1+", "".join("01"[i] for i in row))
         ]
-        sizes, pixels = outer.get("image_grid_thw"), outer.get("pixel_values")
-        shape = _patches(self.model, "", pixels) if isinstance(pixels, Tensor) else None
         for number, (sample, (a, b)) in enumerate(runs):
-            if isinstance(sizes, Tensor) and len(sizes) == len(runs):
-                frames, *shape = sizes[number].tolist()
-                shape = tuple(shape) if frames == 1 else None
+            shape = self.patches
+            if len(self.sizes) == len(runs):
+                frames, *size = self.sizes[number]
+                shape = (size[0], size[1]) if frames == 1 else None
             tokens = tokens.on_grid(sample, a, _merged(shape, b - a))
         return tokens
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -171,7 +171,7 @@ class Recorder(Recording):
         self.specs = {name: spec_of(function) for name, function in statistics.items()}
         self.statistics = statistics
         self.processor = processor
-        self.attributes = attributes
+        self.attributes = {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **attributes}
         self.runs: list[Run] = []
         self.interrupted = False
         self._built: tuple[int, list[xr.DataTree]] = (-1, [])
@@ -198,10 +198,9 @@ class Recorder(Recording):
         return super()._all()
 
     def _tree(self, run: Run) -> xr.DataTree:
-        tree = xr.DataTree.from_dict({f"/{stack}": self._dataset(run, stack) for stack in run.parts})
         packages = {name: version(name) for name in ("regard", "torch", "transformers")}
-        tree.attrs = {**self.attributes, **packages, "partial": self.interrupted}
-        return tree
+        stacks = {stack: self._dataset(run, stack) for stack in run.parts}
+        return _with_attributes(stacks, {**self.attributes, **packages, "partial": self.interrupted})
 
     def _dataset(self, run: Run, stack: str) -> xr.Dataset:
         found, sites = run.parts[stack], run.sites[stack]
@@ -292,23 +291,27 @@ def _join(
 
 def _plain(tree: xr.DataTree) -> xr.DataTree:
     """Texts as JSON attributes: zarr 3 has no settled type for them yet."""
-    tree = tree.copy()
-    tree.attrs = {k: v for k, v in tree.attrs.items() if v is not None}
-    tree.attrs["created"] = tree.attrs.get("created") or datetime.datetime.now(datetime.UTC).isoformat(
-        timespec="seconds"
-    )
-    for node in tree.children.values():
+    plain = {}
+    for stack, node in tree.children.items():
         dataset = node.to_dataset()
         texts = [name for name, v in dataset.coords.items() if v.dtype.kind in "OUT"]
         labels = {str(name): [list(dataset[name].dims), dataset[name].values.tolist()] for name in texts}
-        node.dataset = dataset.drop_vars(texts).assign_attrs(texts=json.dumps(labels))
-    return tree
+        plain[stack] = dataset.drop_vars(texts).assign_attrs(texts=json.dumps(labels))
+    return _with_attributes(plain, {k: v for k, v in tree.attrs.items() if v is not None})
 
 
 def _labelled(tree: xr.DataTree) -> xr.DataTree:
-    tree = xr.DataTree.from_dict(dict(tree.to_dict().items()))
-    for node in tree.children.values():
+    labelled = {}
+    for stack, node in tree.children.items():
         dataset = node.to_dataset()
         labels = json.loads(dataset.attrs.pop("texts", "{}"))
-        node.dataset = dataset.assign_coords({n: (dims, np.array(v, dtype=object)) for n, (dims, v) in labels.items()})
+        labelled[stack] = dataset.assign_coords(
+            {n: (dims, np.array(v, dtype=object)) for n, (dims, v) in labels.items()}
+        )
+    return _with_attributes(labelled, tree.attrs)
+
+
+def _with_attributes(stacks: dict[str, xr.Dataset], attributes: Mapping[str, Any]) -> xr.DataTree:
+    tree = xr.DataTree.from_dict({f"/{stack}": dataset for stack, dataset in stacks.items()})
+    tree.attrs = dict(attributes)
     return tree

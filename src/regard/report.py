@@ -84,6 +84,8 @@ def write(
     try:
         draft.write_bytes(html)
         os.replace(draft, path)
+    except OSError as error:
+        raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     finally:
         draft.unlink(missing_ok=True)
     return path

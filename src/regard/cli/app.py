@@ -29,6 +29,8 @@ def _plainly() -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            message = error.strerror
         err.print(f"[bold red]error:[/] {escape(str(message))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
@@ -51,7 +53,11 @@ def look(
     ] = False,
 ) -> None:
     """Record where MODEL looks, and write a recording and a report."""
+    from transformers.utils import logging
+
     from . import look as work
+
+    logging.disable_progress_bar()  # ours shows what takes time
 
     with _plainly():
         if trust_remote_code:

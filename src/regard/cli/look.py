@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -70,12 +71,21 @@ def look(
         loaded = load(name, trust_remote_code=trust_remote_code)
     inputs, roles = _prepare(loaded, name, text, picture, truncate, generate)
     model = loaded.model
+    size = ", ".join(f"{value.shape[1]} tokens" for key, value in inputs.items() if key == "input_ids")
+    console.print(
+        f"{type(model).__name__}: {len(sites.find(model))} attention modules{size and f', {size}'}", highlight=False
+    )
     decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
     steps = generate or (DECODED if decoder else 0)
     if steps and not (isinstance(model, nn.Module) and getattr(model, "can_generate", lambda: False)()):
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
-    attributes = {"model": name, "architecture": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
+    attributes = {
+        "attention": model.config._attn_implementation,
+        "model": name,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     partial_ = False
     with _progress(console, model, steps) as tick:
         statistics = _statistics(model, inputs, steps) | {"tick": tick}
@@ -108,12 +118,19 @@ def _write(
     if not len(recording):
         raise InputError("interrupted before any attention was recorded; nothing was written")
     recording.attributes["seconds"] = round(seconds, 2)
-    with console.status("writing the recording"):
-        path = recording.save(out / "recording.zarr")
     tree = recording[0]
     observations = observe(tree)
-    with console.status("writing the report"):
-        page = report.write(tree, out / "report.html", findings=observations, pictures=pictures)
+    # Both are written aside before either takes its place, so that a folder never holds one of each run.
+    aside = out / f".report.{os.getpid()}.part"
+    try:
+        with console.status("writing the report"):
+            report.write(tree, aside, findings=observations, pictures=pictures)
+        with console.status("writing the recording"):
+            path = recording.save(out / "recording.zarr")
+        page = out / "report.html"
+        os.replace(aside, page)
+    finally:
+        aside.unlink(missing_ok=True)
     tables = [_table(stack, node.to_dataset()) for stack, node in tree.children.items()]
     return Seen(path, page, interrupted, tables, observations)
 
@@ -309,7 +326,7 @@ def _table(stack: str, dataset: xr.Dataset) -> Table:
         elif "rank" not in variable.dims and not {"query", "key"} <= set(variable.dims):
             if "key" in variable.dims:
                 share = variable.max("key") / max(1, sizes["query"])
-                columns["most looked at key"] = _mean(share)
+                columns["on its top key"] = _mean(share)
             else:
                 columns[f"{label}{f' ({units})' if units else ''}"] = _mean(variable)
     table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
@@ -317,7 +334,7 @@ def _table(stack: str, dataset: xr.Dataset) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     for i, layer in enumerate(dataset["layer"].values):
-        cells = (f"{v[i]:.0%}" if name.startswith(("on ", "most")) else f"{v[i]:.2f}" for name, v in columns.items())
+        cells = (f"{v[i]:.0%}" if name.startswith("on ") else f"{v[i]:.2f}" for name, v in columns.items())
         table.add_row(str(layer), *cells)
     return table
 

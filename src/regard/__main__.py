@@ -1,0 +1,5 @@
+"""`python -m regard`."""
+
+from .cli import app
+
+app()

@@ -1,0 +1,158 @@
+"""`regard look`, as users run it: another process, real files."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import regard
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+TEXT = "it was the best of times , it was the worst of times , it was the age of wisdom"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "regard", "look", *map(str, arguments)]
+
+
+def look(*arguments, **options):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "stacks"),
+    [
+        ("gpt2", ["--text", TEXT, "--generate", "4"], {"language_model"}),
+        ("bert", ["--text", TEXT], {"encoder"}),
+        ("t5", ["--text", TEXT], {"encoder", "decoder", "decoder_cross"}),
+        ("vit", ["--image", "PICTURE"], {"encoder"}),
+        (
+            "llava",
+            ["--image", "PICTURE", "--text", "what is in this picture ?", "--generate", "2"],
+            {"vision_tower", "language_model"},
+        ),
+    ],
+)
+def test_every_kind_of_model(folders, picture, tmp_path, kind, arguments, stacks):
+    arguments = [str(picture) if a == "PICTURE" else a for a in arguments]
+    done = look(folders[kind], *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+    tree = regard.open(tmp_path / "out" / "recording.zarr").tree
+    assert set(tree.children) == stacks
+    for stack in stacks:
+        assert {"entropy", "received", "mass", "distance", "top_keys", "top_weights", "rows"} <= set(
+            tree[stack].data_vars
+        )
+    assert not tree.attrs["partial"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["recording.zarr", "report.html"]
+    if kind == "llava":
+        roles = list(tree["language_model"]["query_role"].values[0])
+        assert roles.count("image") == 16
+        assert {"user", "generated", "special"} <= set(roles)
+        assert int(tree["language_model"]["key_row"].max()) == 3
+    if kind == "gpt2":
+        words = list(tree["language_model"]["query_token"].values[0])
+        assert words[:4] == ["it", "was", "the", "best"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("gpt2", ["--text", " "], "the text is empty"),
+        ("gpt2", ["--text", "it " * 80], "80 tokens.*64 positions.*--truncate"),
+        ("gpt2", ["--text", "it " * 60, "--generate", "9"], "60 tokens and 9 are to be generated.*64 positions"),
+        ("gpt2", ["--image", "PICTURE"], "reads text only"),
+        ("gpt2", ["--text", "a", "--file", "b"], "give one of them"),
+        ("gpt2", ["--file", "/nowhere/at/all"], "No such file"),
+        ("llava", ["--image", __file__], "not a picture"),
+        ("vit", [], "looks at pictures: give one with --image"),
+        ("vit", ["--image", "PICTURE", "--generate", "3"], "does not generate"),
+        ("bloom", ["--text", "it was"], "no adapter for 'bloom'"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(folders, picture, tmp_path, kind, arguments, message):
+    arguments = [str(picture) if a == "PICTURE" else a for a in arguments]
+    done = look(folders[kind], *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model(tmp_path):
+    done = look("no-such-model", "--text", "a", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "'no-such-model' cannot be loaded" in done.stderr
+    done = look(tmp_path / "nothing", "--text", "a", "--out", tmp_path)
+    assert "there is no folder" in done.stderr
+    done = look(tmp_path, "--text", "a", "--out", tmp_path)
+    assert "without a config.json" in done.stderr
+
+
+def test_weights_that_are_not_safetensors_are_refused(folders, tmp_path):
+    shutil.copytree(folders["gpt2"], tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    done = look(tmp_path / "pickled", "--text", "a", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "safetensors" in done.stderr
+
+
+def test_a_text_can_be_truncated(folders, tmp_path):
+    done = look(folders["gpt2"], "--text", "it " * 80, "--truncate", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert regard.open(tmp_path / "recording.zarr").tree["language_model"].sizes["query"] == 64
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_an_unwritable_folder(folders):
+    done = look(folders["gpt2"], "--text", "it", "--out", "/proc/regard")
+    assert done.returncode == 2
+    assert "cannot be written to" in done.stderr
+
+
+def test_a_full_disk_leaves_nothing_half_written(folders, tmp_path):
+    first = look(folders["gpt2"], "--text", TEXT, "--out", tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = regard.open(tmp_path / "recording.zarr").tree
+    report = (tmp_path / "report.html").read_bytes()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    done = look(folders["gpt2"], "--text", "it was", "--out", tmp_path, preexec_fn=limited)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recording.zarr", "report.html"]
+    assert regard.open(tmp_path / "recording.zarr").tree.equals(before)
+    assert (tmp_path / "report.html").read_bytes() == report
+
+
+def test_ctrl_c_saves_what_was_recorded(folders, tmp_path):
+    arguments = command(folders["t5"], "--text", TEXT, "--generate", "20000", "--out", tmp_path)
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert "attention modules" in process.stdout.readline()
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        _out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "partial" in errors
+    recording = regard.open(tmp_path / "recording.zarr")
+    assert recording.partial
+    assert 1 < recording.tree["decoder"].sizes["query"] < 20000
+    assert "Partial" in (tmp_path / "report.html").read_text()
