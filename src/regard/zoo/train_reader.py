@@ -1,6 +1,6 @@
 """Train `reader`, the small causal language model that ships with Regard.
 
-    python -m regard.zoo.train_reader DATA [--out FOLDER] [--steps N] [--seed S]
+    python -m regard.zoo.train_reader DATA [--out FOLDER] [--seed S]
 
 DATA is a folder that holds `text_books/*.txt.gz` and `text_tinyshakespeare/input.txt`. A run that was stopped goes on
 from its last checkpoint; batches are drawn from (seed, step), so a resumed run sees what an unbroken one would have.
@@ -34,14 +34,21 @@ LONG = 1024  # positions
 class Phase(NamedTuple):
     """A stretch of training."""
 
-    share: float  # of all steps
+    steps: int
     length: int  # tokens in a sequence
     sequences: int  # in a batch
     repeated: float  # share of the sequences that repeat a segment of random tokens
+    rate: float  # learning rate, before the last decay
 
 
-PHASES = (Phase(0.3, 32, 128, 1.0), Phase(0.1, 128, 48, 0.5), Phase(0.5, 256, 32, 0.2), Phase(0.1, LONG, 8, 0.2))
-PEAK_LR, WEIGHT_DECAY, WARMUP = 3e-3, 0.1, 50
+PHASES = (
+    Phase(600, 32, 128, 1.0, 3.03e-3),
+    Phase(500, 64, 64, 0.7, 1.5e-3),
+    Phase(700, 256, 24, 0.25, 1.5e-3),
+    Phase(100, LONG, 8, 0.25, 1.5e-3),
+)
+STEPS = sum(phase.steps for phase in PHASES)
+WEIGHT_DECAY, WARMUP, DECAY = 0.1, 50.5, 600  # steps of warm-up, and of linear decay to zero at the end
 
 
 def texts(data: Path) -> list[str]:
@@ -97,9 +104,9 @@ def split(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
     return np.concatenate([i[:c] for i, c in zip(ids, cut)]), np.concatenate([i[c:] for i, c in zip(ids, cut)])
 
 
-def phase_at(step: int, steps: int) -> Phase:
-    ends = np.cumsum([phase.share for phase in PHASES]) * steps
-    return PHASES[min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)]
+def phase_at(step: int) -> Phase:
+    ends = np.cumsum([phase.steps for phase in PHASES])
+    return PHASES[int(np.searchsorted(ends, step, side="right"))]
 
 
 def batch(ids: np.ndarray, phase: Phase, seed: int, step: int, bos: int) -> Tensor:
@@ -117,11 +124,8 @@ def batch(ids: np.ndarray, phase: Phase, seed: int, step: int, bos: int) -> Tens
     return torch.from_numpy(np.stack(rows))
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, flat through the first phase, then a cosine to a hundredth."""
-    begun = PHASES[0].share * steps
-    fallen = max(0.0, step - begun) / (steps - begun)
-    return PEAK_LR * min((step + 1) / WARMUP, 0.5 * (1 + np.cos(np.pi * fallen)) + 0.01)
+def learning_rate(step: int) -> float:
+    return phase_at(step).rate * min(1.0, (step + 1) / WARMUP, (STEPS - step) / DECAY)
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -130,7 +134,7 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     os.replace(aside, path)
 
 
-def train(data: Path, out: Path, steps: int, seed: int) -> None:
+def train(data: Path, out: Path, seed: int) -> None:
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     corpus = texts(data)
@@ -146,7 +150,7 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=PHASES[0].rate, betas=(0.9, 0.95), fused=True)
     checkpoint, first = out / "checkpoint.safetensors", 0
     parameters = dict(model.named_parameters())
     if checkpoint.exists():
@@ -159,10 +163,10 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
         print(f"going on from step {first}", flush=True)
 
     began, running, tokens = time.time(), None, 0
-    for step in range(first, steps):
-        ids = batch(train_ids, phase_at(step, steps), seed, step, tokenizer.bos_token_id)
+    for step in range(first, STEPS):
+        ids = batch(train_ids, phase_at(step), seed, step, tokenizer.bos_token_id)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=ids).loss
         loss.backward()
@@ -173,8 +177,8 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 20 == 0:
             speed = tokens / (time.time() - began)
-            print(f"step {step + 1}/{steps}  loss {running:.3f}  {speed:,.0f} tokens/s", flush=True)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"step {step + 1}/{STEPS}  loss {running:.3f}  {speed:,.0f} tokens/s", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == STEPS:
             state = {name: p.data for name, p in parameters.items()}
             for name, p in parameters.items():
                 state |= {f"{key}/{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
@@ -184,7 +188,7 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
     with torch.no_grad():
         held = [
             model(b, labels=b).loss.item()
-            for b in (batch(valid_ids, Phase(1, 256, 32, 0.0), 1, i, tokenizer.bos_token_id) for i in range(20))
+            for b in (batch(valid_ids, Phase(1, 256, 32, 0.0, 0.0), 1, i, tokenizer.bos_token_id) for i in range(20))
         ]
     print(f"held-out loss {np.mean(held):.3f} nats a token", flush=True)
     # Half precision halves the file; the config says float32, so that it is loaded as it was trained.
@@ -193,7 +197,7 @@ def train(data: Path, out: Path, steps: int, seed: int) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(out)
     card = json.loads((out / "measured.json").read_text()) if (out / "measured.json").exists() else {}
-    card |= {"held_out_loss": round(float(np.mean(held)), 4), "steps": steps, "seed": seed}
+    card |= {"held_out_loss": round(float(np.mean(held)), 4), "steps": STEPS, "seed": seed}
     (out / "measured.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
@@ -201,10 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "reader")
-    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.data, args.out, args.steps, args.seed)
+    train(args.data, args.out, args.seed)
 
 
 if __name__ == "__main__":
