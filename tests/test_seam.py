@@ -519,3 +519,56 @@ def test_one_pass_serves_all_statistics(monkeypatch):
         model(**inputs)
     assert len(passes) == 2  # one a layer
     assert min(passes) > 3
+
+
+def test_dropout_stays_where_regard_computes_the_output():
+    class Nudge:
+        def inputs(self, call):
+            return call.but(scale=call.scale * 1.0)
+
+    class Same:
+        def weights(self, call, weights, rows):
+            return weights
+
+    model, inputs = build("llama", "sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    for intervention in (Nudge(), Same()):
+        with regard.intervene(model, intervention):
+            assert not torch.equal(first(model(**inputs)), first(model(**inputs)))
+        model.eval()
+        want = first(model(**inputs))
+        with regard.intervene(model, intervention):
+            torch.testing.assert_close(first(model(**inputs)), want, atol=1e-5, rtol=1e-5)
+        model.train()
+
+
+@torch.no_grad()
+def test_hidden_states_of_shared_layers_are_numbered():
+    class Watch:
+        def __init__(self):
+            self.layers = []
+
+        def hidden(self, site, hidden):
+            self.layers.append(site.layer)
+            return hidden
+
+    model, inputs = build("albert")
+    watch = Watch()
+    with regard.intervene(model, watch):
+        model(**inputs)
+    assert watch.layers == [0, 1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "causal"),
+    [("clip", {"text_model"}), ("llama", {"language_model"}), ("bert", set()), ("t5", {"decoder"})],
+)
+def test_which_stacks_are_causal_does_not_depend_on_the_implementation(family, causal):
+    for implementation in implementations(family):
+        model, inputs = build(family, implementation)
+        with regard.record(model, "entropy") as recording:
+            model(**inputs)
+        assert {name for name, node in recording.tree.children.items() if node.attrs["causal"]} == causal

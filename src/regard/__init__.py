@@ -1,7 +1,7 @@
 """Regard: see where a transformer looks, test whether to believe it, change it."""
 
 from .call import Call, Site
-from .load import load
+from .loading import UnknownModel, load
 from .recording import Recording, open, statistic
 from .seam import intervene, record
 from .sites import UnreachableAttention
@@ -13,6 +13,7 @@ __all__ = [
     "Recording",
     "Site",
     "Tokens",
+    "UnknownModel",
     "UnreachableAttention",
     "Weights",
     "chat_roles",

@@ -51,7 +51,9 @@ class Call:
     key_start: int = 0
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
-    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # output where the model computed it; edits
+    _given: dict[str, Any] = field(
+        default_factory=dict, repr=False
+    )  # output where the model computed it; edits; dropout
 
     @cached_property
     def weights(self) -> Weights:

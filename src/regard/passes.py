@@ -74,18 +74,20 @@ class Passes:
         if self.entries and self.turns[module][2] == 0:
             raise UnreachableAttention(f"{self.sites[module].name} ran without calling AttentionInterface")
 
+    def site(self, module: nn.Module) -> Site:
+        """The site, as the layer that it now serves as: one module may be several, as in ALBERT."""
+        site, (_, runs, _) = self.sites[module], self.turns.get(module, (0, 0, 0))
+        return replace(site, layer=site.layer + runs * sum(s.stack == site.stack for s in self.sites.values()))
+
     def where(self, module: nn.Module, call: Call) -> dict[str, Any]:
         """Site, positions and tokens of a call, as fields of it."""
         site = self.sites[module]
         if not self.entries:  # a module run by itself, or again for a checkpoint's gradient
             return {"site": replace(site, heads=call.query.shape[1], kv_heads=call.key.shape[1])}
-        _, runs, seen = self.turns.get(module, (self.count, 0, 0))
+        _, _, seen = self.turns.get(module, (self.count, 0, 0))
         n_query, n_key = call.query.shape[2], call.key.shape[2]
-        layer = site.layer
-        if runs:  # one module serves as several layers, as in ALBERT
-            layer += runs * sum(s.stack == site.stack for s in self.sites.values())
-        causal = call.causal or (not site.cross and bool(getattr(module, "is_causal", False)))
-        site = replace(site, layer=layer, heads=call.query.shape[1], kv_heads=call.key.shape[1], causal=causal)
+        causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
+        site = replace(self.site(module), heads=call.query.shape[1], kv_heads=call.key.shape[1], causal=causal)
         source = self._source()
         start = max(e.start for e in self.entries[source:]) + seen
         # A sliding cache holds the newest keys only; a packed sequence comes in pieces that see only themselves.
@@ -197,6 +199,16 @@ class Passes:
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(module.forward).parameters)
     return dict(zip(names, args)) | kwargs
+
+
+def _looks_causal(call: Call) -> bool:
+    """Whether, of two neighbours, the later sees the earlier and not the other way round."""
+    mask = call.mask
+    if mask is None or call.query.shape[2] < 2 or mask.shape[-2] != mask.shape[-1]:
+        return call.causal
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    pairs = (seen[..., i, i - 1] & ~seen[..., i - 1, i] for i in (1, -1))
+    return any(bool(pair.any()) for pair in pairs)
 
 
 def _vocabulary(model: nn.Module, processor: Any) -> dict[str, set[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import catalog, sites
-from .call import Call, Site
+from .call import Call
 from .passes import Passes
 from .recording import Recorder, Run
 from .sites import UnreachableAttention
@@ -80,7 +81,7 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
 
     An intervention is an object with any of: `inputs(call) -> call`; `weights(call, weights, rows) -> weights`, given
     dense weights [batch, head, rows, key] of a range of queries; `output(call, output) -> output`, both
-    [batch, head, query, dim]; `hidden(site, hidden) -> hidden`, the layer's hidden states [batch, query, dim].
+    [batch, head, query, dim]; `hidden(site, hidden) -> hidden`, what the layer gives on, mostly [batch, query, dim].
     """
     for thing in interventions:
         if not any(callable(getattr(thing, hook, None)) for hook in _HOOKS):
@@ -193,8 +194,8 @@ def _open(session: _Session) -> Iterator[None]:
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
         editors = [thing for thing in session.interventions if hasattr(thing, "hidden")]
-        for block, site in _blocks(session).items() if editors else ():
-            undo.callback(block.register_forward_hook(partial(_edit_hidden, editors, site)).remove)
+        for block, module in _blocks(session).items() if editors else ():
+            undo.callback(block.register_forward_hook(partial(_edit_hidden, session, editors, module)).remove)
         undo.callback(session.free_caches)
         AttentionInterface.get_interface = _look_up  # type: ignore[method-assign]
         yield
@@ -244,8 +245,10 @@ def _route(
         output = result.reshape(*result.shape[:2], query.shape[1], -1).transpose(1, 2)
         call._given["output"] = output
     else:
+        call._given["dropout"] = _dropout(implementation, module, kwargs)
         result, output = None, call.output
-        weights = call.weights.dense() if implementation == "eager" else None
+        # whoever runs eager attention has the map in memory anyway, and may have asked for it
+        weights = call.weights.dense(budget=sys.maxsize) if implementation == "eager" else None
 
     edited = output
     for session, context in zip(sessions, contexts):
@@ -256,7 +259,7 @@ def _route(
         if session.passes.entries:
             if session.recorder is not None:
                 seen = replace(call, **context)
-                session.see(module, seen, dropped=bool(kwargs.get("dropout")) and module.training)
+                session.see(module, seen, dropped=_dropout(implementation, module, kwargs) > 0)
             session.passes.advance(module, call.query.shape[2])
     if result is None or edited is not output:
         result = edited.transpose(1, 2).contiguous()
@@ -299,6 +302,10 @@ def _read(
     return Call(site, query, key, value, scale, mask, causal, bias, softcap, sinks)
 
 
+def _dropout(implementation: str, module: nn.Module, kwargs: dict[str, Any]) -> float:
+    return kwargs.get("dropout", 0.0) if implementation == "sdpa" or module.training else 0.0
+
+
 def _check(call: Call) -> None:
     """Raise where the model's own output does not follow from the weights as read: nothing inexact is recorded."""
     n_query, value = call.query.shape[2], call.value
@@ -329,25 +336,25 @@ def _edit_weights(thing: Any, call: Call, weights: Tensor, rows: range) -> Tenso
     return _result(thing, "weights", thing.weights(call, weights, rows), weights)
 
 
-def _edit_hidden(editors: Sequence[Any], site: Site, block: nn.Module, args: Any, output: Any) -> Any:
+def _edit_hidden(
+    session: _Session, editors: Sequence[Any], module: nn.Module, block: nn.Module, args: Any, output: Any
+) -> Any:
     hidden = new = output[0] if isinstance(output, tuple) else output
     for thing in editors:
-        new = _result(thing, "hidden", thing.hidden(site, new), hidden)
+        new = _result(thing, "hidden", thing.hidden(session.passes.site(module), new), hidden)
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-def _blocks(session: _Session) -> dict[nn.Module, Site]:
-    """The layer around each site: the module at the first number of its path."""
-    found: dict[nn.Module, Site] = {}
+def _blocks(session: _Session) -> dict[nn.Module, nn.Module]:
+    """The layer around each site (the module at the first number of its path), and its first site."""
+    found: dict[nn.Module, nn.Module] = {}
     root = getattr(session.model, "_orig_mod", session.model)
-    for site in session.sites.values():
-        if path := re.match(r"(.*?\.)?\d+(?=\.)", site.name):
-            found.setdefault(root.get_submodule(path[0]), site)
+    for module, site in session.sites.items():
+        path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
+        if path is None:
+            raise UnreachableAttention(f"{site.name} lies in no numbered layer, so its hidden states cannot be changed")
+        found.setdefault(root.get_submodule(path[0]), module)
     return found
-
-
-def _implementation(module: nn.Module) -> str:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
 
 
 def _refuse_beams(*_: Any, **__: Any) -> None:

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import catalog, report, sites
-from ..load import Loaded, load
+from ..loading import Loaded, load
 from ..observations import Observation, observe
 from ..recording import Recorder, statistic
 from ..seam import record
@@ -75,6 +75,8 @@ def look(
     console.print(
         f"{type(model).__name__}: {len(sites.find(model))} attention modules{size and f', {size}'}", highlight=False
     )
+    if missed := sites.unreached(model, sites.find(model)):
+        console.print(f"[yellow]not read, though they attend:[/] {', '.join(missed)}", highlight=False)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
     steps = generate or (DECODED if decoder else 0)
     if steps and not (isinstance(model, nn.Module) and getattr(model, "can_generate", lambda: False)()):
@@ -215,7 +217,7 @@ def _words(
 ) -> tuple[dict[str, Any], list[str] | None]:
     if picture is None:
         tokenizer = getattr(processor, "tokenizer", processor)
-        inputs = dict(tokenizer(text, return_tensors="pt"))
+        inputs = dict(tokenizer(text, return_tensors="pt", verbose=False))
         if inputs["input_ids"].numel() == 0:
             raise InputError("the text has no tokens")
         return {k: v for k, v in inputs.items() if k in _parameters(model)}, None

@@ -34,7 +34,9 @@ def output(call: Call) -> Tensor:
     """weights @ value, [batch, head, query, dim], in the dtype of the query."""
     value = call.value.to(_exact(call))
     parts = []
+    dropout = call._given.get("dropout", 0.0)
     for _, _, weights in _strips(call):
+        weights = F.dropout(weights, dropout) if dropout else weights
         kv_heads, n = value.shape[1], weights.shape[-1]
         grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ value[:, :, :n]
         parts.append(grouped.unflatten(2, (-1, weights.shape[2])).flatten(1, 2))
@@ -180,6 +182,6 @@ def _select(knob: Any, tokens: Tokens | None, call: Call, axis: str) -> Tensor:
     if tokens is None:
         raise ValueError(
             f"role {knob!r} asked of {call.site}, but what its tokens are is not known; "
-            f"pass a boolean tensor [batch, {axis}] instead, or record with `tokens=`"
+            f"pass a boolean tensor [batch, {axis}] instead"
         )
     return tokens.role(knob)

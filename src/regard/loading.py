@@ -46,8 +46,8 @@ def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **opti
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UnknownModel(
-            f"{name!r} cannot be loaded: {str(error).strip().splitlines()[0]} (a zoo model is one of "
-            f"{', '.join(zoo())}; otherwise give a local folder or a hub id with safetensors weights)"
+            f"{name!r} cannot be loaded: {str(error).strip().splitlines()[0]} (zoo models: "
+            f"{', '.join(zoo())}; otherwise give a local folder, or a hub id, with safetensors weights)"
         ) from error
     return Loaded(model.eval(), _processor(where, trust_remote_code))
 

@@ -1,0 +1,157 @@
+"""The catalog is whole, finds what it holds, and computes what it says of itself."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build
+from typer.testing import CliRunner
+
+import regard
+from regard import catalog
+from regard.cli import app
+from regard.recording import spec_of
+
+ROOMS = {
+    "statistics": 7,
+    "interventions": 22,
+    "mechanisms": 55,
+    "attribution": 11,
+    "evaluation": 6,
+    "circuits": 11,
+    "gaze": 8,
+    "objectives": 8,
+    "models": 53,
+    "studies": 12,
+    "surveys": 5,
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*arguments], env={"COLUMNS": "200"})
+
+
+def test_every_row_is_there_and_whole():
+    rows = catalog.rows()
+    assert Counter(row.room for row in rows.values()) == ROOMS
+    for row in rows.values():
+        assert row.title, row.key
+        assert row.about, row.key
+        assert row.works, row.key
+        assert row.expects, row.key
+        assert set(row.tags) <= set(catalog.tags()), row.key
+        assert row.link == "" or row.link.startswith("https://"), row.key
+    written = Counter(link for row in rows.values() if (link := row.link))
+    assert max(written.values()) == 1
+
+
+def test_no_key_stands_twice():
+    folder = Path(catalog.__file__).parent / "catalog"
+    keys = [key for path in folder.glob("*.toml") if path.stem != "tags" for key in tomllib.loads(path.read_text())]
+    assert len(keys) == len(set(keys)) == sum(ROOMS.values())
+
+
+def test_built_rows_import_and_have_a_claim():
+    for row in catalog.rows().values():
+        assert bool(row.object) == bool(row.claim), row.key
+        assert row.status != "broken", row.key
+
+
+def test_status_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
+    row = catalog.row("lookback-lens")
+    import dataclasses
+
+    assert dataclasses.replace(row, object="regard.nowhere:nothing").status == "broken"
+    built = dataclasses.replace(row, object="regard.statistics.entropy:entropy")
+    assert built.status == "built"
+    (tmp_path / "claims.json").write_text('{"lookback-lens": {"holds": false}}')
+    assert built.status == "did not hold"
+
+
+def test_a_claim_runs_and_is_remembered(monkeypatch, tmp_path):
+    """The machinery of `reproduce`, with a claim of our own: the catalog has none built yet."""
+    import sys
+    import types
+
+    module = types.ModuleType("a_claim")
+    module.claim = lambda *, scale, seed: catalog.Finding(seed > 0, f"{scale} {seed}", "a positive seed", seed)
+    monkeypatch.setitem(sys.modules, "a_claim", module)
+    monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
+    row = catalog.Row("mine", "studies", "t", "", "a", "w", "e", (), "regard.statistics.entropy:entropy", "a_claim")
+    monkeypatch.setattr(catalog, "rows", lambda: {"mine": row})
+    done = run("reproduce", "mine", "--seed", "3")
+    assert done.exit_code == 0
+    assert "a positive seed" in done.output
+    assert "held" in done.output
+    assert row.status == "held"
+    assert "did not hold" in run("reproduce", "mine", "--seed", "0").output
+    assert row.status == "did not hold"
+
+
+def test_search():
+    assert catalog.search("attention sinks")[0].key in ("sink-survey", "sink-geometry", "secondary-sinks", "act")
+    assert catalog.search("Grad-CAM")[0].key == "grad-cam"
+    assert "lookback-lens" in [row.key for row in catalog.search("halluc context")]
+    assert catalog.search('quo"te AND (') == []
+    assert len(catalog.search("")) == 198
+
+
+def test_commands():
+    everything = run("papers")
+    assert everything.exit_code == 0
+    assert "198 papers" in everything.output
+    assert "lookback-lens" in run("papers", "search", "lookback").output
+    nothing = run("papers", "search", "zebrafish")
+    assert nothing.exit_code == 1
+    shown = run("papers", "show", "perceiver")
+    assert "https://arxiv.org/abs/2103.03206" in shown.output
+    assert "not built" in shown.output
+    unknown = run("papers", "show", "perciever")
+    assert unknown.exit_code == 2
+    assert "did you mean perceiver" in unknown.output
+    claim = run("reproduce", "perceiver")
+    assert claim.exit_code == 2
+    assert "has no claim yet" in claim.output
+    assert "plain torch" in run("info").output
+
+
+@pytest.mark.parametrize("name", catalog.statistics())
+def test_every_statistic_keeps_the_contract(name):
+    """Documented, labelled as it says, finite, the same again, and independent of the rest of the batch."""
+    function = catalog.statistic(name)
+    spec = spec_of(function)
+    assert function.__name__ == name
+    assert inspect.getdoc(function)
+    parameters = list(inspect.signature(function).parameters.values())
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[1:])
+    for family in FAMILIES:
+        if family == "qwen2_vl":
+            continue  # pictures of a batch are packed into one sequence
+        model, inputs = build(family)
+        with torch.no_grad(), regard.record(model, name) as recording:
+            model(**inputs)
+            model(**inputs)
+            model(**{key: value[:1] for key, value in inputs.items()})
+        first, again, alone = recording
+        assert first.equals(again), family
+        for stack, node in first.children.items():
+            found = node[name]
+            assert set(found.dims) == {*spec.dims, "layer"}, family
+            low, high = spec.limits
+            assert found.notnull().all(), (family, stack)
+            assert low is None or float(found.min()) >= low - 1e-6
+            assert high is None or float(found.max()) <= high + 1e-6
+            other, one = alone[stack][name], found.isel(batch=[0])
+            if "role" in found.dims:
+                other, one = (d.drop_vars([c for c in d.coords if c != "role"]) for d in (other, one))
+            if name == "top_keys":  # ties may fall either way
+                continue
+            torch.testing.assert_close(
+                torch.from_numpy(other.values), torch.from_numpy(one.values), atol=2e-5, rtol=1e-4
+            )
