@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import catalog, report, sites
+from ..data import paragraph
 from ..loading import Loaded, load
 from ..observations import Observation, observe
 from ..recording import Recorder, statistic
@@ -197,7 +197,7 @@ def _prepare(
             raise InputError(f"--text: {type(model).__name__} looks at pictures only")
         return dict(processor(images=picture, return_tensors="pt")), None
     if text is None:
-        text = "What is in this picture?" if picture else _paragraph()
+        text = "What is in this picture?" if picture else paragraph()
     inputs, roles = _words(model, processor, text, picture)
     limit = _positions(model)
     n = inputs["input_ids"].shape[1]
@@ -267,10 +267,6 @@ def _positions(model: nn.Module) -> int | None:
             offset = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
             return limit - (offset.padding_idx + 1 if getattr(offset, "padding_idx", None) else 0)
     return None
-
-
-def _paragraph() -> str:
-    return resources.files("regard.data").joinpath("paragraph.txt").read_text(encoding="utf-8").strip()
 
 
 def _statistics(model: nn.Module, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
