@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import time
 from pathlib import Path
@@ -27,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import measure
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 VOCAB = 2048
@@ -241,9 +242,7 @@ def train(data: Path, out: Path, seed: int) -> None:
     save_atomically(half, out / "model.safetensors", {"format": "pt"})
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(out)
-    card = json.loads((out / "measured.json").read_text()) if (out / "measured.json").exists() else {}
-    card |= {"held_out_loss": round(float(np.mean(held)), 4), "steps": STEPS, "seed": seed}
-    (out / "measured.json").write_text(json.dumps(card, indent=1) + "\n")
+    measure.write_card(out, {"held_out_loss": round(float(np.mean(held)), 4), "steps": STEPS, "seed": seed})
 
 
 def main() -> None:
