@@ -46,11 +46,12 @@ class Phase(NamedTuple):
 
 PHASES = (
     Phase(250, 64, 64, 0.7, 2e-3),
-    Phase(900, 256, 24, 0.25, 2e-3),
-    Phase(80, LONG, 8, 0.25, 2e-3),
+    Phase(150, 256, 24, 0.25, 2e-3),
+    Phase(1450, 256, 24, 0.25, 3e-3),
+    Phase(80, LONG, 8, 0.25, 3e-3),
 )
 STEPS = sum(phase.steps for phase in PHASES)
-WEIGHT_DECAY, WARMUP, DECAY = 0.1, 50, 700  # steps of warm-up, and of linear decay to zero at the end
+WEIGHT_DECAY, WARMUP, DECAY = 0.1, 50, 800  # steps of warm-up, and of linear decay to zero at the end
 CHECKPOINT = 100  # steps
 WIDTH, HEAD = 160, 32
 
