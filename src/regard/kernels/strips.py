@@ -18,24 +18,52 @@ if TYPE_CHECKING:
     from ..tokens import Tokens
     from ..weights import Reduction
 
-STRIP = 2**20  # weights held at once: 4 MB in float32, and three or four such buffers; larger strips leave the cache
+STRIP = 2**20  # weights held at once: 4 MB in float32, twice; larger strips leave the cache
+TALL = 32  # rows below which a strip is too flat for fast products: heads are then taken one by one
+BLOCK = 64  # of keys, for the largest of long rows
+
+
+class _Space:
+    """Two buffers that all strips share: strips of a causal call differ in size, and would leave the heap in pieces.
+
+    Autograd keeps what it needs of each strip, so with gradients every strip gets memory of its own.
+    """
+
+    def __init__(self, call: Call) -> None:
+        tensors = (call.query, call.key, call.value, call.bias, call.mask, call.sinks)
+        self.shared = not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        self.like = torch.empty(0, dtype=_exact(call), device=call.query.device)
+        self.buffers: dict[int, Tensor] = {}
+
+    def __call__(self, which: int, *shape: int) -> Tensor | None:
+        if not self.shared:
+            return None
+        size = torch.Size(shape).numel()
+        if which not in self.buffers or self.buffers[which].numel() < size:
+            self.buffers[which] = self.like.new_empty(max(size, STRIP))
+        return self.buffers[which][:size].view(shape)
 
 
 def rows(call: Call, a: int, b: int) -> Tensor:
     """Dense weights of queries a to b, after any edits. [batch, head, b-a, key]"""
-    weights = _softmax(call, a, b)
-    weights = F.pad(weights, (0, call.key.shape[2] - weights.shape[-1]))
-    for edit in call._given.get("edits", ()):
-        weights = edit(call, weights, range(a, b))
-    return weights
+    return _edited(call, a, b, _Space(call)).clone()
 
 
 def output(call: Call) -> Tensor:
     """weights @ value, [batch, head, query, dim], in the dtype of the query."""
-    value = call.value.to(_exact(call))
-    parts = []
-    dropout = call._given.get("dropout", 0.0)
-    for _, _, weights in _strips(call):
+    return torch.cat([_output(part) for part in _by_heads(call)], dim=1)
+
+
+def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
+    """Every reduction in `wanted`, in one pass over the strips."""
+    wanted = list(wanted)
+    found = [_reduce(part, wanted) for part in _by_heads(call)]
+    return found[0] if len(found) == 1 else {r: torch.cat([part[r] for part in found], dim=1) for r in wanted}
+
+
+def _output(call: Call) -> Tensor:
+    value, dropout, parts = call.value.to(_exact(call)), call._given.get("dropout", 0.0), []
+    for _, _, weights in _strips(call, _Space(call)):
         weights = F.dropout(weights, dropout) if dropout else weights
         kv_heads, n = value.shape[1], weights.shape[-1]
         grouped = weights.unflatten(1, (kv_heads, -1)).flatten(2, 3) @ value[:, :, :n]
@@ -43,37 +71,33 @@ def output(call: Call) -> Tensor:
     return torch.cat(parts, dim=2).to(call.query.dtype)
 
 
-def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
-    """Every reduction in `wanted`, in one pass over the strips."""
-    wanted = list(wanted)
+def _reduce(call: Call, wanted: list[Reduction]) -> dict[Reduction, Tensor]:
     masses, sets = [r for r in wanted if r.name == "mass"], call.query.new_empty(0)
     if masses:
         sets = torch.stack([_select(r.knob, call.tokens, call, "key") for r in masses], dim=-1).to(_exact(call))
     groups = {r: _select(r.knob, call.query_tokens, call, "query") for r in wanted if r.name == "received" and r.knob}
     k = max((r.knob for r in wanted if r.name.startswith("top_")), default=0)
-    n_key = call.key.shape[2]
+    n_key, space = call.key.shape[2], _Space(call)
     parts: dict[Reduction, list[Tensor]] = {r: [] for r in wanted}
     columns: dict[Reduction, Tensor] = {}
-
     top = at = mass = sets
-    for a, b, p in _strips(call):
+    for a, b, p in _strips(call, space):
         n = p.shape[-1]
         if k:
-            top, at = p.topk(min(k, n), dim=-1)
+            top, at = _top(p, k)
             at = torch.where(top > 0, at + call.key_start, -1)
-            if n < k:
-                top, at = F.pad(top, (0, k - n)), F.pad(at, (0, k - n), value=-1)
         if masses:
             # matmul broadcasts a set that is the same for the whole batch
             mass = (p.flatten(1, 2) @ sets[:, :n]).unflatten(1, p.shape[1:3])
         for r in wanted:
             match r.name:
                 case "entropy":
-                    parts[r].append(_entropy(p))
+                    parts[r].append(_entropy(p, space))
                 case "maximum":
                     parts[r].append(p.amax(-1))
                 case "distance":
-                    parts[r].append(torch.einsum("bhqk,qk->bhq", p, _distances(call, a, b, n, r.knob)))
+                    apart = _distances(call, a, b, n, r.knob)
+                    parts[r].append(torch.mul(p, apart, out=space(0, *p.shape)).sum(-1))
                 case "mass":
                     parts[r].append(mass[..., masses.index(r)])
                 case "at":
@@ -85,54 +109,89 @@ def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
                 case "top_keys":
                     parts[r].append(at[..., : r.knob])
                 case "received":
-                    seen = (
-                        torch.einsum("bhqk,bq->bhk", p, groups[r][:, a:b].to(p.dtype).expand(len(p), -1))
-                        if r in groups
-                        else p.sum(-2)
-                    )
-                    seen = F.pad(seen, (0, n_key - n))
-                    columns[r] = columns[r] + seen if r in columns else seen
+                    if r in groups:
+                        chosen = groups[r][:, None, None, a:b].to(p.dtype)
+                        seen = (chosen.expand(*p.shape[:2], -1, -1) @ p)[:, :, 0]
+                    else:
+                        seen = p.sum(-2)
+                    if space.shared:
+                        columns.setdefault(r, p.new_zeros(*p.shape[:2], n_key))[..., :n] += seen
+                    else:
+                        seen = F.pad(seen, (0, n_key - n))
+                        columns[r] = columns[r] + seen if r in columns else seen
                 case _:
                     raise NotImplementedError(f"no reduction named {r.name!r}")
     return columns | {r: torch.cat(p, dim=2) for r, p in parts.items() if p}
 
 
-def _strips(call: Call) -> Iterator[tuple[int, int, Tensor]]:
-    """First query, last, and their weights [batch, head, query, key]; keys after the last visible one are cut off."""
+def _by_heads(call: Call) -> list[Call]:
+    """The call, or one call for each key head where rows are so long that a strip of all heads would be flat."""
+    batch, heads, n_query, _ = call.query.shape
+    kv_heads, n_key = call.key.shape[1], call.key.shape[2]
+    if call._given.get("edits") or kv_heads == 1 or STRIP // (batch * heads * n_key) >= min(TALL, n_query):
+        return [call]
+    group = heads // kv_heads
+
+    def own(tensor: Tensor | None, queries: slice) -> Tensor | None:
+        return tensor if tensor is None or tensor.ndim < 4 or tensor.shape[1] == 1 else tensor[:, queries]
+
+    parts = []
+    for i in range(kv_heads):
+        keys, queries = slice(i, i + 1), slice(i * group, (i + 1) * group)
+        sinks = call.sinks
+        if sinks is not None:
+            sinks = sinks.flatten()[queries] if sinks.numel() == heads else sinks[:, queries]
+        new = {"query": call.query[:, queries], "key": call.key[:, keys], "value": call.value[:, keys], "sinks": sinks}
+        parts.append(call.but(**new, mask=own(call.mask, queries), bias=own(call.bias, queries)))
+    return parts
+
+
+def _strips(call: Call, space: _Space) -> Iterator[tuple[int, int, Tensor]]:
+    """First query, last, and their weights [batch, head, query, key]; keys after the last visible one are cut off.
+
+    The weights lie in a shared buffer: use them before the next strip.
+    """
     batch, head, n_query, _ = call.query.shape
     step = max(1, STRIP // (batch * head * call.key.shape[2]))
     if call.key.dtype != _exact(call):
         call = call.but(key=call.key.to(_exact(call)))  # once, rather than once a strip
-    get = rows if call._given.get("edits") else _softmax
+    get = _edited if call._given.get("edits") else _softmax
     for a in range(0, n_query, step):
         b = min(a + step, n_query)
-        yield a, b, get(call, a, b)
+        yield a, b, get(call, a, b, space)
 
 
-def _softmax(call: Call, a: int, b: int) -> Tensor:
+def _edited(call: Call, a: int, b: int, space: _Space) -> Tensor:
+    weights = _softmax(call, a, b, space)
+    weights = F.pad(weights, (0, call.key.shape[2] - weights.shape[-1]))
+    for edit in call._given.get("edits", ()):
+        weights = edit(call, weights, range(a, b))
+    return weights
+
+
+def _softmax(call: Call, a: int, b: int, space: _Space) -> Tensor:
     query, key = call.query[:, :, a:b].to(_exact(call)), call.key.to(_exact(call))
     batch, head, _, dim = query.shape
     n = min(key.shape[2], b) if call.causal else key.shape[2]
-    key = key[:, :, :n]
     # Query heads that share a key head become more rows of one product, so keys are never copied.
     grouped = query.reshape(batch * key.shape[1], -1, dim)
-    if key.shape[0] != batch:
-        key = key.expand(batch, -1, -1, -1)
-    key = key.flatten(0, 1)
-    scores = torch.baddbmm(grouped.new_empty(1), grouped, key.mT, beta=0, alpha=call.scale)
+    key = key[:, :, :n].expand(batch, -1, -1, -1).flatten(0, 1)
+    product = space(0, len(grouped), grouped.shape[1], n)
+    scores = torch.baddbmm(grouped.new_empty(1), grouped, key.mT, beta=0, alpha=call.scale, out=product)
     scores = scores.view(batch, head, b - a, n)
     if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
+        scores = scores.div_(call.softcap).tanh_() if space.shared else torch.tanh(scores / call.softcap)
+        scores = scores.mul_(call.softcap) if space.shared else scores * call.softcap
     if call.bias is not None:
-        scores = scores + _cut(call.bias, a, b, n).to(scores.dtype)
+        scores += _cut(call.bias, a, b, n).to(scores.dtype)
     visible = None
     if call.mask is not None and call.mask.dtype == torch.bool:
         visible = _cut(call.mask, a, b, n)
         # With a bias, transformers folds both into one additive mask, whose lowest value is finite.
         lowest = float("-inf") if call.bias is None else torch.finfo(call.key.dtype).min
-        scores = scores.masked_fill(~visible, lowest)
+        scores.masked_fill_(~visible, lowest)
     elif call.mask is not None:
-        scores = scores + _cut(call.mask, a, b, n).to(scores.dtype)
+        scores += _cut(call.mask, a, b, n).to(scores.dtype)
     if call.causal and n > a:
         future = torch.arange(a, n, device=scores.device) > torch.arange(a, b, device=scores.device)[:, None]
         scores[..., a:].masked_fill_(future, float("-inf"))
@@ -141,9 +200,10 @@ def _softmax(call: Call, a: int, b: int) -> Tensor:
     if call.sinks is not None:
         sinks = call.sinks.to(scores.dtype)
         sinks = sinks.reshape(1, head, 1, 1) if sinks.numel() == head else sinks[:, :, a:b]
-        weights = torch.cat([scores, sinks.expand(batch, head, b - a, 1)], dim=-1).softmax(-1)[..., :-1]
+        joined = torch.cat([scores, sinks.expand(batch, head, b - a, 1)], dim=-1)
+        weights = torch.softmax(joined, -1, out=space(1, *joined.shape))[..., :-1]
     else:
-        weights = scores.softmax(-1)
+        weights = torch.softmax(scores, -1, out=space(1, *scores.shape))
     if visible is not None and call.bias is None:
         blind = ~visible.any(-1, keepdim=True)
         if blind.any():
@@ -151,9 +211,25 @@ def _softmax(call: Call, a: int, b: int) -> Tensor:
     return weights
 
 
-def _entropy(p: Tensor) -> Tensor:
-    if not p.requires_grad:
-        return torch.special.entr(p).sum(-1)
+def _top(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last axis and their places, padded with zeros where there are fewer."""
+    n = p.shape[-1]
+    if n <= 4 * k * BLOCK:
+        top, at = p.topk(min(k, n), dim=-1)
+        return F.pad(top, (0, k - top.shape[-1])), F.pad(at, (0, k - at.shape[-1]))
+    # The k largest lie in the k blocks of largest maximum; selecting there is several times faster than in long rows.
+    whole = n // BLOCK * BLOCK
+    best = p[..., :whole].unflatten(-1, (-1, BLOCK)).amax(-1).topk(k, dim=-1).indices
+    places = (best[..., None] * BLOCK + torch.arange(BLOCK, device=p.device)).flatten(-2)
+    tail = torch.arange(whole, n, device=p.device).expand(*p.shape[:-1], -1)
+    places = torch.cat([places, tail], dim=-1)
+    top, at = p.gather(-1, places).topk(k, dim=-1)
+    return top, places.gather(-1, at)
+
+
+def _entropy(p: Tensor, space: _Space) -> Tensor:
+    if space.shared:
+        return torch.special.entr(p, out=space(0, *p.shape)).sum(-1)
     # entr has an infinite slope at 0, which softmax's own slope of 0 there would turn into NaN
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
@@ -169,10 +245,10 @@ def _cut(mask: Tensor, a: int, b: int, n: int) -> Tensor:
 
 
 def _distances(call: Call, a: int, b: int, n: int, clip: int | None) -> Tensor:
-    at = torch.arange(call.query_start + a, call.query_start + b, device=call.query.device)
-    keys = torch.arange(call.key_start, call.key_start + n, device=call.query.device)
-    apart = (at[:, None] - keys).abs()
-    return (apart if clip is None else apart.clamp(max=clip)).to(_exact(call))
+    at = torch.arange(call.query_start + a, call.query_start + b, device=call.query.device, dtype=_exact(call))
+    keys = torch.arange(call.key_start, call.key_start + n, device=call.query.device, dtype=_exact(call))
+    apart = (at[:, None] - keys).abs_()
+    return apart if clip is None else apart.clamp_(max=clip)
 
 
 def _select(knob: Any, tokens: Tokens | None, call: Call, axis: str) -> Tensor:
