@@ -59,7 +59,7 @@ def reader(name: str = "reader", seed: int = 0) -> dict[str, Any]:
     for recording in (repeated, prose):
         for score in recording.tree["language_model"].data_vars.values():
             mean = score.mean("batch")
-            layer, head = divmod(int(mean.argmax()), mean.sizes["head"])
+            layer, head = divmod(int(mean.values.argmax()), mean.sizes["head"])
             found[str(score.name)] = {"layer": layer, "head": head, "score": round(float(mean.max()), 4)}
     return found
 
