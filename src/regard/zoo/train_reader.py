@@ -241,7 +241,7 @@ def train(data: Path, out: Path, seed: int) -> None:
     # Half precision halves the file; the config says float32, so that it is loaded as it was trained.
     half = {name: p.data.half() for name, p in parameters.items() if name != "lm_head.weight"}
     save_atomically(half, out / "model.safetensors", {"format": "pt"})
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], torch.float32
     model.config.save_pretrained(out)
     measure.write_card(out, {"held_out_loss": round(float(np.mean(held)), 4), "steps": STEPS, "seed": seed})
 
