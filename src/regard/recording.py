@@ -311,7 +311,7 @@ def _labelled(tree: xr.DataTree) -> xr.DataTree:
     return _with_attributes(labelled, tree.attrs)
 
 
-def _with_attributes(stacks: dict[str, xr.Dataset], attributes: Mapping[str, Any]) -> xr.DataTree:
+def _with_attributes(stacks: dict[str, xr.Dataset], attributes: Mapping[Any, Any]) -> xr.DataTree:
     tree = xr.DataTree.from_dict({f"/{stack}": dataset for stack, dataset in stacks.items()})
     tree.attrs = dict(attributes)
     return tree
