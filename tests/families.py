@@ -27,6 +27,16 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+ENCODER_DECODER = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCAB,
+}
 IMAGE = 98  # id of the image token in vision-language models
 
 Built = tuple[nn.Module, dict[str, Any]]
@@ -101,14 +111,7 @@ def t5() -> Built:
 
 def bart() -> Built:
     config = t.BartConfig(
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        vocab_size=VOCAB,
+        **ENCODER_DECODER,
         max_position_embeddings=64,
     )
     return t.BartForConditionalGeneration(config), {**text(), "decoder_input_ids": text(n=5)["input_ids"]}
@@ -116,14 +119,7 @@ def bart() -> Built:
 
 def whisper() -> Built:
     config = t.WhisperConfig(
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        vocab_size=VOCAB,
+        **ENCODER_DECODER,
         num_mel_bins=8,
         max_source_positions=20,
         pad_token_id=0,

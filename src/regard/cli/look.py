@@ -72,14 +72,13 @@ def look(
     inputs, roles = _prepare(loaded, name, text, picture, truncate, generate)
     model = loaded.model
     size = ", ".join(f"{value.shape[1]} tokens" for key, value in inputs.items() if key == "input_ids")
-    console.print(
-        f"{type(model).__name__}: {len(sites.find(model))} attention modules{size and f', {size}'}", highlight=False
-    )
-    if missed := sites.unreached(model, sites.find(model)):
+    found = sites.find(model)
+    console.print(f"{type(model).__name__}: {len(found)} attention modules{size and f', {size}'}", highlight=False)
+    if missed := sites.unreached(model, found):
         console.print(f"[yellow]not read, though they attend:[/] {', '.join(missed)}", highlight=False)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
     steps = generate or (DECODED if decoder else 0)
-    if steps and not (isinstance(model, nn.Module) and getattr(model, "can_generate", lambda: False)()):
+    if steps and not getattr(model, "can_generate", lambda: False)():
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
     attributes = {
@@ -88,7 +87,6 @@ def look(
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    partial_ = False
     with _progress(console, model, steps) as tick:
         statistics = _statistics(model, inputs, steps) | {"tick": tick}
         with (
@@ -110,8 +108,9 @@ def look(
                 )
             else:
                 model(**inputs)
-        partial_ = recording.interrupted
-    return _write(recording, out, [picture] if picture else [], partial_, time.perf_counter() - began, console)
+    return _write(
+        recording, out, [picture] if picture else [], recording.interrupted, time.perf_counter() - began, console
+    )
 
 
 def _write(
