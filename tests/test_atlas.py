@@ -125,9 +125,12 @@ def test_thresholds_are_knobs(hand_set, found):
 def test_the_model_is_left_as_it_was(hand_set):
     before = {name: tensor.clone() for name, tensor in hand_set.state_dict().items()}
     hand_set.train()
+    list(hand_set.modules())[-1].eval()  # a part that is held still while the rest is trained
+    modes = [m.training for m in hand_set.modules()]
     try:
         atlas(hand_set, sequences=2)
         assert hand_set.training
+        assert [m.training for m in hand_set.modules()] == modes
         assert all(torch.equal(before[name], tensor) for name, tensor in hand_set.state_dict().items())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in hand_set.modules())
         with pytest.raises(IndexError), torch.no_grad():

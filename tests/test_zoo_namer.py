@@ -60,15 +60,15 @@ def test_the_reason_is_where_the_sentence_says():
     _, tokenizer = regard.load("namer")
     told = Sentence(("not", "feeling", "sad", "."), "joy", (True, False, True, False))
     other = Sentence(("at", "noon"), "calm", (False, True))
-    batch = namer._encoded(tokenizer, [told, other])
+    batch = namer.encoded(tokenizer, [told, other])
     assert batch["reason"].int().tolist() == [[0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
     assert batch["word"].int().tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]
     assert batch["label"].tolist() == [0, 2]
 
 
 def test_sentences_held_out_are_never_trained_on():
-    held = namer._drawn(0, start=0, held=True)
-    rest = namer._drawn(0, start=0, held=False)
+    held = namer.drawn(0, start=0, held=True)
+    rest = namer.drawn(0, start=0, held=False)
     ours, theirs = {next(held).text for _ in range(200)}, {next(rest).text for _ in range(3000)}
     assert not ours & theirs
 

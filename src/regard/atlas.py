@@ -31,6 +31,7 @@ from . import stream
 from .call import Call
 from .data import paragraph, prompts, scenes
 from .passes import vocabulary
+from .prediction import evaluating
 from .recording import Recording, statistic
 from .seam import record
 from .statistics.global_mass import global_mass
@@ -202,18 +203,13 @@ def atlas(
     if (takes := getattr(model, "main_input_name", "input_ids")) not in ("input_ids", "pixel_values"):
         raise ValueError(f"{type(model).__name__} takes {takes}: the battery has tokens and pictures only")
     tested = _Battery(model, processor, torch.Generator().manual_seed(seed), sampled)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if takes == "input_ids":
-                tested.repeat(sequences, segment, copies)
-                tested.read_prose()
-                tested.answer(prompted, seed)
-            if _sees(model):
-                tested.look_at(list(pictures) or _scenes(4, seed), varied=bool(pictures))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        if takes == "input_ids":
+            tested.repeat(sequences, segment, copies)
+            tested.read_prose()
+            tested.answer(prompted, seed)
+        if _sees(model):
+            tested.look_at(list(pictures) or _scenes(4, seed), varied=bool(pictures))
     for scores in tested.found.values():
         for name in WRITING if "induction" in scores else ():  # asked of all that read, if in vain
             if name not in scores:

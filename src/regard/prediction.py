@@ -114,12 +114,18 @@ def predict(model: nn.Module, inputs: Mapping[str, Any], target: Target = None) 
     inputs = {k: v for k, v in inputs.items() if k != "labels"}
     if "use_cache" in parameters(model):
         inputs["use_cache"] = False
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
+        yield _prediction(model, inputs, target)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards each module is in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-            yield _prediction(model, inputs, target)
+        yield
     finally:
         for module, was in training.items():
             module.training = was

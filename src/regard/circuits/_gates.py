@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..call import Call, Site
+from ..prediction import evaluating
 from ..seam import intervene
 
 Head = tuple[int, int]  # layer, head
@@ -71,18 +72,15 @@ def without(sites: Mapping[int, Site], heads: Iterable[Head]) -> dict[int, Tenso
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, without gradients for parameters; afterwards each module and parameter is as it was."""
-    training = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
+    with evaluating(model):
+        try:
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
 
 
 def losses(model: nn.Module, loss: Loss, rows: int | None = None) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..data.scenes import COLOURS, Dials, Scene, render, sample
+from ..zoo.recipes import viewer
 
-SIZE = 64  # pixels
+SIZE = viewer.SIZE  # pixels
 TRAINING = Dials(objects=(1, 3), textures=("plain", "grain"))
 ALONE = Dials(objects=(1, 1), textures=("plain", "grain"))
 PAIR = Dials(objects=(2, 2), textures=("plain", "grain"))
@@ -61,7 +62,7 @@ def held_out(dials: Dials, n: int, seed: int, *, distinct: bool = False) -> list
 
 def pixels(scenes: Sequence[Scene]) -> Tensor:
     """[batch, channel, row, column]"""
-    return 2 * render(scenes, SIZE).tensor() - 1
+    return viewer.pixels(render(scenes, SIZE))
 
 
 def labels(scenes: Sequence[Scene]) -> Tensor:

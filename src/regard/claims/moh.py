@@ -7,9 +7,7 @@ is trained on with what it was trained with, and judged by the part that it neve
 from __future__ import annotations
 
 import copy
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from .. import zoo
 from ..catalog import Finding
 from ..mechanisms.moh import MixtureOfHeads, balance, moh
 from ..zoo.recipes import reader
+from ._data import folder
 
 ACTIVE = 0.75
 PHASE, HELD_OUT = reader.Phase(1, 128, 16, 0.0, 0.0), reader.Phase(1, 128, 256, 0.0, 0.0)
@@ -73,12 +72,7 @@ def _draw(figure: Any, *, over: dict[str, float], loads: Tensor) -> None:
 
 
 def _texts() -> list[str]:
-    folder = os.environ.get("REGARD_DATA")
-    if folder is None:
-        raise ValueError(
-            "this claim trains the reader on: name the folder of its texts with REGARD_DATA (docs/data.md)"
-        )
-    return reader.texts(Path(folder))
+    return reader.texts(folder("text_books").parent)
 
 
 @torch.no_grad()

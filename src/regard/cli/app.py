@@ -186,10 +186,7 @@ def profile(
                 soft_wrap=True,
             )
             raise typer.Exit(130) from None
-    for table in taken.tables:
-        out.print(table)
-    for line in taken.lines:
-        out.print(f" • {escape(line)}", highlight=False, soft_wrap=True)
+    taken.to(out)
     out.print(f"\nprofile    {folder}", highlight=False, soft_wrap=True)
 
 
@@ -310,10 +307,7 @@ def gaze_compare(
             trust_remote_code=trust_remote_code,
             console=out,
         )
-    for table in compared.tables:
-        out.print(table)
-    for line in compared.lines:
-        out.print(f" • {escape(line)}", highlight=False, soft_wrap=True)
+    compared.to(out)
 
 
 @papers_app.callback()

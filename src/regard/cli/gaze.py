@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,9 @@ from ..data import loaders
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..loading import load
+from .printed import Printed
 
 TASKS = ("reading", "search")
-
-
-@dataclass
-class Compared:
-    """What is printed at the end."""
-
-    tables: list[Table] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
 
 
 def compare(
@@ -39,7 +31,7 @@ def compare(
     seed: int,
     trust_remote_code: bool,
     console: Console,
-) -> Compared:
+) -> Printed:
     """Compare the model of this name with the readings in a folder, and say what came out."""
     if task not in TASKS:
         raise ValueError(f"--task {task}: there are {' and '.join(TASKS)}")
@@ -64,7 +56,7 @@ def compare(
     if out is not None:
         tree.to_zarr(out, zarr_format=3, consolidated=False)
     told = tree.attrs
-    compared = Compared([_summary(tree), _layers(tree)])
+    compared = Printed([_summary(tree), _layers(tree)])
     compared.lines.append(
         f"{told['words']:,} words of {told['texts']} texts, {told['readers']} readers; two halves of the readers agree "
         f"to {told['reliability']:.2f}, the most to be expected of a model"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,7 @@ from rich.table import Table
 from ..loading import load
 from ..profile import Progress, read
 from ..profile import profile as take
-
-
-@dataclass
-class Taken:
-    """What is printed at the end."""
-
-    tables: list[Table] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+from .printed import Printed
 
 
 def profile(
@@ -36,7 +28,7 @@ def profile(
     console: Console,
     trust_remote_code: bool = False,
     **options: Any,
-) -> Taken:
+) -> Printed:
     """Take a profile of the model of this name, and say what came out; `options` go to `regard.profile.profile`."""
     source = read(data, options.pop("field"))  # bad input is found before a model is loaded
     with console.status(f"loading {name}"):
@@ -59,7 +51,7 @@ def profile(
 
         tree = take(model, processor, source, *statistics, out=out, progress=tick, **options).tree
     stacks = [(name, node) for name, node in tree.children.items() if node.children]
-    taken = Taken([_table(name, node) for name, node in stacks])
+    taken = Printed([_table(name, node) for name, node in stacks])
     for name, node in stacks:
         for statistic, child in node.children.items():
             taken.lines += _extremes(name, statistic, child.to_dataset(), node.to_dataset())

@@ -214,7 +214,6 @@ def _scores(prediction: Prediction, attribution: xr.DataArray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(attribution.values)).double()
 
 
-@torch.no_grad()
 def _curve(
     model: nn.Module,
     inputs: Mapping[str, Any],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -38,6 +38,12 @@ def layers(model: nn.Module, method: str) -> list[int]:
             f"{', '.join(stacks) or 'no attention'}"
         )
     return found
+
+
+def require(model: nn.Module, method: str, wanted: Iterable[int], otherwise: str) -> None:
+    """ValueError, which names the method and what to do otherwise, where the language model lacks a layer."""
+    if missing := set(wanted) - set(layers(model, method)):
+        raise ValueError(f"{method}: {type(model).__name__} has no layer {min(missing)}: {otherwise}")
 
 
 def image_ids(model: nn.Module, method: str) -> set[int]:

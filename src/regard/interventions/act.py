@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..call import Call
 from ..passes import vocabulary
 from ..seam import intervene
-from ._method import STACK, Method, layers
+from ._method import STACK, Method, layers, require
 
 BETA, THRESHOLD = 0.4, 0.1
 
@@ -79,8 +79,7 @@ class act(Method):
 
     def begin(self, model: nn.Module) -> None:
         self._sinks = {}
-        if missing := {layer for layer, _ in self.heads} - set(layers(model, "act")):
-            raise ValueError(f"act: {type(model).__name__} has no layer {min(missing)}: find heads on this model")
+        require(model, "act", (layer for layer, _ in self.heads), "find heads on this model")
 
     def where(self, call: Call) -> bool:
         layer = call.site.layer

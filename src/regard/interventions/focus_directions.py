@@ -28,7 +28,7 @@ from ..data.prompts.arguments import NAMES
 from ..data.prompts.copying import WORDS
 from ..recording import statistic
 from ..seam import intervene, record
-from ._method import STACK, Method, layers
+from ._method import STACK, Method, layers, require
 
 N_HEADS, STRENGTH = 20, 0.2
 Directions = Mapping[tuple[int, int], Tensor]  # layer and head -> offset of its queries [dim]
@@ -88,11 +88,7 @@ class focus_directions(Method):
         return cls(strength=strength, **knobs)
 
     def begin(self, model: nn.Module) -> None:
-        known = layers(model, "focus-directions")
-        if missing := sorted({layer for layer, _ in self.directions} - set(known)):
-            raise ValueError(
-                f"focus-directions: {type(model).__name__} has no layer {missing[0]}: learn directions on this model"
-            )
+        require(model, "focus-directions", (layer for layer, _ in self.directions), "learn directions on this model")
         self._offsets = {}
 
     def inputs(self, call: Call) -> Call:

@@ -39,8 +39,8 @@ def train(out: Path, *, data: Path | None = None, seed: int = 0) -> dict[str, An
     model = BertForSequenceClassification(_config(tokenizer))
 
     def loss(step: int) -> Tensor:
-        found = list(islice(_drawn(seed, start=2 * BATCH * step, held=False), BATCH))
-        batch = _encoded(tokenizer, found)
+        found = list(islice(drawn(seed, start=2 * BATCH * step, held=False), BATCH))
+        batch = encoded(tokenizer, found)
         hidden = torch.rand(len(found), 1) * (torch.rand(len(found), 1) < 0.4)  # share of a sentence's words
         spared = torch.rand(len(found), 1) < 0.5  # whether the reason is
         chosen = batch["word"] & ~(batch["reason"] & spared) & (torch.rand(batch["word"].shape) < hidden)
@@ -61,8 +61,8 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0) -> dict[str, float]:
     but the reason hidden. reason_weight: weight of `[CLS]` in the last layer on the reason, mean of its best head;
     reason_share: share of the reason among the tokens, which even attention would give.
     """
-    found = list(islice(_drawn(seed, start=0, held=True), MEASURED))
-    batch = _encoded(tokenizer, found)
+    found = list(islice(drawn(seed, start=0, held=True), MEASURED))
+    batch = encoded(tokenizer, found)
     reason, mask = batch["reason"], tokenizer.mask_token_id
 
     @statistic("batch head", title="Weight of the first token on the reason")
@@ -91,7 +91,7 @@ def measure(model: Any, tokenizer: Any, *, seed: int = 0) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in figures.items()} | {"reason_head": int(heads.argmax())}
 
 
-def _drawn(seed: int, *, start: int, held: bool) -> Iterator[Sentence]:
+def drawn(seed: int, *, start: int, held: bool) -> Iterator[Sentence]:
     """Sentences from number `start` on: those held out from training (one in ten, by their text), or the rest."""
     for i in count(start):
         sentence = sentences(1, seed=seed, start=i)[0]
@@ -99,7 +99,7 @@ def _drawn(seed: int, *, start: int, held: bool) -> Iterator[Sentence]:
             yield sentence
 
 
-def _encoded(tokenizer: Any, found: list[Sentence]) -> dict[str, Tensor]:
+def encoded(tokenizer: Any, found: list[Sentence]) -> dict[str, Tensor]:
     """Ids and mask, labels, and which tokens are words (`word`) and reasons (`reason`)."""
     batch = tokenizer([s.text for s in found], padding=True, return_tensors="pt")
     reason = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
