@@ -25,7 +25,7 @@ oldest:
 	@$(OLDEST_PIP) install --upgrade pip
 	@$(OLDEST_PIP) install torch
 	@$(OLDEST_PIP) install --group test --editable .
-	$(OLDEST)/bin/python -m pytest tests/test_exact.py tests/test_seam.py tests/test_any_model.py tests/test_recording.py
+	$(OLDEST)/bin/python -m pytest tests/core/test_exact.py tests/core/test_seam.py tests/core/test_any_model.py tests/core/test_recording.py
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
@@ -45,7 +45,7 @@ sanitize: $(VENV)/installed-test
 	cmake -S src/regard/kernels/native -B build/sanitize -DREGARD_SANITIZE=ON >/dev/null
 	cmake --build build/sanitize
 	REGARD_NATIVE=$(CURDIR)/build/sanitize/_native.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(VENV)/bin/python -m pytest -s tests/test_native.py
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(VENV)/bin/python -m pytest -s tests/kernels/test_native.py
 
 # Retrain the models that ship with the package, and compare their abilities with the cards: some hours on two cores.
 # make zoo DATA=folder [MODELS="viewer describer"]

@@ -34,7 +34,7 @@ model reports, with the weights, entropy, received mass and largest weight of th
 the calls. Attention outside transformers' interface is compared with what softmax gave in the run without Regard.
 Models that can run with `sdpa` do so once more: the weights must be the same, but for rounding on the way there.
 
-What a tiny random model in one pass does not show: caches and padding (`tests/test_exact.py`
+What a tiny random model in one pass does not show: caches and padding (`tests/core/test_exact.py`
 does, on sixteen families), and paths that only some inputs take.
 """
 

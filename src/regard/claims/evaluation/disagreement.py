@@ -1,0 +1,131 @@
+"""Attributions of one prediction by models of growing depth: do they order the words alike, and who finds the reason?
+
+On Neely et al., A Song of (Dis)agreement (arXiv:2205.04559), who find that attention agrees with no attribution, and
+attributions not with each other, in DistilBERT. Sentences with a known reason stand in for their data sets, and the
+zoo's namer, a BERT of four layers, for their transformer; a classifier of the mean of the embeddings is what is not
+complex.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from ... import zoo
+from ...attribution import attribute
+from ...catalog import Finding
+from ...data.sentences import FEELINGS, Sentence, sentences
+from ...evaluation.disagreement import disagreement
+
+EXPECTED = (
+    "in the namer, attention (rollout) and each attribution, and the attributions among themselves, have a mean "
+    "Kendall correlation below 0.5; in a classifier of mean embeddings that of gradient x input and integrated "
+    "gradients is above 0.9"
+)
+SENTENCES = {"small": 60, "full": 500}
+METHODS = ("rollout", "attention_x_gradient", "gradient_x_input", "integrated_gradients", "normgrad", "grad_cam")
+KNOBS = {"integrated_gradients": {"steps": 400}}  # as many as it needs to add up
+SIMPLE = ("gradient_x_input", "integrated_gradients")
+HELD = 10**6  # number of the first sentence that is explained
+STEPS, BATCH, WIDTH, RATE = 200, 64, 32, 0.02
+
+
+def claim(*, scale: str = "small", seed: int = 0) -> Finding:
+    """Agreement of each two methods, in a simple model and in the namer; and how often the top word is the reason."""
+    model, tokenizer = zoo.load("namer")
+    told = sentences(SENTENCES[scale], seed=seed, start=HELD)
+    inputs = dict(tokenizer([s.text for s in told], padding=True, return_tensors="pt"))
+    words = _words(told, inputs["input_ids"].shape[1])
+    found = {method: abs(attribute(model, inputs, method=method, **KNOBS.get(method, {}))) for method in METHODS}
+    agree = disagreement(found, features=words).mean("batch")
+    tau = agree["kendall"].values
+    pairs = tau[np.triu_indices(len(METHODS), 1)]
+
+    simple = _simple(model, tokenizer, seed)
+    plain = {method: abs(attribute(simple, inputs, method=method)) for method in SIMPLE}
+    simply = disagreement(plain, features=words).mean("batch").sel(one=SIMPLE[0], other=SIMPLE[1])
+
+    reasons = _words(told, inputs["input_ids"].shape[1], reason=True)
+    hits = {method: _hit(scores, words, reasons) for method, scores in found.items()}
+    chance = float(np.mean(reasons.sum(1) / words.sum(1)))
+    holds = bool((pairs < 0.5).all()) and float(simply["kendall"]) > 0.9
+    off = agree.where(agree["one"] != agree["other"])
+    measured = (
+        f"Namer: Kendall's correlation {pairs.min():.2f} to {pairs.max():.2f}, mean {pairs.mean():.2f}, of attention "
+        f"with attributions {tau[0, 1:].mean():.2f}; {float(off['overlap'].mean()):.0%} of the top 3 are shared, "
+        f"{float(off['chance'].mean()):.0%} by chance; {float(off['tail'].mean()):.0%} of discordant pairs have no "
+        f"word of either top 3. Simple classifier: {float(simply['kendall']):.2f}. The top word is of the reason in "
+        f"{', '.join(f'{hit:.0%} ({name})' for name, hit in hits.items())}, by chance in {chance:.0%}."
+    )
+    return Finding(holds, measured, EXPECTED, seed, draw=partial(_draw, agree, hits, chance))
+
+
+class _Mean(nn.Module):
+    """Classifies the mean of the embeddings of the words."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings, self.out = nn.Embedding(config.vocab_size, WIDTH), nn.Linear(WIDTH, len(FEELINGS))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        from types import SimpleNamespace
+
+        mask = attention_mask[..., None].float()
+        return SimpleNamespace(logits=self.out((self.embeddings(input_ids) * mask).sum(1) / mask.sum(1)))
+
+
+def _simple(namer: Any, tokenizer: Any, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = _Mean(namer.config)
+    optimiser = torch.optim.Adam(model.parameters(), RATE)
+    for step in range(STEPS):
+        told = sentences(BATCH, seed=seed, start=step * BATCH)
+        batch = tokenizer([s.text for s in told], padding=True, return_tensors="pt")
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        loss = nn.functional.cross_entropy(logits, torch.tensor([s.label for s in told]))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.zero_grad()
+    return model.eval()
+
+
+def _words(told: list[Sentence], n: int, *, reason: bool = False) -> np.ndarray:
+    """Which tokens are words, or words of the reason. [batch, token]"""
+    found = np.zeros((len(told), n), bool)
+    for row, sentence in zip(found, told):  # a word is a token, after the class token
+        row[1 : 1 + len(sentence.words)] = sentence.rationale if reason else True
+    return found
+
+
+def _hit(scores: xr.DataArray, words: np.ndarray, reasons: np.ndarray) -> float:
+    top = np.where(words, scores.values, -1).argmax(1)
+    return float(reasons[np.arange(len(top)), top].mean())
+
+
+def _draw(agree: xr.Dataset, hits: dict[str, float], chance: float, figure: Any) -> None:
+    left, right = figure.subplots(1, 2)
+    names = [str(name).replace("_", " ") for name in agree["one"].values]
+    tau = agree["kendall"].values
+    shown = left.imshow(tau, vmin=-1, vmax=1, cmap="PuOr_r")
+    for i, j in np.ndindex(tau.shape):
+        left.text(j, i, f"{tau[i, j]:.2f}", ha="center", va="center", fontsize=8, color="w" if tau[i, j] > 0.7 else "k")
+    left.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.set_title("Kendall's correlation in the namer")
+    figure.colorbar(shown, ax=left, shrink=0.7)
+    right.barh(range(len(hits)), list(hits.values()), color="tab:purple")
+    right.set_yticks(range(len(hits)), names, fontsize=8)
+    right.invert_yaxis()
+    right.axvline(chance, color="0.4", linestyle=":", label="chance")
+    right.set(xlim=(0, 1), xlabel="share of sentences", title="The top word is of the reason")
+    right.legend(frameon=False)

@@ -1,0 +1,1 @@
+"""Claims of the papers in the room `surveys`."""

@@ -1,0 +1,103 @@
+"""The hallucination bench: any method, the same questions, kept as it goes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import regard
+from regard.zoo.recipes import describer
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return regard.load("describer")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[2] / "bench" / "hallucination.py"
+    spec = importlib.util.spec_from_file_location("hallucination_bench", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def only(word):
+    """A logits processor that leaves one word, bound as methods are."""
+
+    def fit(model, inputs):
+        def leave(ids, scores):
+            assert torch.equal(ids[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+            kept = torch.full_like(scores, -torch.inf)
+            kept[:, describer.WORD[word]] = 0
+            return kept
+
+        return leave
+
+    return fit
+
+
+class Mute:
+    """An intervention: no layer adds anything."""
+
+    def hidden(self, site, hidden):
+        return hidden * 0
+
+
+def test_what_is_measured_is_what_was_said_under_the_method(loaded):
+    yes, no = (describer.invents(*loaded, "countered_veiled", n=4, method=only(word)) for word in ("yes", "no"))
+    for kind in describer.NEGATIVES:
+        assert (yes["pope"][kind]["accuracy"], yes["pope"][kind]["yes_rate"]) == (0.5, 1)
+        assert (no["pope"][kind]["accuracy"], no["pope"][kind]["yes_rate"]) == (0.5, 0)
+    assert yes["tempted"]["partner_yes"] == 1
+    assert no["tempted"]["partner_yes"] == 0
+    named = describer.invents(*loaded, "countered", n=4, method=only("fork"))["chair"]
+    forks = sum(bool(scene.find("fork")) for scene in describer.tempting(4, countered=True))
+    assert named["chair_s"] == 1 - forks / 4
+    with pytest.raises(ValueError, match="biased_veiled"):
+        describer.invents(*loaded, "foggy")
+
+
+def test_an_intervention_is_open_while_it_answers_and_no_longer(loaded):
+    model, processor = loaded
+    images = describer.pictures(describer.tempting(2))
+    plain = describer.reply(model, processor, images, ["describe"] * 2, length=6)
+    muted = describer.reply(model, processor, images, ["describe"] * 2, length=6, method=lambda model, inputs: Mute())
+    assert muted[0] == muted[1] != plain[0]
+    assert describer.reply(model, processor, images, ["describe"] * 2, length=6) == plain
+
+
+def test_pace_is_of_the_method_and_of_greedy(loaded):
+    found = describer.pace(*loaded, only("fork"), n=1, words=2, turns=1)
+    assert set(found) == {"method", "greedy", "fit"}
+    assert min(found["method"], found["greedy"]) > 0
+
+
+def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path, monkeypatch, capsys):
+    def run():
+        arguments = ["--scenes", "2", "--seed", "1", "--state", str(tmp_path), "--only", "avisc"]
+        monkeypatch.setattr("sys.argv", ["hallucination.py", *arguments])
+        bench.main()
+        return capsys.readouterr().out
+
+    assert run().count("avisc: ") == 5
+    kept = tmp_path / "avisc-2-1.json"
+    figures = json.loads(kept.read_text())
+    measured = figures.pop("countered")
+    figures["biased"]["chair"]["recall"] = 0.123
+    kept.write_text(json.dumps(figures))
+    (tmp_path / "var-2-1.json").write_text(json.dumps({"unfit": "var does not fit"}))
+    text = run()
+    assert text.count("avisc: ") == 1
+    assert json.loads(kept.read_text())["countered"] == measured
+    assert "| `avisc` |" in text
+    assert "12.3%" in text
+    assert "- `var`: var does not fit" in text
+    monkeypatch.setattr("sys.argv", ["hallucination.py", "--only", "aviscc"])
+    with pytest.raises(SystemExit):
+        bench.main()
