@@ -12,15 +12,11 @@ SOURCE = Source("authors", "kreimanlab/VisualSearchAsymmetry, CentreDependentPoo
 def compare(case: Case):
     settings = case.settings
 
-    def even(degrees: float) -> int:
-        """Pixels of x; the code rounds those of its output, which is half as fine."""
-        return 2 * round(degrees * settings["deg2px"] / 2)
-
     pooled = eccentric_pool(
         case["x"],
         slope=settings["ecc_slope"],
-        fovea=even(settings["fovea_size"]),
-        ring=even(settings["rf_quant"]),
+        fovea=settings["fovea_size"] * settings["deg2px"],
+        ring=settings["rf_quant"] * settings["deg2px"],
         least=settings["rf_min"],
     )
     human, model = case["slopes_human"].numpy(), case["slopes_model"].numpy()
