@@ -103,7 +103,7 @@ class focus_directions(Method):
             own = {head: direction for (at, head), direction in self.directions.items() if at == layer}
             heads, dim = call.query.shape[1], call.query.shape[3]
             for head, direction in own.items():
-                if head >= heads or direction.shape != (dim,):
+                if not 0 <= head < heads or direction.shape != (dim,):
                     raise ValueError(
                         f"focus-directions: {call.site} has {heads} heads of {dim} numbers, and no head {head} for a "
                         f"direction {list(direction.shape)}: learn directions on this model"
