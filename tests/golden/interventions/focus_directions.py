@@ -13,7 +13,7 @@ from regard.interventions.focus_directions import Example, _Learner, focus_direc
 from .. import Case, Source
 
 SOURCE = Source("authors", "billzyx/focus_direction, LlamaAttention and the loop of train_attn_only.py")
-TOLERANCE = {"directions": 1e-4}  # after some steps of AdamW
+TOLERANCE = {"directions": 1e-4, "grad_key_direction": 1e-3}  # after some steps of AdamW; rounding, of nothing
 
 
 def compare(case: Case):
