@@ -169,8 +169,9 @@ def _pieces(ids: Tensor, rng: random.Random) -> list[Tensor]:
 def _training(model: nn.Module, recomputed: bool) -> Iterator[None]:
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     try:
         if recomputed:
             checkpoint(model)
