@@ -9,6 +9,8 @@ are needed. Blocks, all in C order:
 - a variable: 16 or 8 bits between its lowest and highest number, the last code being NaN;
   (batch, layer, head, role, query or key).
 - the means of every variable over all but (batch, layer, head): float32.
+
+Padding has no row and no number, so that what is said of a sample is what would be said of its text alone.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from .files import written_aside
+from .observations import SINK_SHARE, SINK_TIMES, sinks
+from .padding import real, unpadded
 from .statistics.rollout import rollout
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 BUDGET = 12_000_000
 LARGEST_PICTURE = 512  # pixels, longest side
 MOST_KEYS = 64  # of a row, where not every row fits
+MOST_SINKS = 8
 ROLLOUT_SHARE = 0.1  # of the budget, at most
 STRUCTURE = {"rows", "top_keys", "top_weights"}
 ROW = ("batch", "layer", "head", "query", "key")
@@ -188,7 +193,7 @@ class _Stack:
     def __init__(self, name: str, node: xr.DataTree, blocks: list[bytes]) -> None:
         data = node.to_dataset()
         self.name, self.left_out, self.notices, self.error = name, [], [], 0.0
-        self.data = data if "batch" in data.dims else data.expand_dims("batch")
+        self.data = unpadded(data if "batch" in data.dims else data.expand_dims("batch"))
         self.kind = str(data.attrs.get("kind", "self"))
         self.causal = bool(data.attrs.get("causal", False))
         self.samples = self.data.sizes["batch"]
@@ -200,6 +205,7 @@ class _Stack:
         self.variables = list(self._variables())
         if not any(one.along == "key" for one in self.variables):
             self.variables += self._received()
+        self.sinks = self._sinks()
         self.rollout: dict[str, Any] = {}
         atlas = []
         for variable in self.variables:
@@ -223,12 +229,14 @@ class _Stack:
             return (
                 self._side(other)
                 if known
-                else {"position": [], "token": [[]] * self.samples, "role": [[]] * self.samples}
+                else {"position": [], "token": [[]] * self.samples, "role": [[]] * self.samples, "ids": False}
             )
         position = self._labels(side)
         side_of = {"position": position}
         for part, otherwise in (("token", [f" {x}" for x in position]), ("role", ["text"] * len(position))):
             side_of[part] = [[str(x) for x in row] for row in self._coordinate(f"{side}_{part}", side, otherwise)]
+        # Without a processor tokens are ids, which would run into one another.
+        side_of["ids"] = all(not token or token.isdigit() for row in side_of["token"] for token in row)
         if f"{side}_image" in self.data.coords:
             for part in ("image", "row", "column"):
                 rows = self._coordinate(f"{side}_{part}", side, [-1] * len(position))
@@ -306,6 +314,9 @@ class _Stack:
             if values.dtype.kind not in "fiub":
                 self.left_out.append(f"{name} of {self.name}, which holds no real numbers")
                 continue
+            if not values.notnull().any():
+                self.left_out.append(f"{name} of {self.name}, which is not defined there")
+                continue
             order = ["batch", "layer", "head", *(["role"] if "role" in rest else []), *along]
             roles = [str(x) for x in values["role"].values] if "role" in rest else None
             yield _Variable(
@@ -334,6 +345,34 @@ class _Stack:
                 f"{about} Only of each row’s largest weights.",
             )
         return [_Variable("rows", label, values, "key", None, {"about": about})]
+
+    def _sinks(self) -> list[list[dict[str, Any]]] | None:
+        """Of each sample, the keys that are sinks, most attention first; where there is none, what comes closest."""
+        received = [self.data["received"]] if "received" in self.data else [x.values for x in self._received()]
+        if not received or not {"query", "key"} <= set(self.data.dims):
+            return None
+        dims = ("batch", "layer", "head", "key")
+        values = received[0] if isinstance(received[0], np.ndarray) else self._array("received", dims)
+        bare = self.data.drop_vars(set(self.data.data_vars))
+        judged = sinks(bare.assign(received=(dims, values)))
+        overall = judged["share"].mean("layer").transpose("batch", "key").values
+        closest = np.nan_to_num(judged["times"].where(judged["share"] >= SINK_SHARE).max("layer").values)
+        out = []
+        for b in range(self.samples):
+            keys = np.flatnonzero(judged["found"].values[b])
+            keys = keys[np.argsort(-overall[b, keys], kind="stable")][:MOST_SINKS]
+            found = [True] * len(keys)
+            if not len(keys) and np.isfinite(overall[b]).any():
+                best = closest[b].argmax() if closest[b].any() else np.nanargmax(overall[b])
+                keys, found = np.array([best]), [False]
+            parts = {name: judged[name].values[b][:, keys].T for name in ("share", "times")}
+            out.append(
+                [
+                    {"key": int(key), "found": there, **{name: _numbers(part[i]) for name, part in parts.items()}}
+                    for i, (key, there) in enumerate(zip(keys, found))
+                ]
+            )
+        return out
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -430,7 +469,8 @@ class _Stack:
             return
         packed = []
         inside = np.arange(self.rows.shape[-1]) < self.lengths[:, None]
-        for rolled in rollout(self.data).values[:, -1]:
+        there = real(self.data, "query").values[..., None]
+        for rolled in rollout(self.data).values[:, -1] * there:  # padding passes on what it has: no row of a text
             codes = _codes(rolled)
             self.error = max(self.error, _error(rolled, codes))
             packed.append(_deflate(codes[inside].tobytes()))
@@ -471,7 +511,23 @@ class _Stack:
             "weights": self.weights or None,
             "rollout": self.rollout,
             "notices": self.notices,
+            "sinks": self.sinks,
+            "unread": self._unread(),
         }
+
+    def _unread(self) -> list[str] | None:
+        """Of each sample, the token that was generated last: it was never run, so it is neither query nor key."""
+        last = self.data.attrs.get("unread")
+        last = [last] if isinstance(last, str) else last
+        return None if last is None or len(last) != self.samples else [str(x) for x in last]
+
+    def tokens(self) -> int:
+        """Of the longest sample, padding not counted; of cross attention, those that look."""
+        side = "key" if self.kind == "self" else "query"
+        if not self.query["position"] and not self.key["position"]:
+            return 0
+        side = side if side in self.data.dims else {"query": "key", "key": "query"}[side]
+        return int(real(self.data, side).sum(side).max())
 
     def _kinds(self) -> list[list[str]] | None:
         """What an atlas says of each head, in words."""
@@ -575,6 +631,7 @@ class _Page:
             "pictures": self.pictures,
             "starts": [stack.start(self.findings) for stack in self.stacks],
             "start": list(known).index(first),
+            "sink": {"share": SINK_SHARE, "times": SINK_TIMES},
         }
         model = str(attrs.get("model") or attrs.get("architecture") or "A recording")
         policy = (
@@ -605,8 +662,9 @@ class _Page:
             facts.append(str(attrs["architecture"]))
         for stack in self.stacks:
             size = f"{len(stack.layers)} layers × {len(stack.heads)} heads"
-            count = len((stack.key if stack.kind == "self" else stack.query)["position"])
-            tokens = f"{count} tokens, " if count else ""
+            count = stack.tokens()
+            several = f"{stack.samples} samples of at most " if stack.samples > 1 else ""
+            tokens = f"{several}{count} tokens, " if count else ""
             facts.append((f"{stack.name.replace('_', ' ')}: " if len(self.stacks) > 1 else "") + tokens + size)
         if attrs.get("attention") or attrs.get("dtype"):
             facts.append(" ".join(str(attrs[name]) for name in ("attention", "dtype") if attrs.get(name)))
@@ -681,6 +739,11 @@ def _bundle(view: Any) -> str:
 
 def _digest(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """Four digits; None where there is no number."""
+    return [float(f"{x:.4g}") if np.isfinite(x) else None for x in values.tolist()]
 
 
 def _json(value: Any) -> str:
