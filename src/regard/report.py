@@ -7,7 +7,7 @@ are needed. Blocks, all in C order:
   causal row ends with the query's own position), or the largest weights of each row as planes: by rank one plane of
   weights and one for each byte of the key's index, each (head, query).
 - a variable: 16 or 8 bits between its lowest and highest number, the last code being NaN;
-  (batch, layer, head, role, query or key).
+  (batch, layer, head, role, query or key), where not all fit of `pooled` neighbours together.
 - the means of every variable over all but (batch, layer, head): float32.
 
 Padding has no row and no number, so that what is said of a sample is what would be said of its text alone.
@@ -36,6 +36,7 @@ import xarray as xr
 from markupsafe import Markup
 from PIL import Image
 
+from .extras import listed
 from .files import written_aside
 from .observations import SINK_SHARE, SINK_TIMES, sinks
 from .padding import real, unpadded
@@ -49,6 +50,8 @@ LARGEST_PICTURE = 512  # pixels, longest side
 MOST_KEYS = 64  # of a row, where not every row fits
 MOST_SINKS = 8
 ROLLOUT_SHARE = 0.1  # of the budget, at most
+STATISTICS_SHARE = 0.5
+MOST_POOLED = 64  # neighbours in one number
 STRUCTURE = {"rows", "top_keys", "top_weights"}
 ROW = ("batch", "layer", "head", "query", "key")
 TOP = ("batch", "layer", "head", "query", "rank")
@@ -65,7 +68,8 @@ def write(
     """Write the report of a recording as one html file of at most `budget` bytes; returns its path.
 
     A picture belongs to the patches whose `key_image` is its place in `pictures`. Where not every weight fits, each row
-    keeps as many of its largest weights as do, and the page says how many; ValueError when not even one does.
+    keeps as many of its largest weights as do, or the stack keeps none, and the page says so. Statistics of long texts
+    are kept as means of neighbouring positions. ValueError where the budget holds not even that.
 
     >>> import os, tempfile
     >>> import regard
@@ -88,9 +92,7 @@ def write(
     page = _Page(tree, stacks, findings, [_picture(one) for one in pictures])
     for stack in stacks:
         stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
-    coarse = 4 * sum(map(len, blocks)) / 3 > budget / 3
-    for stack in stacks:
-        stack.add_statistics(blocks, bits=8 if coarse else 16)
+    _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
     _fit(stacks, blocks, lambda: len(page.html(blocks)), budget)
     html = page.html(blocks)
     if len(html) > budget:
@@ -105,7 +107,7 @@ def write(
 
 def _too_large(size: int, budget: int) -> str:
     return (
-        f"report: {size:,} bytes with one key a row, over budget={budget:,}. Raise budget=, or record fewer layers, "
+        f"report: {size:,} bytes without any weights, over budget={budget:,}. Raise budget=, or record fewer layers, "
         "fewer statistics or a shorter text"
     )
 
@@ -141,16 +143,31 @@ def _fit(stacks: list[_Stack], blocks: list[bytes], fixed: Any, budget: int) -> 
         for name, ranks in list(growing.items()):
             size = ranks.next_size()
             if size is None or size > room:
-                if not ranks.k:
-                    short = (size or 0) - room
-                    raise ValueError(_too_large(budget + max(short, 1) * 4 // 3, budget))
                 del growing[name]
             else:
                 ranks.take()
                 room -= size
     for ranks in kept:
+        if not ranks.k:
+            ranks.stack.leave_out_weights()
+            continue
         ranks.stack.weights |= {"k": ranks.k, "blocks": ranks.stack.place(blocks, ranks.packed())}
         ranks.stack.note_error(ranks.k)
+
+
+def _add_statistics(stacks: list[_Stack], blocks: list[bytes], room: float) -> None:
+    """Append the variables' blocks, in 16 bits, in 8, or as means of 2, 4, ... neighbours, as they fit."""
+    bits, pooled = 16, 1
+    while True:
+        packed = [stack.pack_statistics(bits=bits, pooled=pooled) for stack in stacks]
+        size = 4 * sum(len(one) for parts in packed for _, one in parts) / 3
+        if size <= room or pooled >= MOST_POOLED:
+            break
+        bits, pooled = (8, 1) if bits == 16 else (8, 2 * pooled)
+    for parts in packed:
+        for variable, block in parts:
+            variable.header["block"] = len(blocks)
+            blocks.append(block)
 
 
 def _deflate(data: bytes) -> bytes:
@@ -174,6 +191,15 @@ def _mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     count = known.sum(axis=axes)
     total = np.where(known, values, 0).sum(axis=axes, dtype=np.float64)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _pooled(values: np.ndarray, n: int) -> np.ndarray:
+    """Means of each `n` neighbours along the last axis, the last of fewer."""
+    if n == 1:
+        return values
+    short = -values.shape[-1] % n
+    wide = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, short)], constant_values=np.nan)
+    return _mean(wide.reshape(*wide.shape[:-1], -1, n), (wide.ndim,)).astype(np.float32)
 
 
 @dataclass
@@ -415,9 +441,12 @@ class _Stack:
         blocks.extend(packed)
         return np.reshape(numbers, (self.samples, len(self.layers))).tolist()
 
-    def add_statistics(self, blocks: list[bytes], *, bits: int) -> None:
+    def pack_statistics(self, *, bits: int, pooled: int) -> list[tuple[_Variable, bytes]]:
+        packed = []
         for variable in self.variables:
             values = np.where(np.isfinite(variable.values), variable.values, np.nan)
+            if variable.along:
+                values = _pooled(values, pooled)
             known = values[~np.isnan(values)]
             low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
             none = 2**bits - 1
@@ -433,6 +462,7 @@ class _Stack:
                 "low": low,
                 "high": high,
                 "bits": bits,
+                "pooled": pooled,
                 "block": None,
             }
             if variable.along:
@@ -440,8 +470,15 @@ class _Stack:
                 codes = np.where(np.isnan(values), none, np.rint(np.nan_to_num(scaled))).astype(
                     "<u2" if bits == 16 else "u1"
                 )
-                variable.header["block"] = len(blocks)
-                blocks.append(_deflate(codes.tobytes()))
+                packed.append((variable, _deflate(codes.tobytes())))
+        return packed
+
+    def leave_out_weights(self) -> None:
+        self.weights = {}
+        self.notices.append(
+            "Weights are not shown: not even the largest of each row fits into this page. Its numbers are whole. "
+            "Record fewer layers or a shorter text, or give the report a larger budget."
+        )
 
     def dense(self, room: int) -> list[bytes] | None:
         """Every row, a block for each sample and layer, or None where that takes more than `room` bytes."""
@@ -683,7 +720,7 @@ class _Page:
         unreached = self.attrs.get("unreached", [])
         unreached = [unreached] if isinstance(unreached, str) else [str(x) for x in np.ravel(unreached)]
         if any(unreached):
-            notices.append(f"Not read, though they attend: {', '.join(unreached)}. Nothing on this page includes them.")
+            notices.append(f"Not read, though they attend: {listed(unreached)}. Nothing on this page includes them.")
         if self.attrs.get("note"):
             notices.append(str(self.attrs["note"]))
         return notices
@@ -705,7 +742,7 @@ class _Page:
     def _precision(self) -> str:
         bits = {variable.header.get("bits") for stack in self.stacks for variable in stack.variables}
         words = []
-        if any(stack.holds_weights for stack in self.stacks):
+        if any(stack.weights for stack in self.stacks):
             error = max(stack.error for stack in self.stacks)
             words.append(
                 "Weights are kept in 8 bits on a square-root scale: none shown is off by more than "
@@ -715,6 +752,9 @@ class _Page:
             words.append(
                 f"Other numbers are kept in {number} bits: off by at most {50 / (2**number - 2):.1g}% of their range."
             )
+        pooled = max((x.header.get("pooled", 1) for stack in self.stacks for x in stack.variables), default=1)
+        if pooled > 1:
+            words.append(f"Along the tokens each stands for the mean of {pooled} neighbours.")
         return " ".join(words)
 
 
