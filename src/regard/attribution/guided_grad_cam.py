@@ -32,7 +32,7 @@ def guided_grad_cam(
         raise ValueError(f"{type(model).__name__} has no ReLU to guide gradients at; use grad_cam")
     with predict(model, inputs, target) as prediction:
         if not prediction.sees:
-            raise ValueError(f"guided_grad_cam is for pictures, and {type(model).__name__} reads text; use grad_cam")
+            raise ValueError(f"guided_grad_cam is for pictures, and {type(model).__name__} {prediction.takes}; use grad_cam")
         coarse = cam(prediction, layer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it sets hooks, which it removes
