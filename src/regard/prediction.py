@@ -71,6 +71,14 @@ class Question:
 Target = Index | Question
 
 
+class _Reads(NamedTuple):
+    """A module that gives, or is given, the embeddings of tokens, and what runs when it does."""
+
+    place: nn.Module
+    within: nn.Module
+    states: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The score of a class, a token or a likeness, and what it rests on. See `predict`.
@@ -89,6 +97,7 @@ class Prediction:
     channel: int | None
     place: nn.Module | None  # that is given, or gives, the embeddings; None where the input itself is scored
     within: nn.Module  # the part that reads it; an encoder and a decoder may share one place
+    again: _Reads | None  # where a decoder reads the same tokens, each a position later
     ids: Tensor | None  # of the tokens, of the features' shape
     real: Tensor | None  # which features are not padding, of the features' shape; None where all are real
 
@@ -158,7 +167,10 @@ class Prediction:
                 where = repeated[self.over][..., : WHERE.get(self.over, 0)]
                 repeated[self.over] = torch.cat([where, given], -1) if self.over in WHERE else given
             else:
-                undo.enter_context(_put(self.place, self.within, given.flatten(0, -3)))
+                new = given.flatten(0, -3)
+                undo.enter_context(_put(self.place, self.within, new))
+                if self.again is not None:
+                    undo.enter_context(_put(self.again.place, self.again.within, new, later=True))
             return _read(self.question, self.kind, _run(self.model, repeated), self._attended(n))
 
     def _beside(self, name: str) -> bool:
@@ -275,25 +287,27 @@ def speaks(model: Any) -> bool:
 
 
 def _prediction(model: nn.Module, inputs: dict[str, Any], question: Question) -> Prediction:
-    inputs, said = _begun(model, inputs)
-    over = _over(inputs, question.over)
+    own, (inputs, said) = _over(inputs, None), _begun(model, inputs)
+    over = own if question.over is None else _over(inputs, question.over)
     if "use_cache" in parameters(_bare(model)):
         inputs["use_cache"] = False
-    value = inputs[over]
+    value, within = inputs[over], _part(model, over)
     ids = None if value.dtype.is_floating_point else value
+    copies = within is not model and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs)
     with torch.no_grad(), ExitStack() as undo:
-        seen = undo.enter_context(_watched(model, over, value)) if ids is not None else None
+        seen = undo.enter_context(_watched(model, over, value, copies)) if ids is not None else None
         try:
             output = _run(model, inputs)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             raise ValueError(f"{type(model).__name__} could not run on {', '.join(inputs)}: {error}") from error
-    place, within = None, _part(model, over)
+    place = again = None
     if ids is None:
         given, dims, channel = _features(over, value)
     else:
         if not seen:
             raise ValueError(f"{type(model).__name__}: what reads {over} was not found")
         place, within, embedded = seen.get("states") or seen["table"]
+        again = seen.get("again")
         if embedded.shape[:-1].numel() != ids.numel():
             raise ValueError(
                 f"{type(model).__name__} reads {list(embedded.shape[:-1])} positions for {over} {list(ids.shape)}"
@@ -313,7 +327,7 @@ def _prediction(model: nn.Module, inputs: dict[str, Any], question: Question) ->
         if bool((chosen["against"] == chosen["target"]).any()):
             raise ValueError(f"against {question.against!r}: that is the target itself; name another")
     question = replace(question, **chosen)
-    return Prediction(model, inputs, question, kind, given, dims, channel, place, within, ids, real)
+    return Prediction(model, inputs, question, kind, given, dims, channel, place, within, again, ids, real)
 
 
 # What is given
@@ -402,38 +416,59 @@ def _real(inputs: Mapping[str, Any], over: str, given: Tensor, dims: tuple[str, 
     return None
 
 
-class _Reads(NamedTuple):
-    """A module that gives, or is given, the embeddings of tokens, and what runs when it does."""
-
-    place: nn.Module
-    within: nn.Module
-    states: Tensor
-
-
 @contextmanager
-def _watched(model: nn.Module, over: str, ids: Tensor) -> Iterator[dict[str, _Reads]]:
-    """What first reads these ids: a language model as `states`, words and patches together; a `table` of words."""
+def _watched(model: nn.Module, over: str, ids: Tensor, copies: bool) -> Iterator[dict[str, _Reads]]:
+    """What first reads these ids: a language model as `states`, words and patches together; a `table` of words.
+
+    copies: whether a decoder may read them `again`, each a position later, as classifiers of BART's kind do.
+    """
     within, flat = _part(model, over), ids.reshape(-1, ids.shape[-1])
-    inside = [m for m in within.modules() if isinstance(m, nn.Embedding)]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    outside = not set(tables) & set(within.modules())  # some embed before their encoder runs
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    reader = within if within is not model else decoder
     seen: dict[str, _Reads] = {}
-
-    def gave(table: nn.Module, args: Any, output: Tensor) -> None:
-        read = args[0] if args else None
-        if isinstance(read, Tensor) and read.shape == flat.shape and torch.equal(read, flat.to(read)):
-            seen.setdefault("table", _Reads(table, within if inside else model, output))
-
-    def taken(reader: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        states = kwargs.get("inputs_embeds")
-        if states is not None and states.shape[:-1] == flat.shape:
-            seen.setdefault("states", _Reads(reader, reader, states))
-
     with ExitStack() as undo:
-        for table in inside or (m for m in model.modules() if isinstance(m, nn.Embedding)):
+        part, last = (undo.enter_context(_running(m)) for m in (within, decoder))
+
+        def gave(table: nn.Module, args: Any, output: Tensor) -> None:
+            read = args[0] if args else None
+            if not isinstance(read, Tensor) or read.shape != flat.shape:
+                return
+            if (outside or part()) and torch.equal(read, flat.to(read)):
+                seen.setdefault("table", _Reads(table, model if outside else within, output))
+            elif copies and last() and torch.equal(read[:, 1:], flat[:, :-1].to(read)):
+                seen.setdefault("again", _Reads(table, decoder, output))
+
+        def taken(reader: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            states = kwargs.get("inputs_embeds")
+            if states is not None and states.shape[:-1] == flat.shape:
+                seen.setdefault("states", _Reads(reader, reader, states))
+
+        for table in tables:
             undo.callback(table.register_forward_hook(gave).remove)
-        reader: Any = within if within is not model else getattr(model, "get_decoder", lambda: model)()
         if reader is not model and "inputs_embeds" in parameters(reader):
             undo.callback(reader.register_forward_pre_hook(taken, with_kwargs=True).remove)
         yield seen
+
+
+@contextmanager
+def _running(module: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Whether it runs now."""
+    runs = False
+
+    def starts(*_: Any) -> None:
+        nonlocal runs
+        runs = True
+
+    def ends(*_: Any) -> None:
+        nonlocal runs
+        runs = False
+
+    with ExitStack() as undo:
+        undo.callback(module.register_forward_pre_hook(starts).remove)
+        undo.callback(module.register_forward_hook(ends).remove)
+        yield lambda: runs
 
 
 def _part(model: Any, over: str) -> nn.Module:
@@ -444,38 +479,29 @@ def _part(model: Any, over: str) -> nn.Module:
 
 
 @contextmanager
-def _put(place: nn.Module, within: nn.Module, new: Tensor) -> Iterator[None]:
-    """The first embeddings at this place, while `within` runs, are these."""
-    running, done = False, False  # a decoder may use the same embeddings before or after the encoder
-
-    def starts(*_: Any) -> None:
-        nonlocal running
-        running = True
-
-    def ends(*_: Any) -> None:
-        nonlocal running
-        running = False
-
-    def gave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        nonlocal done
-        if done or not running:
-            return None
-        done = True
-        return new
-
-    def taken(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        nonlocal done
-        if done or kwargs.get("inputs_embeds") is None:
-            return None
-        done = True
-        return args, {**kwargs, "inputs_embeds": new}
-
+def _put(place: nn.Module, within: nn.Module, new: Tensor, *, later: bool = False) -> Iterator[None]:
+    """The first embeddings at this place, while `within` runs, are these; or, `later`, all after the first of them."""
+    done = False  # a decoder may use the same embeddings after the encoder
     with ExitStack() as undo:
+        runs = undo.enter_context(_running(within))
+
+        def gave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            nonlocal done
+            if done or not runs():
+                return None
+            done = True
+            return torch.cat([output[:, :1], new[:, :-1].to(output)], 1) if later else new
+
+        def taken(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            nonlocal done
+            if done or kwargs.get("inputs_embeds") is None:
+                return None
+            done = True
+            return args, {**kwargs, "inputs_embeds": new}
+
         if place is within:
             undo.callback(place.register_forward_pre_hook(taken, with_kwargs=True).remove)
         else:
-            undo.callback(within.register_forward_pre_hook(starts).remove)
-            undo.callback(within.register_forward_hook(ends).remove)
             undo.callback(place.register_forward_hook(gave).remove)
         yield
 

@@ -109,7 +109,7 @@ def named(model: nn.Module, name: str, processor: Any = None) -> int:
 
 def _with_places(model: nn.Module, inputs: Mapping[str, Any], found: xr.DataArray) -> xr.DataArray:
     """With picture, row and column of each token that is a patch, where the model reads patches among its tokens."""
-    if found.attrs["over"] != "input_ids" or not any("pixel" in name for name in inputs) or found.ndim != 2:
+    if found.attrs["over"] != "input_ids" or not any("pixel" in name for name in inputs) or "input_ids" not in inputs:
         return found
     seen: list[Tokens] = []
 
