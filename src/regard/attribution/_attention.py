@@ -26,7 +26,7 @@ def stack_of(prediction: Prediction) -> str:
             prediction.score(prediction.given.clone().requires_grad_())
     except UnreachableAttention as error:
         raise ValueError(f"{kind}: {error}") from error
-    found = [call for call in ran.calls if call.key.requires_grad]  # weights have no gradient, so what is scored does
+    found = [call for call in ran.calls if call.value.requires_grad]  # weights have none, so it comes from what is given
     if any(call.site.cross for call in found):
         raise ValueError(f"{kind} has cross attention, so no one stack leads from its input to its score")
     stacks = list(dict.fromkeys(call.site.stack for call in found))
@@ -39,6 +39,12 @@ def stack_of(prediction: Prediction) -> str:
         raise ValueError(
             f"{kind} attends within windows, whose weights do not chain from layer to layer ({sizes[0][0]} maps of "
             f"{sizes[0][1]} positions for {batch} samples); gradients, grad_cam and normgrad do without them"
+        )
+    rows, keys = (list(dict.fromkeys(size[i] for size in sizes)) for i in (1, 2))
+    if len(rows) > 1 or rows != keys:
+        raise ValueError(
+            f"{kind}: layers of {', '.join(map(str, rows))} positions look at {', '.join(map(str, keys))}, so their "
+            f"weights do not chain; gradients, grad_cam and normgrad do without them"
         )
     return stacks[0]
 

@@ -32,20 +32,7 @@ def maps(prediction: Prediction, layers: Sequence[str] | None = None) -> list[Ma
     Of a model with attention, that is looked for among its numbered layers (the class token alone leaves the last one),
     of others among all modules that give a picture of channels.
     """
-    model = prediction.model
-    names = _candidates(prediction) if layers is None else list(layers)
-    given = prediction.given.clone().requires_grad_()
-    outputs, score = run(prediction, given, names)
-    found = {name: output for name, output in outputs if layers is not None or _spreads(prediction, output)}
-    for name in layers or ():
-        if name not in found:
-            raise ValueError(f"{name} gives no tensor of places in this run, so there is no map of it")
-    gradients = torch.autograd.grad(score.sum(), list(found.values()), allow_unused=True) if found else ()
-    both = [(name, value, grad) for (name, value), grad in zip(found.items(), gradients)]
-    if layers is None:
-        both = [(n, v, g) for n, v, g in both if g is not None and _reached(placed(prediction, g)) > 1][-1:]
-        if not both:
-            raise ValueError(f"{type(model).__name__} has no layer of places that reach the score; name one: layers=")
+    both = [_last(prediction)] if layers is None else _slopes(prediction, layers, True)
     return [
         Map(
             name,
@@ -54,6 +41,31 @@ def maps(prediction: Prediction, layers: Sequence[str] | None = None) -> list[Ma
         )
         for name, value, grad in both
     ]
+
+
+def _last(prediction: Prediction) -> tuple[str, Tensor, Tensor | None]:
+    """The last layer of several places that reach the score."""
+    why = ""
+    for names in _candidates(prediction):
+        for name, value, gradient in reversed(_slopes(prediction, names, False)):
+            try:
+                if gradient is not None and _reached(placed(prediction, gradient)) > 1:
+                    return name, value, gradient
+            except ValueError as error:
+                why = f" ({str(error).partition(';')[0]})"
+    kind = type(prediction.model).__name__
+    raise ValueError(f"{kind} has no layer of places of {prediction.over} that reach the score{why}; name one: layers=")
+
+
+def _slopes(prediction: Prediction, names: Sequence[str], named: bool) -> list[tuple[str, Tensor, Tensor | None]]:
+    """What these modules give, and the gradient of the score; they are named, or some give no places."""
+    outputs, score = run(prediction, prediction.given.clone().requires_grad_(), names)
+    found = {name: output for name, output in outputs if named or _spreads(prediction, output)}
+    for name in names if named else ():
+        if name not in found:
+            raise ValueError(f"{name} gives no tensor of places in this run, so there is no map of it")
+    gradients = torch.autograd.grad(score.sum(), list(found.values()), allow_unused=True) if found else ()
+    return [(name, value, grad) for (name, value), grad in zip(found.items(), gradients)]
 
 
 def run(prediction: Prediction, given: Tensor, names: Sequence[str]) -> tuple[list[tuple[str, Tensor]], Tensor]:
@@ -98,6 +110,8 @@ def grid(prediction: Prediction, along: Tensor) -> Tensor:
     """What stands along tokens [..., token], in rows and columns where the tokens are patches, without class tokens."""
     n, shape = along.shape[-1], prediction.shape
     if prediction.dims[-1] == "token":
+        if prediction.channel is None:  # a wave, of which a layer holds stretches
+            return along
         if n != shape[-1]:
             raise ValueError(f"a layer of {n} positions says nothing of {shape[-1]} tokens; name another")
         return along
@@ -130,11 +144,12 @@ def _shaped(n: int, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def enlarged(prediction: Prediction, found: Tensor, mode: str = "bilinear") -> Tensor:
-    """[batch, row, column] of the layer to those of pixels; tokens stay as they are."""
-    if prediction.dims != ("row", "column"):
+    """[batch, row, column] of the layer to those of pixels, stretches of a wave to samples; tokens stay as they are."""
+    size = prediction.shape[1:]
+    if prediction.dims != ("row", "column") and prediction.channel is not None:
         return found
-    options = {"align_corners": False} if mode == "bilinear" else {}
-    return interpolate(found[:, None], prediction.shape[-2:], mode=mode, **options)[:, 0]
+    smooth = {"mode": "bilinear" if len(size) == 2 else "linear", "align_corners": False}
+    return interpolate(found[:, None], size, **(smooth if mode == "bilinear" else {"mode": mode}))[:, 0]
 
 
 def read(prediction: Prediction, stack: str) -> Tensor:
@@ -151,11 +166,11 @@ def read(prediction: Prediction, stack: str) -> Tensor:
     return reads / reads.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _candidates(prediction: Prediction) -> list[str]:
-    """The layers around attention in the part that reads what is scored; otherwise all modules of it."""
+def _candidates(prediction: Prediction) -> list[list[str]]:
+    """The layers around attention in the part that reads what is scored; or else all modules of it."""
     model, within = prediction.model, set(prediction.within.modules())
-    names = blocks(model) or [name for name, _ in model.named_modules()]
-    return [name for name in names if model.get_submodule(name) in within]
+    every = [name for name, _ in model.named_modules()]
+    return [[name for name in names if model.get_submodule(name) in within] for names in (blocks(model), every)]
 
 
 def _spreads(prediction: Prediction, output: Tensor) -> bool:
