@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -316,13 +316,21 @@ def papers(
     tag: Annotated[
         list[str] | None, typer.Option("--tag", help="Only papers with this tag, and with all of several.")
     ] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help="Only papers whose claim, when last run here, came out so: held, ...")
+    ] = None,
+    premise: Annotated[
+        str | None, typer.Option(help="Only papers whose premises, when last measured here, were: met, unmet.")
+    ] = None,
+    parity: Annotated[str | None, typer.Option(help="Only papers whose parity with their authors' code is so.")] = None,
 ) -> None:
     """List all papers, by room."""
     if context.invoked_subcommand is None:
         from .. import catalog
 
         with _plainly():
-            _list(sorted(catalog.tagged(*(tag or ())), key=lambda row: row.room))
+            found = catalog.chosen(catalog.tagged(*(tag or ())), verdict=verdict, premise=premise, parity=parity)
+            _list(sorted(found, key=lambda row: row.room))
 
 
 @papers_app.command("tags")
@@ -363,14 +371,31 @@ def papers_show(key: str) -> None:
     table.add_row("[bold]tags", ", ".join(row.tags))
     table.add_row("[bold]object", row.object or "not built")
     table.add_row("[bold]status", row.status)
+    table.add_row("[bold]parity", escape(row.parity))
+    for run in row.found:
+        table.add_row(f"[bold]{run.scale}", _verdict(run.finding))
+        for premise in run.finding.premises:
+            table.add_row("", f"premise: {escape(str(premise))}")
+        table.add_row("", escape(run.finding.measured))
     out.print(table)
+
+
+def _verdict(finding: Any) -> str:
+    colour = {True: "green", False: "red", None: "yellow"}[finding.holds]
+    return f"[bold {colour}]{finding.verdict}[/], seed {finding.seed}, {finding.seconds:.1f} s of processor time"
 
 
 @app.command()
 def reproduce(
     keys: Annotated[list[str] | None, typer.Argument(help="Papers, by key.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every claim there is.")] = False,
-    scale: Annotated[str, typer.Option(help="How large: small takes at most two minutes on two cores.")] = "small",
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="small: two minutes on two cores; real: pretrained models and public data, from the folders that "
+            "REGARD_MODELS and REGARD_DATA name, or models from the hub; large: more of it."
+        ),
+    ] = "small",
     seed: int = 0,
     plot: Annotated[
         Path | None, typer.Option(help="With one key: a picture file (svg, png) to draw what was measured into.")
@@ -394,12 +419,12 @@ def reproduce(
             found = claims.reproduce(chosen, write, scale=scale, seed=seed, resume=resume, console=out)
             raise typer.Exit(0 if len(found) == len(chosen) else 1)
         finding = catalog.reproduce(chosen[0], scale=scale, seed=seed, plot=plot)
-    colour = {True: "green", False: "red", None: "yellow"}[finding.holds]
     table = Table.grid(padding=(0, 2))
     table.add_row("[bold]claimed", escape(finding.expected))
+    for premise in finding.premises:
+        table.add_row("[bold]premise", escape(str(premise)))
     table.add_row("[bold]measured", escape(finding.measured))
-    table.add_row("[bold]verdict", f"[bold {colour}]{claims.VERDICTS[finding.holds]}")
-    table.add_row("[bold]seed", f"{finding.seed}, {finding.seconds:.1f} s of processor time")
+    table.add_row("[bold]verdict", _verdict(finding))
     out.print(table)
 
 

@@ -17,12 +17,13 @@ from ...data.scenes import render
 from ...evaluation.localisation import pointing_game_score
 from .. import _colours as colours
 
+SCALES = "small", "large"
 EXPECTED = (
     "in scenes of two objects, the maximum of Grad-CAM for a colour lies in the box of the object of that colour in at "
     "least 70% (localises), and in at most 15% in that of the other object (class-discriminative); it cannot be told "
     "where the network names less than 80% of the scenes"
 )
-SCENES = {"small": 150, "full": 1000}
+SCENES = {"small": 150, "large": 1000}
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:

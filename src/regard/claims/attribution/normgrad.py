@@ -17,12 +17,13 @@ from ...evaluation.localisation import pointing_game_score
 from ...evaluation.randomisation import class_sensitivity
 from .. import _colours as colours
 
+SCALES = "small", "large"
 EXPECTED = (
     "in scenes of two objects, averaged over the layers before the last, NormGrad points at the box of the asked "
     "object at least 10 percentage points more often than Grad-CAM; it cannot be told where the network names less "
     "than 80% of the scenes"
 )
-SCENES = {"small": 100, "full": 1000}
+SCENES = {"small": 100, "large": 1000}
 LAYERS = (
     "resnet.embedder",
     "resnet.encoder.stages.0.layers.0",

@@ -22,6 +22,7 @@ from ...seam import intervene
 from .._asked import ask
 from .._planted import INDUCTIVE, TELLING, WRONG, planted, questions, repeats
 
+SCALES = "small", "large"
 EXPECTED = (
     "all 18 heads of the planted model have their planted role for the induction task; with the question task to be "
     "unlearned, the same heads facilitate, of the question's two heads one at least interferes, and no other. On the "
@@ -30,7 +31,7 @@ EXPECTED = (
     "interfering heads is not higher than with them"
 )
 PLANTED = {"steps": 200}
-BATCH, BATCHES, OTHERS, STEPS = 8, 16, 4, {"small": 120, "full": 500}  # batches, and for ablation
+BATCH, BATCHES, OTHERS, STEPS = 8, 16, 4, {"small": 120, "large": 500}  # batches, and for ablation
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:

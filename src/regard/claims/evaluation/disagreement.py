@@ -22,12 +22,13 @@ from ...catalog import Finding
 from ...data.sentences import FEELINGS, Sentence, sentences
 from ...evaluation.disagreement import disagreement
 
+SCALES = "small", "large"
 EXPECTED = (
     "in the namer, attention (rollout) and each attribution, and the attributions among themselves, have a mean "
     "Kendall correlation below 0.5; in a classifier of mean embeddings that of gradient x input and integrated "
     "gradients is above 0.9"
 )
-SENTENCES = {"small": 60, "full": 500}
+SENTENCES = {"small": 60, "large": 500}
 METHODS = ("rollout", "attention_x_gradient", "gradient_x_input", "integrated_gradients", "normgrad", "grad_cam")
 KNOBS = {"integrated_gradients": {"steps": 400}}  # as many as it needs to add up
 SIMPLE = ("gradient_x_input", "integrated_gradients")

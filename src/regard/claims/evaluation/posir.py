@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ...catalog import Finding
 from ...evaluation.posir import Pooling, PositionedQuery, pooled, posir, saliency
 
+SCALES = "small", "large"
 WORDS, SPAN, LENGTHS, BINS = 200, 3, (8, 16, 32), 10
 STEPS, BATCH, RATE, TEMPERATURE = {"small": 1000, "large": 10_000}, 64, 3e-3, 0.05
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # ids 0 to 3; words follow

@@ -12,6 +12,7 @@ from ...kernels import native
 from ...mechanisms.flashbias import Factors, alibi, flashbias, low_rank, squared_distance
 from .._measure import lines, peak_bytes, seconds
 
+SCALES = "small", "large"
 LENGTHS = {"small": (256, 512, 1024, 2048), "large": (1024, 2048, 4096, 8192)}
 HEADS, DIM = 8, 64
 

@@ -17,6 +17,7 @@ from ...catalog import Finding
 from ...mechanisms.gated_attention import gated_attention
 from ...mechanisms.memory_efficient import memory_efficient
 
+SCALES = "small", "large"
 VOCABULARY, TRIGGERS, LENGTH, DIM, HEADS = 33, 3, 48, 64, 2  # token 0 begins every sequence
 RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
 STEPS = {"small": 300, "large": 3000}

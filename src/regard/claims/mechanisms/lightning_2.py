@@ -11,6 +11,7 @@ from ...catalog import Finding
 from ...mechanisms.lightning_2 import lightning_2
 from .._measure import lines, seconds
 
+SCALES = "small", "large"
 LENGTHS = (1024, 4096, 16384, 65536)
 SOFTMAX = {"small": 4096, "large": 16384}  # the longest that softmax attention is timed at
 HEADS, DIM = 2, 64

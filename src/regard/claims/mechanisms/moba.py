@@ -14,6 +14,7 @@ from ...mechanisms.moba import moba
 from .. import _passkey as passkey
 from .._measure import seconds
 
+SCALES = "small", "large"
 TOPS = (2, 4, 8)
 LENGTH, BLOCK = {"small": 4096, "large": 16384}, 256
 STEPS = {"small": 200, "large": 2000}

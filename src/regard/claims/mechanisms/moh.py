@@ -19,6 +19,7 @@ from ...mechanisms.moh import MixtureOfHeads, balance, moh
 from ...zoo.recipes import reader
 from .._data import folder
 
+SCALES = "small", "large"
 ACTIVE = 0.75
 PHASE, HELD_OUT = reader.Phase(1, 128, 16, 0.0, 0.0), reader.Phase(1, 128, 256, 0.0, 0.0)
 STEPS = {"small": 80, "large": 1500}

@@ -12,6 +12,7 @@ from ...catalog import Finding
 from ...mechanisms.neighborhood import neighborhood
 from .._measure import exponent, peak_bytes, seconds
 
+SCALES = "small", "large"
 SIDES = {"small": (32, 64, 96, 128), "large": (64, 128, 192, 256)}
 WINDOWS = (5, 9, 13, 21)
 DENSE = 4096  # pixels, beyond which the whole map is not made

@@ -16,6 +16,7 @@ from ...mechanisms.power import pattern, power
 from .. import _passkey as passkey
 from .._measure import lines, seconds
 
+SCALES = "small", "large"
 LENGTHS = {"small": (2048, 4096, 8192), "large": (4096, 8192, 16384, 32768)}
 BLOCK = 256
 LAYERS, NEAR = 6, 7  # of the passkey task; NEAR keys a row, as many as powers of two below 64, and itself

@@ -22,6 +22,7 @@ from ...catalog import Finding
 from ...data.loaders import mnist
 from ...models.acmil import Acmil, acmil
 
+SCALES = "small", "large"
 STEPS, BAGS, TRAININGS = {"small": 300, "large": 2000}, {"small": 100, "large": 400}, 5
 INSTANCES, KEYS, KEY, SIZE, RATE, HELD = 200, 10, 9, 10, 5e-4, 300
 WAYS: dict[str, dict[str, float]] = {"attention MIL": {"branches": 1, "top": 0}, "ACMIL": {}}

@@ -18,6 +18,7 @@ from ...catalog import Finding
 from ...data.loaders import mnist, spoken_digits
 from ...models.perceiver import Kind, Perceiver, grid
 
+SCALES = "small", "large"
 STEPS = {"small": 300, "large": 6000}  # of each kind
 SIZE, RATE = 32, 2e-3
 FRAMES, CHANNELS, POINTS = 48, 32, 96

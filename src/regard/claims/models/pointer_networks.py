@@ -16,6 +16,7 @@ from ...catalog import Finding
 from ...data import plane
 from ...models.pointer_networks import END, IGNORED, pointer_networks, targets
 
+SCALES = "small", "large"
 STEPS = {"small": 2500, "large": 25000}
 TRAINED, TESTED = (5, 6, 7, 8), (5, 8, 10, 12)
 SETS, HELD, SIZE, RATE, DIM = 5000, 500, 64, 4e-3, 96

@@ -17,6 +17,7 @@ from ...data.scenes import Dials, Scenes
 from ...extras import needs
 from ...models.slot_attention import SlotAutoencoder, slot_attention
 
+SCALES = "small", "large"
 STEPS = {"small": 2800, "large": 50000}
 PICTURES, HELD, SIZE, RATE = 1024, 200, 16, 1e-3
 SHAPES = ("circle", "square", "triangle", "diamond")

@@ -14,6 +14,7 @@ from ...objectives.deceptive_attention import KeepApart, deceptive_attention
 from ...seam import intervene
 from .._sentences import Batch, batches, encoded
 
+SCALES = "small", "large"
 STEPS = {"small": 300, "large": 3000}
 SIZE, RATE, STRENGTH = 48, 5e-4, 1.0
 

@@ -16,6 +16,7 @@ from ...data.scenes import COLOURS, SHAPES, Dials, Scenes
 from ...objectives import collect
 from ...objectives.valley_to_peak import peak, valley_to_peak
 
+SCALES = "small", "large"
 STEPS = {"small": 450, "large": 5000}
 SCREENS, HELD, SIZE, RATE, TRAININGS = 2048, 500, 32, 1e-3, 2
 PIXELS, PATCH, DIM, LAYERS = 32, 4, 64, 3

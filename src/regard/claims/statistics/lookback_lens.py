@@ -23,13 +23,14 @@ from ...seam import record
 from ...statistics.lookback_lens import LookbackLens, Span, guided_decoding, span_features
 from ...statistics.lookback_ratio import lookback_ratio
 
+SCALES = "small", "large"
 SUBJECTS, VALUES = 16, 40
 LENGTH, TOLD, ANSWERED = 6, 4, {"question": 1, "summary": 3}  # tokens of a fact; subjects of a document, of an answer
 BOS, CUE, SUBJECT = 0, {"question": 1001, "summary": 1002}, 1003  # ids: subjects, then values, are ordinary tokens
 VALUE = SUBJECT + SUBJECTS
 LAYERS, STEPS, BATCH, RATE = 3, 320, 24, 1e-3
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
-TEXTS = {"small": (400, 40), "full": (2000, 200)}  # of each task; continued with guidance
+TEXTS = {"small": (400, 40), "large": (2000, 200)}  # of each task; continued with guidance
 
 EXPECTED = (
     "on texts not seen, the AUROC of the detector on lookback ratios is at most 0.05 below that of the one on hidden "

@@ -35,6 +35,7 @@ from ...seam import record
 from ...statistics.preplan_anchor import credit, preplan_anchor
 from ...statistics.received_ahead import received_ahead
 
+SCALES = "small", "large"
 EXPECTED = (
     "in held-out text, the area under the ROC curve is 0.75 or more for rows that open a chunk by the change of WAAD, "
     "and for topics by FAI (chance: 0.5); mean reward while learning is higher with coupled credit than with uniform "

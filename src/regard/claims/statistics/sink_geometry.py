@@ -23,6 +23,7 @@ from ...catalog import Finding
 from ...seam import record
 from ...statistics.sink_geometry import sink_geometry
 
+SCALES = "small", "large"
 EXPECTED = (
     "in most texts the frame is centralised with RoPE, distributed with NTK-scaled RoPE, and bidirectional in an "
     "encoder with learned absolute positions; it cannot be told where one of these has reference points in less than a "

@@ -30,8 +30,9 @@ from ...statistics.vit_analytics import (
 )
 from ...zoo.recipes import viewer
 
+SCALES = "small", "large"
 DIALS = Dials(objects=(1, 3))
-SCENES = {"small": (64, 192), "full": (512, 2048)}  # for the metrics, for the accuracy
+SCENES = {"small": (64, 192), "large": (512, 2048)}  # for the metrics, for the accuracy
 SEVERAL = 6  # heads pruned together, a quarter of them
 PICTURES, PATTERNS, PLANTED = 8, 4, 100
 METRICS = ("fall", "divergence", "turn")

@@ -26,6 +26,7 @@ from ...studies.attention_vs_posthoc import (
     masked_score,
 )
 
+SCALES = "small", "large"
 GLAD = sum((sentences.SINGLE[f] for f in ("joy", "calm")), ())
 SAD = sum((sentences.SINGLE[f] for f in ("sorrow", "anger")), ())
 NEITHER = (*sentences.THINGS, *sentences.PLACES, *sentences.PEOPLE, *sentences.DEEDS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...catalog import Finding
 from ...studies.icl_regression import gradient_step, head_patterns, least_error, predicted_error, ridge
 
+SCALES = "small", "large"
 DIM, EXAMPLES, NOISE = 5, 40, 0.1
 LENGTHS = (20, 40, 80, 160)
 STEPS, BATCH, TASKS = {"small": 3000, "large": 30_000}, 256, 20_000

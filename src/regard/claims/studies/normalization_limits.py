@@ -16,6 +16,7 @@ from ...catalog import Finding
 from ...studies.normalization_limits import normalization_limits, sensitivity, sensitivity_bound, weight_bounds
 from .._calls import reader_calls, shared
 
+SCALES = "small", "large"
 LENGTHS = {"small": (64, 128, 256), "large": (64, 128, 256, 512, 1024)}
 TEXTS = 8
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the keys, that are selected; less than one key counts as one

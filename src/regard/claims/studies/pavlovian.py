@@ -17,6 +17,7 @@ from ...catalog import Finding
 from ...studies.pavlovian import error_propagation, pavlovian, recall_error, worst_error
 from .._measure import exponent
 
+SCALES = "small", "large"
 DIMS, COUNTS = (16, 32, 64, 128, 256), (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 TRIALS = {"small": 200, "large": 2000}
 CHAIN, DEPTH = 64, 6  # dimensions, layers

@@ -18,6 +18,7 @@ from ...catalog import Finding
 from ...studies.rank_benefit import full_rank, nearest, rank_benefit, vote
 from .._measure import exponent
 
+SCALES = "small", "large"
 DIMS, ENOUGH = (4, 6, 8, 12, 16), 0.35  # for how many heads are needed
 SCALED, COUNTS = (4, 8, 16, 32, 64), tuple(2**i for i in range(1, 12))
 TEMPERATURE, POINTS = 0.001, (2, 16, 64)
