@@ -199,7 +199,9 @@ class Prediction:
             k: _each(v, len(self.given))[one] if isinstance(v, Tensor) and v.ndim and not self._beside(k) else v
             for k, v in self.inputs.items()
         }
-        asked = {k: v[one] for k in ("target", "against", "at", "beside") if (v := getattr(self.question, k)) is not None}
+        asked = {
+            k: v[one] for k in ("target", "against", "at", "beside") if (v := getattr(self.question, k)) is not None
+        }
         kept = {k: v[one] for k in ("ids", "real", "given") if (v := getattr(self, k)) is not None}
         return replace(self, inputs=inputs, question=replace(self.question, **asked), **kept)
 
@@ -534,7 +536,7 @@ def _asked(
         several = [key for key in found if key.endswith("logits")]
         hint = f": say with output= which is meant, {' or '.join(several)}" if several else ""
         if not several and _embeds(found, question):
-            hint = ", but embeddings: say with beside= what they may be like"
+            hint = ", but embeddings: give a second input that they may be like (beside=; --text or --image twice)"
         raise ValueError(f"{name} gives no logits of classes or tokens (it gives {_listed(found)}){hint}")
     logits = found[question.output]
     if logits.ndim == 3:

@@ -116,9 +116,10 @@ def _with_places(model: nn.Module, inputs: Mapping[str, Any], found: xr.DataArra
     @statistic("batch", title="Tokens")
     def keep(call: Any) -> None:
         tokens = call.tokens
-        if not seen and not call.site.cross and tokens is not None and tuple(tokens.roles.shape) == found.shape:
-            if bool(tokens.role("image").any()) and bool((tokens.ids >= 0).all()):
-                seen.append(tokens)
+        if seen or call.site.cross or tokens is None or tuple(tokens.roles.shape) != found.shape:
+            return
+        if bool(tokens.role("image").any()) and bool((tokens.ids >= 0).all()):  # its own tokens are all patches
+            seen.append(tokens)
 
     try:
         with evaluating(model), torch.no_grad(), record(model, keep):

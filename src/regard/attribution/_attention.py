@@ -26,7 +26,9 @@ def stack_of(prediction: Prediction) -> str:
             prediction.score(prediction.given.clone().requires_grad_())
     except UnreachableAttention as error:
         raise ValueError(f"{kind}: {error}") from error
-    found = [call for call in ran.calls if call.value.requires_grad]  # weights have none, so it comes from what is given
+    found = [
+        call for call in ran.calls if call.value.requires_grad
+    ]  # weights have none, so it comes from what is given
     if any(call.site.cross for call in found):
         raise ValueError(f"{kind} has cross attention, so no one stack leads from its input to its score")
     stacks = list(dict.fromkeys(call.site.stack for call in found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -98,9 +99,9 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def placed(prediction: Prediction, states: Tensor) -> Tensor:
-    """[batch, channel, row, column] or [batch, channel, token] of what a layer gives."""
+    """[batch, channel, row, column] or [batch, channel, token] of what a layer gives, wherever its channels stand."""
     if states.ndim == 4 and prediction.dims == ("row", "column"):
-        return states
+        return states.movedim(3, 1) if _channels_last(states, prediction.shape) else states
     if states.ndim != 3:
         raise ValueError(f"a layer that gives {list(states.shape)} has no places; name another")
     return grid(prediction, states.mT)
@@ -125,6 +126,13 @@ def grid(prediction: Prediction, along: Tensor) -> Tensor:
         if 0 < rows * columns <= n <= rows * columns + PREFIX:
             return along[..., n - rows * columns :].unflatten(-1, (rows, columns))
     raise ValueError(f"{n} tokens are no grid over a picture of {height} x {width} pixels; name another layer")
+
+
+def _channels_last(states: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the first two axes have the shape of the picture, rather than the last two."""
+    first, second, third = states.shape[1:]
+    wanted = math.log(shape[-2] / shape[-1])
+    return abs(math.log(first / second) - wanted) < abs(math.log(second / third) - wanted)
 
 
 def _patches(model: nn.Module) -> list[tuple[int, int]]:

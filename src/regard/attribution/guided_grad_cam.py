@@ -29,7 +29,9 @@ def guided_grad_cam(
         raise ValueError(f"{type(model).__name__} has no ReLU to guide gradients at; use grad_cam")
     with predict(model, inputs, target) as prediction:
         if not prediction.sees:
-            raise ValueError(f"guided_grad_cam is for pictures, and {type(model).__name__} {prediction.takes}; use grad_cam")
+            raise ValueError(
+                f"guided_grad_cam is for pictures, and {type(model).__name__} {prediction.takes}; use grad_cam"
+            )
         coarse = cam(prediction, layer)
         return prediction.labelled(coarse * prediction.summed(guided(prediction)), "guided_grad_cam")
 

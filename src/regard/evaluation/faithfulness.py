@@ -120,7 +120,11 @@ def infidelity_error(
         away = (torch.rand_like(there) < share).to(there)
         return away, there - away
 
-    with predict(model, inputs, Question.of(attribution)) as prediction, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        predict(model, inputs, Question.of(attribution)) as prediction,
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         scores = _scores(prediction, attribution)
         found = []
         for i in range(len(scores)):
