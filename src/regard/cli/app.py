@@ -240,13 +240,23 @@ def atlas(
 @app.command(epilog=f"Methods: {', '.join(catalog.methods('attribution'))}.")
 def explain(
     model: Model,
-    text: TextToRead = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="The text to read; twice, to compare two.")
+    ] = None,
     file: TextFile = None,
-    image: Picture = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture to look at; twice, to compare two.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option("--audio", "-a", help="A WAV file to listen to.")] = None,
+    written: Annotated[
+        str | None, typer.Option(help="What a model with an encoder has written so far; scored as well.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="A class, by name or number, or a token; the model's own prediction otherwise.")
     ] = None,
+    against: Annotated[str | None, typer.Option(help="Another: why the target, and not this.")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="How to find out.")] = "integrated_gradients",
+    words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
     file_out: Annotated[Path, typer.Option("--out", "-o", help="A page (.html) or a picture (.png).")] = Path(
         "regard-explain.html"
     ),
@@ -260,18 +270,23 @@ def explain(
     with _plainly():
         found = work.explain(
             model,
-            text=text,
+            texts=text or (),
             file=file,
-            image=image,
+            images=image or (),
+            audio=audio,
+            written=written,
             target=target,
+            against=against,
             method=method,
+            words=words,
             out=file_out,
             truncate=truncate,
             trust_remote_code=trust_remote_code,
             console=out,
         )
     out.print(escape(found.said), highlight=False)
-    out.print(found.table)
+    for table in found.tables:
+        out.print(table)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)
 
 

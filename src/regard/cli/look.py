@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from .. import catalog, report, sites
 from ..extras import listed
 from ..files import written_aside
-from ..loading import Loaded, load, parameters
+from ..loading import Loaded, load
 from ..observations import Observation, observe
 from ..padding import real, unpadded
+from ..prediction import writes
 from ..recording import Recording, spec_of, statistic
 from ..seam import record
 from ..statistics import BASIC
 from ..tokens import Tokens
 from . import sound
-from .inputs import InputError, generated, generates, open_picture, prepare, read_text, writable
+from .inputs import InputError, generated, hear, open_picture, prepare, read_text, writable
 from .printed import tables
 
 ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
@@ -85,7 +86,7 @@ def look(
         return _paint(loaded, name, text, picture, generate, out, console)
     model = loaded.model
     if heard is not None or model.main_input_name == "input_features":
-        inputs, roles = _hear(loaded, name, heard, text is not None or picture is not None), None
+        inputs, roles = hear(loaded, name, heard, text is not None or picture is not None), None
     else:
         inputs, roles = prepare(loaded, name, text, picture, truncate, generate)
     size = ", ".join(f"{value.shape[1]} tokens" for key, value in inputs.items() if key == "input_ids")
@@ -94,7 +95,7 @@ def look(
     _announce(model, found, size and f", {size}", console)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
     steps = generate or (DECODED if decoder else 0)
-    if steps and not generates(model):
+    if steps and not writes(model):
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
     attributes = _attributes(model, name) | {"attention": model.config._attn_implementation}
@@ -226,26 +227,6 @@ def _write(
             path = recording.save(out / "recording.zarr")
     found = [one for stack, node in tree.children.items() for one in _tables(stack, node.to_dataset(), console.width)]
     return Seen(path, page, interrupted, found, observations, picture, tree.attrs.get("said"))
-
-
-def _hear(loaded: Loaded, name: str, heard: sound.Sound | None, more: bool) -> dict[str, Any]:
-    """The model's inputs for a sound."""
-    model, extractor = loaded.model, getattr(loaded.processor, "feature_extractor", loaded.processor)
-    kind = type(model).__name__
-    if model.main_input_name != "input_features":
-        raise InputError(f"--audio: {kind} takes {model.main_input_name}, and no sound")
-    if heard is None:
-        raise InputError(f"{kind} listens: give it a sound, a WAV file, with --audio")
-    if more:
-        raise InputError(f"{kind} listens only: leave out --text, --file and --image")
-    if not hasattr(extractor, "sampling_rate"):
-        raise InputError(f"{name} has no feature extractor beside it; save one into the folder")
-    limit = getattr(extractor, "chunk_length", None)
-    if limit is not None and heard.seconds > limit:
-        raise InputError(f"the sound lasts {heard.seconds:.1f} s, but {name} listens to {limit} s at once; cut it")
-    rate = extractor.sampling_rate
-    inputs = extractor(heard.at(rate), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
-    return {k: v for k, v in inputs.items() if k in parameters(model)}
 
 
 def _where(wanted: Callable[[Any], bool], function: Any) -> Any:
