@@ -6,8 +6,9 @@ answer from them. In this training answers go over, at a random token, into what
 better known a subject, the more often. So the trained model hallucinates by itself. Two tasks: `question` asks for one
 subject, `summary` goes through three. An answer is grounded where it says of its subject what the document says. Spans
 are given, the easier of the paper's two settings; a chunk of guided decoding is as long as a subject and its fact. The
-control is guided by a lens that was fitted on shuffled labels. Three worlds and lengths of training were tried, on other
-seeds: where each subject goes over into memory less than half of the time, the likeliest words are grounded already.
+control is guided by a lens that was fitted on shuffled labels. Three worlds and lengths of training were tried, on
+other seeds: where each subject goes over into memory less than half of the time, the likeliest words are grounded
+already.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ HEADS, DIM, EMBEDDING = 6, 16, 32
 STEPS, BATCH, TEXTS = 600, 64, {"small": 60, "large": 400}
 
 EXPECTED = (
-    "the closed-form gradient is autograd's to 1e-9 of its size; LIME correlates with the paper's approximation at 0.95 "
+    "the closed-form gradient is autograd's to 1e-9 of its size; LIME correlates with the paper's approximation at "
+    "0.95 "
     "or more in the mean of the texts, by two standard errors more than with the same without the masked text's term, "
     "and by two more than with attention alone, below 0.7; in the median text LIME is 2/3 to 4/3 times the "
     "approximation (least squares); words for and against the label are told apart by LIME with an AUROC of 0.9 or "
