@@ -32,7 +32,12 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         (str(kinds).split(", "), str(stages).split(", "))
         for kinds, stages in zip(node["kinds"].values.ravel(), node["stages"].values.ravel())
     ]
-    placed = [(kind, TAXONOMY[kind].stage in stages) for kinds, stages in listed for kind in kinds if kind in TAXONOMY]
+    placed = [
+        (kind, TAXONOMY[kind].stage in stages)
+        for kinds, stages in listed
+        for kind in kinds
+        if kind in TAXONOMY and TAXONOMY[kind].stage
+    ]
     right, words, shuffled = [], [], []
     rng = random.Random(seed)
     for score, kind in KNOWN.items():
@@ -41,7 +46,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         head, value, highest = node.sel(at), float(node[score].sel(at)), float(node[score].max())
         stages = str(head["stages"].values).split(", ")
         right.append(kind in str(head["kinds"].values).split(", ") and stage in stages and value >= highest - 0.05)
-        others = [one.stage for one in TAXONOMY.values()]
+        others = list(staged.values())
         shuffled += [rng.choice(others) in stages for _ in range(50)]
         words.append(
             f"layer {at['layer']} head {at['head']}, on the card for {kind}: {head['kinds'].values or 'no kind'} "
