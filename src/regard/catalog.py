@@ -310,7 +310,8 @@ def _written(found: dict[str, dict[str, Run]]) -> str:
         entry = {name: getattr(run.finding, name) for name in ("holds", "measured", "expected", "seed", "seconds")}
         return {**entry, "premises": [asdict(p) for p in run.finding.premises], "when": run.when}
 
-    return json.dumps({key: {scale: kept(run) for scale, run in at.items()} for key, at in found.items()}, indent=1)
+    entries = {key: {scale: kept(run) for scale, run in at.items()} for key, at in found.items()}
+    return json.dumps(entries, indent=1, default=lambda number: number.item())  # numpy's and torch's
 
 
 def _runs_file() -> Path:
