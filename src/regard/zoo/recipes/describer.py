@@ -73,6 +73,7 @@ NEGATIVES = ("random", "popular", "adversarial")
 
 WORD = {word: i for i, word in enumerate(words.WORDS)}
 ASSISTANT = [WORD["assistant"], WORD[":"]]
+HEAD = [WORD[words.BOS], WORD["user"], WORD[":"], *[WORD[words.IMAGE]] * PATCHES]  # of every sequence
 
 
 def config() -> LlavaConfig:
@@ -122,9 +123,8 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     return [Turn(PROMPTS[rng.integers(len(PROMPTS))], caption(scene)), *(Turn(q.text, q.answer) for q in asked)]
 
 
-def packed(conversations: Sequence[Sequence[Turn]]) -> dict[str, Tensor]:
-    """Inputs and labels of one sequence for each picture, in which the turns do not see each other."""
-    head = [WORD[words.BOS], WORD["user"], WORD[":"], *[WORD[words.IMAGE]] * PATCHES]
+def packed(conversations: Sequence[Sequence[Turn]], head: Sequence[int] = HEAD) -> dict[str, Tensor]:
+    """Inputs and labels of one sequence for each picture, in which the turns see `head` and not each other."""
     rows = []
     for conversation in conversations:
         ids, labels, places, turn = list(head), [-100] * len(head), list(range(len(head))), [0] * len(head)
@@ -238,7 +238,8 @@ def reply(
 
 def asked(processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of the model: each prompt on its picture."""
-    texts = [f"user: <image> {prompt} assistant:" for prompt in prompts]
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts]
+    texts = [processor.apply_chat_template([one], add_generation_prompt=True) for one in said]
     return dict(processor(text=texts, images=list(images), padding=True, return_tensors="pt"))
 
 
