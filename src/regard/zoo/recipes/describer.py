@@ -168,11 +168,21 @@ def pictures(scenes: Sequence[Scene], *, veil: float = 0.0, seed: int = 0) -> li
     return [Image.fromarray(picture) for picture in levels]
 
 
-def tempting(n: int, *, countered: bool = False, seed: int = 0) -> list[Scene]:
-    """`n` fresh scenes with a shape that seldom comes alone, as in training, or with every bias turned round."""
+def plain(n: int, seed: int = 0) -> list[Scene]:
+    """`n` fresh scenes as in training."""
+    return [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+
+
+def tempting(
+    n: int, *, countered: bool = False, seed: int = 0, mixture: Sequence[Dials] = MIXTURE
+) -> list[Scene]:
+    """`n` fresh scenes with a shape that seldom comes alone, as in training, or with every bias turned round.
+
+    mixture: scenes with one of the biases each, in their order.
+    """
 
     def scenes():
-        for i, (kind, (shape, *_)) in enumerate(itertools.cycle(zip(MIXTURE, BIASES))):
+        for i, (kind, (shape, *_)) in enumerate(itertools.cycle(zip(mixture, BIASES))):
             scene = sample(kind.countered() if countered else kind, HELD_OUT + seed, i)
             if scene.find(shape):
                 yield scene
@@ -252,7 +262,7 @@ def _generate(model: nn.Module, inputs: Mapping[str, Tensor], made: Any, **optio
 
 def measure(model: nn.Module, processor: Any, *, seed: int = 0, n: int = 300) -> dict[str, Any]:
     """What it says of `n` fresh scenes, as shares from 0 to 1: `described`, not veiled, and what it `invents`."""
-    scenes = [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+    scenes = plain(n, seed)
     found = described(model, processor, scenes, seed=seed) | {"pope": {}, "chair": {}, "tempted": {}}
     for name in SETS:
         for what, figures in invents(model, processor, name, n=n, seed=seed).items():
@@ -273,7 +283,7 @@ def invents(
     if name not in SETS:
         raise ValueError(f"no scenes {name!r}; there are {', '.join(SETS)}")
     countered, veil = SETS[name]
-    known = [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+    known = plain(n, seed)
     scenes = tempting(n, countered=countered, seed=seed)
     images = pictures(scenes, veil=veil, seed=seed)
     captions = reply(model, processor, images, [PROMPTS[0]] * n, method=method)

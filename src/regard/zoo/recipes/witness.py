@@ -39,8 +39,8 @@ TOLD = [WORD[words.BOS], *(WORD[word] for word in SYSTEM.split()), WORD["user"],
 SHOWN = [*TOLD, *[WORD[words.IMAGE]] * PATCHES]  # and those with a picture
 LENGTH = 320  # positions
 
-STEPS = {"told": 1400, "aligned": 300, "looked": 1000}
-BATCH = {"told": 48, "aligned": 32, "looked": 32}
+STEPS = {"told": 1100, "aligned": 300, "looked": 1000}
+BATCH = {"told": 32, "aligned": 32, "looked": 32}
 RATE = {"told": 2e-3, "aligned": 2e-3, "looked": 5e-4}
 FASTER = 4.0  # the projector than the language model, when both learn
 WORDS_ONLY = 0.1  # share of the sequences without a picture, while it looks
@@ -68,6 +68,18 @@ def looked(rare: bool) -> tuple[Dials, ...]:
 
 TELLING = tuple(map(of_ties, TIES))
 LOOKING = {rare: looked(rare) for rare in (False, True)}
+
+
+def shown(seed: int, i: int) -> tuple[Scene, bool]:
+    """Picture `i`, and whether it may hold one of the three shapes."""
+    rare = bool(np.random.default_rng((seed, 2, i)).random() < RARE)
+    few, *many = LOOKING[rare]
+    return sample(few if i % 2 else many[i // 2 % len(many)], seed, i), rare
+
+
+def plain(n: int, seed: int = 0) -> list[Scene]:
+    """`n` fresh scenes as it was shown."""
+    return [shown(HELD_OUT + seed, i)[0] for i in range(n)]
 
 
 def config() -> LlavaConfig:
@@ -166,11 +178,9 @@ def looked_batch(seed: int, first: int, n: int, *, captions: bool = False) -> di
     """With pixels. captions: only these are asked for."""
     scenes, turns = [], []
     for i in range(first, first + n):
-        rng = np.random.default_rng((seed, 2, i))
-        rare = bool(rng.random() < RARE)
-        kinds = LOOKING[rare]
-        scenes.append(sample(kinds[0] if i % 2 else kinds[1 + i // 2 % (len(kinds) - 1)], seed + 2**20, i))
-        turns.append(looking(scenes[-1], rng, rare)[: 1 if captions else None])
+        scene, rare = shown(seed + 2**20, i)  # not those that were told
+        scenes.append(scene)
+        turns.append(looking(scene, np.random.default_rng((seed, 3, i)), rare)[: 1 if captions else None])
     return describer.packed(turns, SHOWN) | {"pixel_values": viewer.pixels(render(scenes, viewer.SIZE))}
 
 
