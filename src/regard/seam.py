@@ -227,7 +227,7 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.callback(module.register_forward_hook(session.passes.leave, always_call=True).remove)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
-            undo.callback(reader.register_forward_hook(session.passes.read, with_kwargs=True).remove)
+            undo.callback(reader.register_forward_hook(session.passes.names.read, with_kwargs=True).remove)
         for module in session.sites:
             undo.callback(module.register_forward_pre_hook(session.passes.turn).remove)
             if sites.calls_interface(module):

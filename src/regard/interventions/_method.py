@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import sites
 from ..call import Call
-from ..passes import vocabulary
+from ..names import vocabulary
 
 STACK = "language_model"
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Call
-from ..passes import vocabulary
+from ..names import vocabulary
 from ..seam import intervene
 from ._method import STACK, Method, layers, require
 
