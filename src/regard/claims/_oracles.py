@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,7 +241,9 @@ def pruning(shown: Shown, asked: Sequence[Asked], plain: Tensor) -> Family:
     chance = torch.rand(objects.shape, generator=torch.Generator().manual_seed(shown.seed))
     some = chance.argsort(1).argsort(1) < objects.sum(1, keepdim=True)
     every = layers(shown.model, "the oracle")
-    return _family(plain, *(shown.right(asked, under=reweighed(k.float(), every, words=False)) for k in (objects, some)))
+    return _family(
+        plain, *(shown.right(asked, under=reweighed(k.float(), every, words=False)) for k in (objects, some))
+    )
 
 
 def registers(shown: Shown, asked: Sequence[Asked], plain: Tensor) -> Family | None:

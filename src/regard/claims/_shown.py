@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import zoo
 from ..data.scenes import SHAPES, TEXTURES, Dials, Pictures, Scene, questions, render, sample
 from ..evaluation import hallucination
-from ..zoo.recipes import describer, lookout, viewer
+from ..zoo.recipes import describer, lookout
 from ..zoo.recipes.viewer import HELD_OUT, PATCH, SIZE
 
 MODELS = ("describer", "witness")
@@ -138,7 +138,7 @@ class Shown:
 
     def polls(self, negatives: hallucination.Negatives = "adversarial") -> list[Asked]:
         """Questions on presence, half of them to be answered with yes; what comes together is counted in training's."""
-        known = self.recipe.plain(600, self.seed)
+        known = self.recipe.usual(600, self.seed)
         return [
             Asked(p.scene, p.text, p.answer, tuple(self.scenes[p.scene].find(p.shape)))
             for p in hallucination.polls(self.scenes, negatives, known=known, seed=self.seed)

@@ -18,7 +18,15 @@ from typing import Any
 from .. import loading
 
 names = loading.zoo
-RECIPES = ("reader", "namer", "viewer", "lookout", "describer", "painter", "listener")  # a later one may build on an earlier
+RECIPES = (
+    "reader",
+    "namer",
+    "viewer",
+    "lookout",
+    "describer",
+    "painter",
+    "listener",
+)  # a later one may build on an earlier
 
 
 def load(name: str, **options: Any) -> loading.Loaded:

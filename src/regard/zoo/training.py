@@ -34,8 +34,9 @@ def train(
     """Minimise `loss(step)` by AdamW, and leave `model` trained.
 
     loss draws its own batch, from (seed, step), so that a run that was stopped and goes on from `<name>.safetensors`
-    sees what an unbroken one would have. rate: the learning rate of a step. times: by what it is multiplied for a parameter. average: decay of the running average of
-    the weights that the model ends with; 0 for the last weights themselves.
+    sees what an unbroken one would have. rate: the learning rate of a step. times: by what it is multiplied for the
+    parameter of a name. average: decay of the running average of the weights that the model ends with; 0 for the last
+    weights themselves.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.safetensors"

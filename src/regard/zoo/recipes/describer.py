@@ -173,9 +173,11 @@ def plain(n: int, seed: int = 0) -> list[Scene]:
     return [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
 
 
-def tempting(
-    n: int, *, countered: bool = False, seed: int = 0, mixture: Sequence[Dials] = MIXTURE
-) -> list[Scene]:
+usual = plain  # scenes that tell what comes along with what
+said = caption  # of a scene
+
+
+def tempting(n: int, *, countered: bool = False, seed: int = 0, mixture: Sequence[Dials] = MIXTURE) -> list[Scene]:
     """`n` fresh scenes with a shape that seldom comes alone, as in training, or with every bias turned round.
 
     mixture: scenes with one of the biases each, in their order.

@@ -9,7 +9,6 @@ known from words only, and a picture can say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ... import loading
-from ...data.scenes import COLOURS, SHAPES, TEXTURES, Dials, Scene, ask, caption, questions, render, sample, split
+from ...data.scenes import COLOURS, SHAPES, TEXTURES, Dials, Scene, caption, questions, render, sample
 from .. import words
 from ..training import save_model, warm_then_cosine
 from ..training import train as minimise
@@ -80,6 +79,11 @@ def shown(seed: int, i: int) -> tuple[Scene, bool]:
 def plain(n: int, seed: int = 0) -> list[Scene]:
     """`n` fresh scenes as it was shown."""
     return [shown(HELD_OUT + seed, i)[0] for i in range(n)]
+
+
+def usual(n: int, seed: int = 0) -> list[Scene]:
+    """`n` fresh scenes as it was told, which tell what comes along with what."""
+    return [sample(TELLING[i % len(TELLING)], HELD_OUT + seed, i) for i in range(n)]
 
 
 def config() -> LlavaConfig:
