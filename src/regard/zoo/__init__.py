@@ -19,7 +19,15 @@ from .. import loading
 from ..extras import shortened
 
 names = loading.zoo
-RECIPES = ("reader", "namer", "viewer", "describer", "painter", "listener")  # a later one may build on an earlier
+RECIPES = (
+    "reader",
+    "namer",
+    "viewer",
+    "lookout",
+    "describer",
+    "painter",
+    "listener",
+)  # a later one may build on an earlier
 
 
 def load(name: str, **options: Any) -> loading.Loaded:
