@@ -220,19 +220,24 @@ def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
     if call.softcap is not None:
         scores = scores.div_(call.softcap).tanh_() if space.shared else torch.tanh(scores / call.softcap)
         scores = scores.mul_(call.softcap) if space.shared else scores * call.softcap
+    # In place, but where autograd or a transform of torch.func follows.
+    add, fill = (Tensor.add_, Tensor.masked_fill_) if space.shared else (Tensor.add, Tensor.masked_fill)
     if call.bias is not None:
-        scores += cut(call.bias, a, b, n).to(scores.dtype)
+        scores = add(scores, cut(call.bias, a, b, n).to(scores.dtype))
     visible = None
     if call.mask is not None and call.mask.dtype == torch.bool:
         visible = cut(call.mask, a, b, n)
         # With a bias, transformers folds both into one additive mask, whose lowest value is finite.
         lowest = float("-inf") if call.bias is None else torch.finfo(call.key.dtype).min
-        scores.masked_fill_(~visible, lowest)
+        scores = fill(scores, ~visible, lowest)
     elif call.mask is not None:
-        scores += cut(call.mask, a, b, n).to(scores.dtype)
+        scores = add(scores, cut(call.mask, a, b, n).to(scores.dtype))
     if call.causal and n > a:
         future = torch.arange(a, n, device=scores.device) > torch.arange(a, b, device=scores.device)[:, None]
-        scores[..., a:].masked_fill_(future, float("-inf"))
+        if space.shared:
+            scores[..., a:].masked_fill_(future, float("-inf"))
+        else:
+            scores = scores.masked_fill(F.pad(future, (a, 0)), float("-inf"))
         if visible is not None:
             visible = visible & ~F.pad(future, (a, 0))
     if call.sinks is not None:
@@ -244,7 +249,7 @@ def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
         weights = torch.softmax(scores, -1, out=space(1, *scores.shape))
     if visible is not None and call.bias is None:
         blind = ~visible.any(-1, keepdim=True)
-        if blind.any():
+        if not space.shared or blind.any():
             weights = weights.masked_fill(blind, 0.0)
     return weights
 
