@@ -147,7 +147,9 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         query, key, value, mask, output, lse = ctx.saved_tensors
         if again(grad):
-            return *gradients(lambda *inputs: _whole(*inputs, *ctx.settings), grad, query, key, value, mask), *[None] * 4
+            return *gradients(lambda *inputs: _whole(*inputs, *ctx.settings), grad, query, key, value, mask), *[
+                None
+            ] * 4
         chunks = _Chunks(query, key, mask, *ctx.settings)
         kv_heads, heads = key.shape[1], query.shape[1]
         d_query = torch.zeros_like(query, dtype=chunks.dtype)
