@@ -37,7 +37,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .extras import listed
-from .files import written_aside
+from .files import MARK, replaced
 from .observations import SINK_SHARE, SINK_TIMES, sinks
 from .padding import real, unpadded
 from .statistics.rollout import rollout
@@ -98,8 +98,10 @@ def write(
     if len(html) > budget:
         raise ValueError(_too_large(len(html), budget))
     try:
-        with written_aside(path) as draft:
+        with replaced(path) as draft:
             draft.write_bytes(html)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     return path
@@ -676,6 +678,7 @@ class _Page:
             "base-uri 'none'; form-action 'none'"
         )
         html = self.template.render(
+            mark=MARK,
             policy=Markup(policy),  # made of constants and digests
             title=f"{model}: where it looks",
             style=Markup(self.style),

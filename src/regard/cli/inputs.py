@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..data import paragraph
+from ..files import MARK, refuse_foreign
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
@@ -48,13 +50,23 @@ def open_picture(image: Path | None) -> Image.Image | None:
         raise InputError(f"--image {image}: {error.strerror or error}") from error
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, *names: str) -> None:
+    """Raise unless a folder can be written to, or made, and files of these names in it are none or Regard's."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out, prefix=".", suffix=".part"):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".", suffix=".part"):
             pass
     except OSError as error:
         raise InputError(f"--out {out} cannot be written to: {error.strerror}; choose another folder") from error
+    refuse_foreign(*(out / name for name in names))
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a file that says that Regard wrote it."""
+    held, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    image.save(held, "png", pnginfo=info)
+    return held.getvalue()
 
 
 def prepare(
