@@ -32,7 +32,7 @@ def run(
     console: Console,
 ) -> tuple[Path, Path]:
     """Make the atlas of a model, print it, and write `atlas.zarr` and `atlas.html` into `out`; returns their paths."""
-    opened = [open_picture(path) for path in pictures]  # bad input is found before a model is loaded
+    opened = [open_picture(path, console) for path in pictures]  # bad input is found before a model is loaded
     writable(out, "atlas.html", "atlas.zarr")
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)

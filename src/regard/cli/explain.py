@@ -93,7 +93,7 @@ def explain(
     """
     console = console or Console(quiet=True)
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
-    pictures = [open_picture(image) for image in images] or [None]
+    pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
     writers: dict[str, Callable[..., bytes]] = {".html": _page, ".png": _drawn}
     if out.suffix not in writers:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..data import loaders
+from ..data.loaders import files
 from ..files import refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
@@ -40,7 +41,7 @@ def compare(
         refuse_foreign(out)
     with console.status("reading the data"):
         readings = [reading for reading in loaders.webqamgaze(data, language) if reading.task == task]
-        counts = None if corpus is None else word_counts(corpus.read_text(encoding="utf-8"))
+        counts = None if corpus is None else word_counts(files.text(corpus))
     with console.status(f"loading {name}"):
         model, tokenizer = load(name, trust_remote_code=trust_remote_code)
     with Progress(console=console, transient=True) as bar:

@@ -74,7 +74,7 @@ def look(
     A diffusers pipeline paints the text, and `picture.png` is written too.
     """
     console = console or Console(quiet=True)
-    text, picture = read_text(text, file), open_picture(image)  # bad input is found before a model is loaded
+    text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
     heard = sound.read(audio) if audio is not None else None
     writable(out, "report.html", "recording.zarr")
     began = time.perf_counter()

@@ -92,8 +92,8 @@ class Journal:
             before = dict(json.loads(path.read_text()))
         except (ValueError, TypeError, RecursionError):
             raise ValueError(
-                f"{path} does not say what it was begun with (empty, or damaged): delete {self.folder} to begin anew, or "
-                f"choose another output"
+                f"{path} does not say what it was begun with (empty, or damaged): delete {self.folder} to begin anew, "
+                f"or choose another output"
             ) from None
         now = json.loads(json.dumps(self.origin))
         if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
