@@ -19,10 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from .extras import needs, shortened
-from .files import written_aside
+from .files import MARK, refuse_foreign, replaced, written_aside
 
 _FOLDER = Path(__file__).parent / "catalog"
 SCALES = ("small", "real", "large")
+_PLOTS = {".svg": "Creator", ".png": "Software"}  # where their metadata say who made them
 VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 
 
@@ -253,6 +254,10 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
         raise NotImplementedError(f"{key!r} has no claim yet; when built, it will check: {found.expects}")
     if scale not in found.scales:
         raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
+    if plot is not None:
+        if plot.suffix not in _PLOTS:
+            raise ValueError(f"{plot}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
+        refuse_foreign(plot)
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
@@ -275,7 +280,8 @@ def _plot(finding: Finding, path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     finding.draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replaced(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], metadata={_PLOTS[path.suffix]: MARK})
 
 
 def claimed() -> list[str]:

@@ -139,7 +139,9 @@ def _shared_layers(members: list[tuple[str, nn.Module]], names: dict[nn.Module, 
     return [tuple(sorted(numbers[n] for n in known)) for known in alike]
 
 
-def _all_names(module: nn.Module, name: str = "", within: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+def _all_names(
+    module: nn.Module, name: str = "", within: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """All modules, each by all of its names."""
     yield name, module
     for part, inner in module._modules.items():

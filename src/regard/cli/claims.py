@@ -13,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import catalog
 from ..catalog import VERDICTS, Finding
-from ..files import written_aside
+from ..files import MARK, refuse_foreign, replaced
 
 PAGE = """# Claims
+
+<!-- {mark} -->
 
 What each paper claims, and what came out when `regard reproduce --all` ran it at `--scale {scale}`, seed {seed}, on
 {machine}. Expectations were written before the runs. This is a report, not a test: what did not hold stays in it.
@@ -42,13 +44,15 @@ def reproduce(
 
     resume: take those that ran on this machine at this scale and seed as they came out then.
     """
+    if page is not None:
+        refuse_foreign(page, *(_drawn(page, key) for key in keys))
     found: dict[str, Finding] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(keys))
         for key in keys:
             progress.update(task, description=key)
-            plot = page.parent / "assets" / "claims" / f"{key}.svg" if page else None
+            plot = _drawn(page, key) if page else None
             if resume and (kept := catalog.remembered(key, scale=scale, seed=seed)):
                 found[key] = kept
                 progress.advance(task)
@@ -69,15 +73,20 @@ def reproduce(
                     console.print(f"  premise: {premise}", highlight=False, markup=False)
             progress.advance(task)
     if page is not None:
-        with written_aside(page) as draft:
+        with replaced(page) as draft:
             draft.write_text(_page(keys, found, page, scale, seed), encoding="utf-8")
     return found
+
+
+def _drawn(page: Path, key: str) -> Path:
+    return page.parent / "assets" / "claims" / f"{key}.svg"
 
 
 def _page(keys: Sequence[str], found: dict[str, Finding], page: Path, scale: str, seed: int) -> str:
     count = {verdict: sum(f.holds is verdict for f in found.values()) for verdict in VERDICTS}
     broken = [key for key in keys if key not in found]
     text = PAGE.format(
+        mark=MARK,
         scale=scale,
         seed=seed,
         machine=f"{torch.get_num_threads()} CPU threads ({platform.machine()})",
@@ -91,7 +100,6 @@ def _page(keys: Sequence[str], found: dict[str, Finding], page: Path, scale: str
         text += f"| [{key}](#{key}) | {finding.verdict} | {finding.seconds:.0f} |\n"
     for key, finding in found.items():
         row = catalog.row(key)
-        drawn = page.parent / "assets" / "claims" / f"{key}.svg"
         text += "\n" + ENTRY.format(
             title=row.title,
             key=key,
@@ -101,6 +109,6 @@ def _page(keys: Sequence[str], found: dict[str, Finding], page: Path, scale: str
             expected=finding.expected,
             measured=finding.measured,
             premises="".join(f"\nPremise: {premise}\n" for premise in finding.premises),
-            plot=f"\n![What was measured](assets/claims/{key}.svg)\n" if drawn.exists() else "",
+            plot=f"\n![What was measured](assets/claims/{key}.svg)\n" if _drawn(page, key).exists() else "",
         )
     return text.rstrip() + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,11 +20,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attribution import attribute
-from ..files import written_aside
+from ..files import MARK, replaced
 from ..loading import Loaded, load
 from ..prediction import predict
 from . import sound
-from .inputs import InputError, hear, open_picture, prepare, read_text, writable
+from .inputs import InputError, hear, open_picture, png, prepare, read_text, writable
 
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
@@ -34,7 +33,8 @@ SIDE = 448  # pixels of a picture that is shown
 FLAT = 4  # how many times longer than wide it may be: spectrograms are stretched
 WIDTH, LINE, FONT, MARGIN = 900, 40, 19, 24  # of a text that is drawn
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{mark}">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #18181b;
   background: #fff }}
@@ -93,12 +93,12 @@ def explain(
     """
     console = console or Console(quiet=True)
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
-    pictures = [open_picture(image) for image in images] or [None]
+    pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
     writers: dict[str, Callable[..., bytes]] = {".html": _page, ".png": _drawn}
     if out.suffix not in writers:
         raise InputError(f"--out {out}: give a name that ends in {' or '.join(writers)}")
-    writable(out.parent)
+    writable(out.parent, out.name)
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code, dtype=torch.float32)  # gradients are small differences
     model: Any = loaded.model
@@ -212,7 +212,8 @@ def _wrote(
     score += " ahead" if "against" in found.coords else ""
     about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
     written = writers[out.suffix](parts, told, about)
-    with written_aside(out) as draft:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(out) as draft:
         draft.write_bytes(written)
     return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts])
 
@@ -313,6 +314,7 @@ def _page(parts: Sequence[Part], title: str, about: str) -> bytes:
     signed = any((part.found.values < 0).any() for part in parts)
     largest = [f"{part.found.values.flat[abs(part.found.values).argmax()]:.4g}" for part in parts]
     return PAGE.format(
+        mark=MARK,
         title=escape(title),
         about=escape(about),
         body=body,
@@ -372,9 +374,7 @@ def _drawn(parts: Sequence[Part], title: str, about: str) -> bytes:
     for one in drawn:
         whole.paste(one, (0, y))
         y += one.height
-    held = io.BytesIO()
-    whole.save(held, "png")
-    return held.getvalue()
+    return png(whole)
 
 
 def _sentence(found: xr.DataArray, title: str, about: str) -> Image.Image:
@@ -420,6 +420,4 @@ def _heat(found: xr.DataArray, picture: Image.Image) -> Image.Image:
 
 
 def _data(image: Image.Image) -> str:
-    held = io.BytesIO()
-    image.save(held, "png")
-    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
