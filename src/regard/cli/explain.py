@@ -115,9 +115,8 @@ def explain(
     with console.status(f"asking {method}"), warnings.catch_warnings(record=True) as warned:
         if heard is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
-            parts = _one(
-                loaded, inputs, _spectrogram(inputs["input_features"]), written, partial(ask, words=words), chosen
-            )
+            loud = _spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
+            parts = _one(loaded, inputs, loud, written, partial(ask, words=words), chosen)
         elif pictures != [None] and hasattr(model, "get_text_features"):
             parts = _pair(loaded, read, pictures, words, ask, chosen)
         elif len(read) == len(pictures) == 1:
@@ -226,7 +225,8 @@ def _said(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None]) -> s
 def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
     """Words, and what is seen of the picture: pixels, or the patches that are among the words."""
     if found.dims == ("row", "column"):
-        return [Part("picture", found, picture)]
+        shown = found if picture is None else found[:, : picture.width]  # of a sound, what is not silence at its end
+        return [Part("picture", shown, picture)]
     if found.ndim > 1:
         raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
     parts = [Part("words", found)]
@@ -253,13 +253,14 @@ def _given(picture: Image.Image | None, inputs: Mapping[str, Any], processor: An
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def _spectrogram(features: Tensor) -> Image.Image:
-    """A sound as the model takes it, dark where it is loud."""
-    loud = features[0].double().numpy()
+def _spectrogram(features: Tensor, mask: Tensor | None) -> Image.Image:
+    """A sound as the model takes it, dark where it is loud, without the silence that fills it up."""
+    if mask is not None and mask.shape[1] == features.shape[1]:
+        features = features[:, : int(mask[0].sum())]
+    loud = features.double().numpy()
     low, high = np.quantile(loud, (0.02, 0.98))
-    return Image.fromarray((255 * (1 - ((loud - low) / max(high - low, 1e-9)).clip(0, 1))).astype(np.uint8)).convert(
-        "RGB"
-    )
+    grey = 255 * (1 - ((loud - low) / max(high - low, 1e-9)).clip(0, 1))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def _table(part: Part, several: bool) -> Table:
@@ -412,7 +413,8 @@ def _heat(found: xr.DataArray, picture: Image.Image) -> Image.Image:
     grey = _resized(picture, found).convert("L").convert("RGB")
     under = Image.blend(grey, Image.new("RGB", grey.size, PLAIN), 0.6)
     over = Image.fromarray(colours).resize(under.size, Image.Resampling.NEAREST)
-    much = Image.fromarray((255 * abs(shares) ** 0.7).clip(0, 255).astype(np.uint8)).resize(under.size)
+    much = Image.fromarray((255 * abs(shares) ** 0.7).clip(0, 255).astype(np.uint8))
+    much = much.resize(under.size, Image.Resampling.NEAREST)
     return Image.composite(over, under, much)
 
 
