@@ -21,7 +21,7 @@ from ..evaluation import hallucination
 from ..zoo.recipes import describer, lookout
 from ..zoo.recipes.viewer import HELD_OUT, PATCH, SIZE
 
-MODELS = ("describer", "witness")
+MODELS = ("describer",)
 JUDGED = 1000
 ROWS = SIZE // PATCH
 LARGE = 256  # pixels, of pictures that hold more than the model reads
