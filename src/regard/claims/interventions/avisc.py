@@ -2,8 +2,8 @@
 
 On Woo et al., Don't Miss the Forest for the Trees: Attentional Vision Calibration for Large Vision Language Models
 (arXiv:2405.17820). Blind tokens are to lie on background: what they say is taken off, and where they are what is asked
-about, that cannot help. Knobs are those of the paper's script for LLaVA-1.5. It samples; here all is greedy. Control: as
-many tokens of the picture at random in place of the blind ones.
+about, that cannot help. Knobs are those of the paper's script for LLaVA-1.5. It samples; here all is greedy. Control:
+as many tokens of the picture at random in place of the blind ones.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -97,10 +95,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for name in MODELS:
         other = Others(seed=seed)
         found = Compared(name, SCENES[scale], seed, means(var), lambda *_, o=other: o, oracles.attention)
-        sinks = BlindToSinks()
+        sinks, others = BlindToSinks(), BlindToOthers(seed=seed)
         blind = {
             "blind to sinks": found.crowded.right(found.asked, under=lambda *_, s=sinks: s),
-            "blind to others": found.crowded.right(found.asked, under=lambda *_, s=BlindToOthers(seed=seed): s),
+            "blind to others": found.crowded.right(found.asked, under=lambda *_, o=others: o),
         }
         gain, over = paired(blind["blind to sinks"], found.right["plain"]), paired(*blind.values())
         many, draws = sinks.draws
