@@ -9,8 +9,8 @@ import pkgutil
 import sqlite3
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .extras import needs
+from .extras import needs, shortened
 from .files import written_aside
 
 _FOLDER = Path(__file__).parent / "catalog"
+SCALES = ("small", "real", "large")
+VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,46 @@ class Row:
             self.load()
         except (ImportError, AttributeError):
             return "broken"
-        last = runs().get(self.key)
-        if last is None:
-            return "built"
-        return {True: "held", False: "did not hold", None: "could not tell"}[last["holds"]]
+        return self.last.finding.verdict if self.last else "built"
+
+    @property
+    def parity(self) -> str:
+        """Whether its values are equal to its authors' code: `equal`, `differs` or `not compared`, then the details."""
+        return "not compared"
+
+    @property
+    def found(self) -> list[Run]:
+        """The last run of its claim on this machine, at each scale."""
+        return list(runs().get(self.key, {}).values())
+
+    @property
+    def last(self) -> Run | None:
+        return max(self.found, key=lambda run: run.when, default=None)
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The scales that its claim has."""
+        return getattr(import_module(self.claim), "SCALES", ("small",)) if self.claim else ()
+
+
+@dataclass(frozen=True)
+class Premise:
+    """What a paper takes for granted of the model or the data, what was needed here, and what was measured."""
+
+    what: str
+    needed: str
+    measured: str
+    met: bool
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.measured} ({self.needed}{'' if self.met else ', not met'})"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a run of a claim found. `holds` is None where this scale cannot tell. `seconds` are of processor time.
+    """What a run of a claim found. `seconds` are of processor time.
 
+    holds: None where it cannot be told: always where a premise is not met, whatever else was found.
     draw: draws what was found into a matplotlib `Figure` that it is given; the claim itself needs no matplotlib.
     """
 
@@ -73,7 +105,25 @@ class Finding:
     expected: str
     seed: int
     seconds: float = 0.0
+    premises: Sequence[Premise] = ()
     draw: Callable[[Any], None] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not all(premise.met for premise in self.premises):
+            object.__setattr__(self, "holds", None)
+
+    @property
+    def verdict(self) -> str:
+        return VERDICTS[self.holds]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finding, and when and at which scale it was made."""
+
+    finding: Finding
+    scale: str
+    when: float  # seconds since 1970
 
 
 @cache
@@ -97,15 +147,44 @@ def tagged(*wanted: str) -> list[Row]:
     """Rows that carry all of these tags."""
     for tag in wanted:
         if tag not in tags():
-            raise KeyError(f"no tag {tag!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}")
+            raise KeyError(
+                f"no tag {shortened(tag)!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}"
+            )
     return [found for found in rows().values() if set(wanted) <= set(found.tags)]
+
+
+def chosen(
+    among: Sequence[Row], *, verdict: str | None = None, premise: str | None = None, parity: str | None = None
+) -> list[Row]:
+    """Those rows whose last run here had this verdict, and whose premises were then `met` or `unmet`.
+
+    parity: how `Row.parity` begins.
+    """
+    words = {"verdict": (verdict, tuple(VERDICTS.values())), "premise": (premise, ("met", "unmet"))}
+    for name, (given, known) in words.items():
+        if given is not None and given not in known:
+            raise ValueError(f"{name} {given!r} is none of {', '.join(known)}")
+
+    def fits(row: Row) -> bool:
+        last = row.last
+        if verdict is not None and (last is None or last.finding.verdict != verdict):
+            return False
+        if premise is not None:
+            measured = last.finding.premises if last else ()
+            if not measured or all(p.met for p in measured) != (premise == "met"):
+                return False
+        return parity is None or row.parity.startswith(parity)
+
+    return [row for row in among if fits(row)]
 
 
 def row(key: str) -> Row:
     try:
         return rows()[key]
     except KeyError:
-        raise KeyError(f"no paper {key!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
+        raise KeyError(
+            f"no paper {shortened(key)!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}"
+        ) from None
 
 
 def search(words: str) -> list[Row]:
@@ -134,7 +213,7 @@ def method(room: str, name: str) -> Any:
     found = _namesake(room, name) if name in _files(room) else None
     if found is None:
         raise KeyError(
-            f"no method {name!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
+            f"no method {shortened(name)!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
         )
     return found
 
@@ -152,7 +231,9 @@ def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
     found: Any = _namesake("statistics", name) if name in _files("statistics") else None
     if not hasattr(found, "spec"):
-        raise KeyError(f"no statistic {name!r}{_near(name, statistics())}; there are {', '.join(statistics())}")
+        raise KeyError(
+            f"no statistic {shortened(name)!r}{_near(name, statistics())}; there are {', '.join(statistics())}"
+        )
     return found
 
 
@@ -170,14 +251,17 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     found = row(key)
     if not found.claim:
         raise NotImplementedError(f"{key!r} has no claim yet; when built, it will check: {found.expects}")
+    if scale not in found.scales:
+        raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
-    kept = {name: getattr(finding, name) for name in ("holds", "measured", "expected", "seed", "seconds")}
+    made = Run(finding, scale, time.time())
     path = _runs_file()
     path.parent.mkdir(parents=True, exist_ok=True)
+    known = runs()
     with written_aside(path) as draft:
-        draft.write_text(json.dumps({**runs(), key: {**kept, "scale": scale, "when": time.time()}}, indent=1))
+        draft.write_text(_written({**known, key: {**known.get(key, {}), scale: made}}))
     if plot is not None:
         _plot(finding, plot)
     return finding
@@ -200,19 +284,34 @@ def claimed() -> list[str]:
 
 
 def remembered(key: str, *, scale: str, seed: int) -> Finding | None:
-    """What the last run of a claim on this machine found, if it was at this scale and seed."""
-    last = runs().get(key, {})
-    if (last.get("scale"), last.get("seed")) != (scale, seed):
-        return None
-    return Finding(**{name: last[name] for name in ("holds", "measured", "expected", "seed", "seconds")})
+    """What the last run of a claim on this machine at this scale found, if it was of this seed."""
+    last = runs().get(key, {}).get(scale)
+    return last.finding if last and last.finding.seed == seed else None
 
 
-def runs() -> dict[str, dict[str, Any]]:
-    """The last run of each claim on this machine."""
+def runs() -> dict[str, dict[str, Run]]:
+    """The last run of each claim on this machine, by key and scale."""
     try:
-        return json.loads(_runs_file().read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
+        return _read(_runs_file().read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # none yet, or a file of another version
+
+
+def _read(text: str) -> dict[str, dict[str, Run]]:
+    def run(scale: str, kept: dict[str, Any]) -> Run:
+        when = kept.pop("when")
+        return Run(Finding(**{**kept, "premises": tuple(Premise(**p) for p in kept["premises"])}), scale, when)
+
+    return {key: {scale: run(scale, kept) for scale, kept in at.items()} for key, at in json.loads(text).items()}
+
+
+def _written(found: dict[str, dict[str, Run]]) -> str:
+    def kept(run: Run) -> dict[str, Any]:
+        entry = {name: getattr(run.finding, name) for name in ("holds", "measured", "expected", "seed", "seconds")}
+        return {**entry, "premises": [asdict(p) for p in run.finding.premises], "when": run.when}
+
+    entries = {key: {scale: kept(run) for scale, run in at.items()} for key, at in found.items()}
+    return json.dumps(entries, indent=1, default=lambda number: number.item())  # numpy's and torch's
 
 
 def _runs_file() -> Path:

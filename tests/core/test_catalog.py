@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
+import sys
 import tomllib
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -61,25 +65,26 @@ def test_built_rows_import_and_have_a_claim():
     for row in catalog.rows().values():
         assert bool(row.object) == bool(row.claim), row.key
         assert row.status != "broken", row.key
+        if row.claim:
+            assert row.scales[0] == "small", row.key
+            assert set(row.scales) <= set(catalog.SCALES), row.key
 
 
 def test_status_is_computed(monkeypatch, tmp_path):
     monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
     row = catalog.row("lookback-lens")
-    import dataclasses
-
     assert dataclasses.replace(row, object="regard.nowhere:nothing").status == "broken"
     built = dataclasses.replace(row, object="regard.statistics.entropy:entropy")
     assert built.status == "built"
-    (tmp_path / "claims.json").write_text('{"lookback-lens": {"holds": false}}')
+    kept = {"holds": False, "measured": "m", "expected": "e", "seed": 0, "seconds": 1.0, "premises": [], "when": 0.0}
+    (tmp_path / "claims.json").write_text(json.dumps({"lookback-lens": {"small": kept}}))
     assert built.status == "did not hold"
+    (tmp_path / "claims.json").write_text('{"lookback-lens": {"holds": false}}')  # as older versions wrote it
+    assert built.status == "built"
 
 
 def test_a_claim_runs_and_is_remembered(monkeypatch, tmp_path):
     """The machinery of `reproduce`, with a claim of our own: the catalog has none built yet."""
-    import sys
-    import types
-
     module = types.ModuleType("a_claim")
     module.claim = lambda *, scale, seed: catalog.Finding(seed > 0, f"{scale} {seed}", "a positive seed", seed)
     monkeypatch.setitem(sys.modules, "a_claim", module)
@@ -103,10 +108,53 @@ def test_a_claim_runs_and_is_remembered(monkeypatch, tmp_path):
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_premise_that_is_not_met_decides(monkeypatch, tmp_path):
+    """Whatever the claim says of itself: printed, remembered, and what papers are chosen by."""
+    met = catalog.Premise("sinks", "two or more", "3", True)
+    unmet = catalog.Premise("the task is learned", "90% right", "12% right", False)
+    assert catalog.Finding(True, "m", "e", 0, premises=[met]).holds is True
+    assert catalog.Finding(False, "m", "e", 0, premises=[met]).holds is False
+    for holds in (True, False, None):
+        assert catalog.Finding(holds, "m", "e", 0, premises=[met, unmet]).holds is None
+
+    module = types.ModuleType("a_claim")
+    module.SCALES = "small", "real"
+    module.claim = lambda *, scale, seed: catalog.Finding(
+        True, "m", "e", seed, premises=[met, unmet] if scale == "small" else [met]
+    )
+    monkeypatch.setitem(sys.modules, "a_claim", module)
+    monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
+    row = catalog.Row("mine", "studies", "t", "", "a", "w", "e", (), "regard.statistics.entropy:entropy", "a_claim")
+    monkeypatch.setattr(catalog, "rows", lambda: {"mine": row})
+    done = run("reproduce", "mine")
+    assert "cannot tell" in done.output
+    assert "12% right (90% right, not met)" in done.output
+    assert row.status == "cannot tell"
+    assert catalog.remembered("mine", scale="small", seed=0).premises == (met, unmet)
+    for words, n in (
+        (("--premise", "unmet"), 1),
+        (("--premise", "met"), 0),
+        (("--verdict", "cannot tell"), 1),
+        (("--verdict", "held"), 0),
+        (("--parity", "equal"), 0),
+    ):
+        assert f"{n} papers" in run("papers", *words).output, words
+    assert "is none of held" in run("papers", "--verdict", "maybe").output
+
+    assert "held" in run("reproduce", "mine", "--scale", "real").output
+    assert row.status == "held"  # the last one
+    shown = run("papers", "show", "mine").output
+    assert "small" in shown
+    assert "real" in shown
+    assert shown.count("premise: sinks: 3 (two or more)") == 2
+    assert "premise: the task is learned: 12% right (90% right, not met)" in shown
+    refused = run("reproduce", "mine", "--scale", "large")
+    assert refused.exit_code == 2
+    assert "the claim of mine has no scale 'large'; it has small, real" in refused.output
+
+
 def test_many_claims_make_a_page(monkeypatch, tmp_path):
     """One that breaks does not keep the others from running, and does not go unnoticed."""
-    import sys
-    import types
 
     def broken(*, scale, seed):
         raise RuntimeError("no luck")

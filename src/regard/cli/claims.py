@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import catalog
-from ..catalog import Finding
+from ..catalog import VERDICTS, Finding
 from ..files import written_aside
 
-VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 PAGE = """# Claims
 
 What each paper claims, and what came out when `regard reproduce --all` ran it at `--scale {scale}`, seed {seed}, on
@@ -32,7 +31,7 @@ ENTRY = """## {key}
 Expected: {expected}
 
 Measured: {measured}
-{plot}
+{premises}{plot}
 """
 
 
@@ -61,10 +60,13 @@ def reproduce(
                 console.print(traceback.format_exc(), markup=False, highlight=False)
             else:
                 finding = found[key]
-                verdict = VERDICTS[finding.holds]
                 console.print(
-                    f"{key}: {verdict}, {finding.seconds:.0f} s. {finding.measured}", highlight=False, markup=False
+                    f"{key}: {finding.verdict}, {finding.seconds:.0f} s. {finding.measured}",
+                    highlight=False,
+                    markup=False,
                 )
+                for premise in finding.premises:
+                    console.print(f"  premise: {premise}", highlight=False, markup=False)
             progress.advance(task)
     if page is not None:
         with written_aside(page) as draft:
@@ -86,7 +88,7 @@ def _page(keys: Sequence[str], found: dict[str, Finding], page: Path, scale: str
     )
     text += "| paper | verdict | seconds |\n|---|---|---|\n"
     for key, finding in found.items():
-        text += f"| [{key}](#{key}) | {VERDICTS[finding.holds]} | {finding.seconds:.0f} |\n"
+        text += f"| [{key}](#{key}) | {finding.verdict} | {finding.seconds:.0f} |\n"
     for key, finding in found.items():
         row = catalog.row(key)
         drawn = page.parent / "assets" / "claims" / f"{key}.svg"
@@ -94,10 +96,11 @@ def _page(keys: Sequence[str], found: dict[str, Finding], page: Path, scale: str
             title=row.title,
             key=key,
             link=f" ([{row.link.removeprefix('https://')}]({row.link}))" if row.link else "",
-            verdict=VERDICTS[finding.holds].capitalize(),
+            verdict=finding.verdict.capitalize(),
             seconds=finding.seconds,
             expected=finding.expected,
             measured=finding.measured,
+            premises="".join(f"\nPremise: {premise}\n" for premise in finding.premises),
             plot=f"\n![What was measured](assets/claims/{key}.svg)\n" if drawn.exists() else "",
         )
     return text.rstrip() + "\n"

@@ -16,12 +16,13 @@ from ...data.scenes import render
 from ...evaluation.localisation import inside_score, iou_score
 from .. import _colours as colours
 
+SCALES = "small", "large"
 EXPECTED = (
     "in scenes of one object, as many pixels as the object has, chosen by salient relevance, overlap it by an "
     "intersection over union at least 0.05 higher than chosen by the size of the raw relevance; it cannot be told "
     "where the network names less than 80% of the scenes"
 )
-SCENES = {"small": 100, "full": 500}
+SCENES = {"small": 100, "large": 500}
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:

@@ -20,13 +20,14 @@ from ...circuits.attention_decomposition import Decomposition, Signal, attention
 from ...seam import intervene
 from .._planted import INDUCTION, MOVER, PREVIOUS, planted, repeats
 
+SCALES = "small", "large"
 EXPECTED = (
     "in every planted row the trace from the mover is the planted path and nothing else, with at most 2 of 16 vectors "
     "a step for 0.9 of the score; in the reader's repeats, 9 of 10 traces from the induction head where it fires reach "
     "the previous-token head at the key, firings use at most a quarter of the vectors (median) for 0.9 of the score, "
     "and without the signal the weight falls below half, without a random one of the same norm it does not"
 )
-ROWS = {"small": 12, "full": 100}
+ROWS = {"small": 12, "large": 100}
 SEGMENT = 12  # random tokens, then the same again
 
 
@@ -134,11 +135,3 @@ def _weight(model: nn.Module, ids: Tensor, told: Signal, lost: Tensor) -> float:
     with intervene(model, without):
         model(ids)
     return without.weight
-
-
-def _taken_apart(model: nn.Module, ids: Tensor) -> Decomposition:
-    return attention_decomposition(model, lambda model: model(ids))
-
-
-def _chosen(found: Decomposition, head: tuple[int, int], query: int, key: int) -> int:
-    return int(found.vectors(*head, query, key, share=0.9)["chosen"].sum())

@@ -29,6 +29,7 @@ from .._asked import Asked, ask
 from .._measure import seconds
 from .._planted import TELLING, planted, questions
 
+SCALES = "small", "large"
 EXPECTED = (
     "parts add up to the score within 1e-3 of it in both models; the planted model's two most relevant heads are those "
     "that answer; the reader's circuit has at most half of the 48 heads, a faithfulness of 0.8 or more on other "
@@ -36,7 +37,7 @@ EXPECTED = (
     "correlation of 0.5 or more; finding the circuit takes less time than by path patching, a sender at a time"
 )
 TEMPLATE = "When [FIRST] and [SECOND] met at the [PLACE], [S2] gave a [THING] to"
-PROMPTS, OTHERS, RANDOM = {"small": 8, "full": 64}, 4, 20  # four times as many others
+PROMPTS, OTHERS, RANDOM = {"small": 8, "large": 64}, 4, 20  # four times as many others
 TAKE, ROUNDS, AT_ONCE = 8, 3, 16
 
 

@@ -19,13 +19,14 @@ from .._asked import Asked, ask
 from .._measure import seconds
 from .._planted import INDUCTIVE, WRONG, planted, repeats
 
+SCALES = "small", "large"
 EXPECTED = (
     "for each of three tasks at least half of the reader's 48 heads go before it is right on 0.02 fewer of other "
     "prompts; without that half, cut out of its matrices, it gives what it gives with them masked, and takes at most "
     "0.95 of the time; in the planted model the heads that are least important are those that do nothing"
 )
 TASKS = {"ioi": prompts.ioi, "greater_than": prompts.greater_than, "docstring": prompts.docstring}
-PROMPTS = {"small": 64, "full": 512}
+PROMPTS = {"small": 64, "large": 512}
 LENGTH, ROWS, BY = 512, 4, 1 / 12  # tokens and rows that are timed; share of the heads that go at a time
 
 

@@ -24,8 +24,9 @@ from ...evaluation.cab import PATTERNS, cab, efficiency_length
 from ...mechanisms import operators, spec_of
 from .._measure import peak_bytes, seconds
 
-STEPS = {"small": 400, "full": 2000}
-LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "full": (256, 512, 1024, 2048, 4096, 8192)}
+SCALES = "small", "large"
+STEPS = {"small": 400, "large": 2000}
+LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "large": (256, 512, 1024, 2048, 4096, 8192)}
 HEADS, DIM = 2, 32
 EXACT = "memory_efficient"  # softmax attention itself
 BLOCK = 4  # tokens, of mechanisms that have blocks, where they are trained: sequences are short

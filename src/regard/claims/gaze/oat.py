@@ -30,11 +30,12 @@ from ...gaze.sequence_score import sequence_score
 from ...gaze.string_edit import string_edit
 from .._data import folder
 
+SCALES = "small", "large"
 WITHIN = 60  # pixels from a box that still count as a look at it
 CELL, DEGREE = 16, 2  # pixels of a cell of the map; cells of a degree, roughly
 LONGEST, DRAWN = 30, 20  # looks of a path; paths drawn for a scene
 LEARNED = 20  # looks of a path that are learned
-STEPS, EVERY, BATCH, RATE, WARM = {"small": 800, "full": 8000}, 50, 32, 1.5e-3, 50
+STEPS, EVERY, BATCH, RATE, WARM = {"small": 800, "large": 8000}, 50, 32, 1.5e-3, 50
 METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
     "sequence score": sequence_score,
     "string edit": string_edit,

@@ -24,13 +24,14 @@ from torch.nn import functional as F
 from ...catalog import Finding
 from ...gaze.search_asymmetry import EccentricConfig, EccentricNet, asymmetry_index, search
 
+SCALES = "small", "large"
 CELL, GRID = 16, 6  # pixels of a place for a bar; places along a side of a display
 TILT, CLASSES, TURN = 20.0, 9, -10.0  # degrees, of all but the number of classes
 USUAL = 0.6  # share of the usual orientation in the natural and the reversed diet
 DIETS = {"natural": 0, "even": None, "reversed": 1}  # the class that is usual
 SIZES = (6, 18)  # items of a display
 STEPS, BATCH, RATE = 150, 128, 3e-3
-NETS, DISPLAYS = {"small": 4, "full": 20}, {"small": 8, "full": 60}
+NETS, DISPLAYS = {"small": 4, "large": 20}, {"small": 8, "large": 60}
 
 EXPECTED = (
     "the asymmetry index, of slopes of fixations over items, is above 0 after the natural diet (tilted among vertical "

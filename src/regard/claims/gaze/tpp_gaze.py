@@ -26,9 +26,10 @@ from ...gaze.scanmatch import scanmatch
 from ...gaze.tpp_gaze import TPPGaze, TPPGazeConfig, tensors
 from .._data import folder
 
+SCALES = "small", "large"
 LONGEST = 20  # fixations of a path
 HIDDEN, DROPOUT, BATCH, RATE = 64, 0.1, 64, 2e-3
-STEPS = {"small": 400, "full": 4000}
+STEPS = {"small": 400, "large": 4000}
 BIN = 50.0  # ms, of ScanMatch
 DRAWN, PEOPLE = 8, 8  # paths drawn for a picture, and compared with as many people's
 WAYS = ("TPP-Gaze", "places alone", "density")

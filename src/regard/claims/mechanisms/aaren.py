@@ -10,6 +10,7 @@ from ...catalog import Finding
 from ...mechanisms.aaren import aaren, step, weights
 from .._measure import lines, peak_bytes
 
+SCALES = "small", "large"
 LENGTHS = {"small": (256, 512, 1024, 2048), "large": (1024, 2048, 4096, 8192)}
 HEADS, DIM = 4, 32
 

@@ -11,6 +11,7 @@ from ...catalog import Finding
 from ...mechanisms.efficient_attention import efficient_attention
 from .._measure import exponent, lines, peak_bytes, seconds
 
+SCALES = "small", "large"
 SIDES = {"small": (32, 48, 64, 96, 128), "large": (64, 96, 128, 192, 256, 384)}  # of square feature maps
 DENSE = 64  # the largest side that dense attention is timed at
 

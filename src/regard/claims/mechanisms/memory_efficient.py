@@ -10,6 +10,7 @@ from ...catalog import Finding
 from ...mechanisms.memory_efficient import memory_efficient
 from .._measure import lines, peak_bytes
 
+SCALES = "small", "large"
 LENGTHS = {"small": (512, 1024, 2048, 4096), "large": (2048, 4096, 8192, 16384, 32768)}
 CHUNKS = {"query_chunk": 128, "key_chunk": 256}
 

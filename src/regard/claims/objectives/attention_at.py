@@ -20,6 +20,7 @@ from ...objectives.attention_at import attention_at, perturbation
 from ...seam import intervene
 from .._sentences import Batch, batches, encoded
 
+SCALES = "small", "large"
 STEPS = {"small": 500, "large": 5000}
 SIZE, RATE, DIM, EPSILON = 64, 2e-3, 64, 5.0
 LENGTHS = (0.0, 1.0, 2.0, EPSILON, 2 * EPSILON)

@@ -22,9 +22,10 @@ from ...evaluation.hallucination import SHAPE_WORDS
 from ...statistics.image_info_flow import Word, image_info_flow, localised_reading, query_storage
 from ...zoo.recipes import describer
 
+SCALES = "small", "large"
 SIZE, PATCH = 64, 8  # pixels
 DIALS = Dials(objects=(2, 3))
-SCENES = {"small": 48, "full": 500}
+SCENES = {"small": 48, "large": 500}
 PROMPT, SAID = "user: <image> describe assistant:", 28  # tokens of an answer at most
 
 EXPECTED = (

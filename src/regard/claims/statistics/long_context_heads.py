@@ -39,9 +39,10 @@ from ...statistics.long_context_heads import (
     restrict,
 )
 
+SCALES = "small", "large"
 SEGMENT, COPIES, N_SINK, WINDOW = 96, 6, 16, 32
 KNOBS = {"n_sink": N_SINK, "window": WINDOW}
-TEXTS = {"small": 8, "full": 32}
+TEXTS = {"small": 8, "large": 32}
 SITE = Site("planted", "language_model", 0, causal=True)
 
 PLANTED, DISTINCT = (8192, 1024), 16  # keys, and how many are local; dimensions for place, and as many for content

@@ -24,6 +24,7 @@ from ...loading import load
 from ...seam import intervene, record
 from ...statistics.secondary_sinks import SinkReader, secondary_sinks
 
+SCALES = "small", "large"
 EXPECTED = (
     "of planted sinks every one is found with its onset and lifetime, and nothing else is called a sink; over planted "
     "strengths, the norm of the vector that makes a sink has a rank correlation of 0.8 or more with its score and with "

@@ -18,6 +18,7 @@ from ...catalog import Finding
 from ...studies.sparse_distributed_memory import fitted_beta, reference_radii, sparse_distributed_memory
 from .._calls import reader_calls, shared
 
+SCALES = "small", "large"
 DIM, PATTERNS, RADII = 64, 1024, (5, 11, 15)
 FLIPS = (0, 2, 4, 6, 8, 10, 12, 14, 16, 18)
 QUERIES = {"small": 500, "large": 5000}
