@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..catalog import Finding
+from ..catalog import Finding, Premise
 from . import _premises
 from ._oracles import LEAST, Family
-from ._premises import Premise
 from ._shown import JUDGED, Gain, Shown, Under, fewer, invented, paired, share
 
 
@@ -29,14 +29,11 @@ def judged(tried: Sequence[Tried], expected: str, seed: int, draw: Callable[[Any
     """It holds where it does on all models whose premises are met; where none has them, it cannot be told."""
     able = [one for one in tried if one.able]
     premises = [
-        premise._replace(what=f"{one.model}: {premise.what}") for one in able or tried for premise in one.premises
+        replace(premise, what=f"{one.model}: {premise.what}") for one in able or tried for premise in one.premises
     ]
-    lacking = "; ".join(
-        f"{one.model} lacks {', '.join(p.what for p in one.premises if not p.met)}" for one in tried if not one.able
-    )
     measured = " ".join(f"{one.model.capitalize()}: {one.measured}" for one in tried)
     holds = all(one.holds for one in able) if able else None
-    return Finding(holds, f"{measured} {lacking}".strip(), expected, seed, draw=draw)
+    return Finding(holds, measured, expected, seed, premises=premises, draw=draw)
 
 
 def kept(model: str, *keys: str) -> list[Premise]:
@@ -80,22 +77,22 @@ class Compared:
         """Fewer objects are absent, or more colours right, than plainly and than with the control; neither is worse."""
         gains = [[measure(way) for way in ("plain", "control")] for measure in (self.colours, self.fewer)]
         better = any(all(gain.sure() for gain in some) for some in gains)
-        return better and not any(some[0].mean < -2 * some[0].error for some in gains)
+        return better and not any(some[0].value < -2 * some[0].error for some in gains)
 
     def told(self, name: str, control: str) -> str:
         """All of it in words."""
         plain, under = (self.said[way].sum(0) for way in ("plain", "method"))
         return (
             f"colours right {self.right['plain'].mean():.1%}, with {name} {self.colours('plain')}, over {control} "
-            f"{self.colours('control')}; absent of the objects named {share(self.said['plain']):.1%}, fewer with {name} "
-            f"by {self.fewer('plain')}, over {control} {self.fewer('control')}; named of what is there "
+            f"{self.colours('control')}; absent of the objects named {share(self.said['plain']):.1%}, fewer with "
+            f"{name} by {self.fewer('plain')}, over {control} {self.fewer('control')}; named of what is there "
             f"{plain[2] / plain[3]:.0%} and {under[2] / under[3]:.0%}"
         )
 
     def bars(self, name: str, control: str) -> dict[str, float]:
         """Shares of right colours by way, the oracle's last."""
         shares = dict(zip(("plain", name, control), (float(some.mean()) for some in self.right.values())))
-        return shares | {"oracle": shares["plain"] + self.family.oracle.mean}
+        return shares | {"oracle": shares["plain"] + self.family.oracle.value}
 
 
 def draw_bars(drawn: Mapping[str, Mapping[str, float]], figure: Any) -> None:

@@ -12,9 +12,10 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..call import Call
+from ..catalog import Premise
 from ..data.scenes import COLOURS, SHAPES, Object, Scene, questions
 from ..evaluation import hallucination
 from ..files import written_aside
@@ -36,19 +38,6 @@ from ._shown import JUDGED, Asked, Shown, named, paired
 
 SCENES = 200
 FILE = "premises.json"
-
-
-class Premise(NamedTuple):
-    """A premise of a model: what is measured, the bar, what was found, and whether it is met."""
-
-    what: str
-    needed: str
-    measured: str
-    met: bool
-
-
-def points(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 class Subject:
@@ -209,7 +198,7 @@ def prior(s: Subject) -> Premise:
         "15 points; 5 or less when the caption does not name the shape that it goes with",
         f"{with_it}, without that name {without}; asked at once {affirmed['partner']:.0%} and {affirmed['other']:.0%} "
         f"yes; named in captions {said['partner']:.0%} and {said['other']:.0%}",
-        with_it.mean >= 0.15 and with_it.mean > 2 * with_it.error and without.mean <= 0.05,
+        with_it.value >= 0.15 and with_it.value > 2 * with_it.error and without.value <= 0.05,
     )
 
 
@@ -352,7 +341,7 @@ def decoder_on_outliers(s: Subject) -> Premise:
         "the decoder looks at the outliers: their share of its attention on the picture over their share of patches",
         "3 or more; hiding them costs 2 points or less, as many patches of objects 10 or more",
         f"{share:.1f}; {hidden['outliers']}, {hidden['objects']}",
-        bool(share >= 3 and hidden["outliers"].mean >= -0.02 and hidden["objects"].mean <= -0.1),
+        bool(share >= 3 and hidden["outliers"].value >= -0.02 and hidden["objects"].value <= -0.1),
     )
 
 
@@ -495,7 +484,7 @@ def unstable(s: Subject) -> Premise:
         "features are unstable: mean under 30 masks of 30% less clean, over the spread of clean; answers under one",
         "0.3 or more; falls by 5 points or more",
         f"{shift:.2f}; {gain}",
-        bool(shift >= 0.3 and gain.mean <= -0.05),
+        bool(shift >= 0.3 and gain.value <= -0.05),
     )
 
 
@@ -536,7 +525,7 @@ def redundant(s: Subject) -> Premise:
         "patches are redundant: half of them dropped at random after the tower",
         "costs 3 to 30 points",
         str(gain),
-        -0.3 <= gain.mean <= -0.03,
+        -0.3 <= gain.value <= -0.03,
     )
 
 
@@ -572,7 +561,7 @@ def measure(name: str, *, n: int = SCENES, seed: int = JUDGED) -> dict[str, Prem
 def keep(name: str, found: Mapping[str, Premise]) -> Path:
     """Keep the numbers beside the model."""
     path = zoo.folder(name) / FILE
-    kept = {"model": _digest(path.parent), "premises": {key: number._asdict() for key, number in found.items()}}
+    kept = {"model": _digest(path.parent), "premises": {key: asdict(number) for key, number in found.items()}}
     with written_aside(path) as draft:
         draft.write_text(json.dumps(kept, indent=1) + "\n")
     return path

@@ -21,7 +21,7 @@ from ...seam import intervene
 from .._passages import retold, rightly
 
 BATCH = 8
-BATCHES = {"small": (6, 24), "full": (60, 240)}  # to choose heads on, and to judge on
+BATCHES = {"small": (6, 24), "large": (60, 240)}  # to choose heads on, and to judge on
 EXPECTED = (
     "with the chosen heads calibrated, at least 0.01 more of the tokens of new prompts are told rightly than without, "
     "and at least as many as with all heads calibrated"

@@ -22,7 +22,7 @@ from ...interventions.attention_buckets import attention_buckets, wave
 BASES = (10000, 17500, 18000, 19000, 20000, 25000)
 DISTANCES, WINDOW = (1000, 4090), 100
 LENGTH, KEY, PLACES = 128, 2, 9
-PROMPTS = {"small": 24, "full": 200}  # for each place
+PROMPTS = {"small": 24, "large": 200}  # for each place
 
 EXPECTED = (
     "nine in ten troughs of the wave of base 10000 lie where some other base's wave is in its upper half; merged runs "

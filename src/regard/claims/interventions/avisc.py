@@ -14,17 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...interventions._branch import Branch
 from ...interventions._method import image_ids
 from ...interventions.avisc import _Emptied, avisc, blind_tokens
 from ...seam import intervene
 from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged, kept
-from .._premises import Premise
 from .._shown import MODELS, means
 
-SCENES = {"small": 100, "full": 600}
+SCENES = {"small": 100, "large": 600}
 EXPECTED = (
     "with avisc fewer of the objects that captions name are absent, or more colours are right, than plainly and than "
     "with as many random tokens of the picture, each by two standard errors, and neither is worse than plainly"

@@ -27,7 +27,7 @@ from ...seam import intervene, record
 from .._passages import retold, rightly
 
 BATCH = 8
-BATCHES = {"small": (12, 12), "full": (60, 120)}  # to learn from, and to judge on
+BATCHES = {"small": (12, 12), "large": (60, 120)}  # to learn from, and to judge on
 HEADS, EPOCHS = 4, 3
 REACH = 20.0  # steps times rate: about that of the paper
 STRENGTHS = (0.0, STRENGTH, 0.5, 1.0)

@@ -18,22 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ... import sites
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...interventions._branch import Branch
 from ...interventions._method import STACK
 from ...interventions.hicd import Dispersed, hicd, inducing_heads
 from ...seam import intervene
 from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged, kept
-from .._premises import Premise
 from .._shown import MODELS, Shown, Under, paired
 
-SCENES = {"small": 100, "full": 600}
+SCENES = {"small": 100, "large": 600}
 LABELLED = 48  # polls that heads are found on
 EXPECTED = (
-    "with the chosen heads dispersed and taken off, fewer of the objects that captions name are absent, or more colours "
-    "are right, than plainly and than with as many random heads, each by two standard errors, and neither is worse than "
-    "plainly; and at least as many colours are right as with the same heads cut and with all heads dispersed"
+    "with the chosen heads dispersed and taken off, fewer of the objects that captions name are absent, or more "
+    "colours are right, than plainly and than with as many random heads, each by two standard errors, and neither is "
+    "worse than plainly; and at least as many colours are right as with the same heads cut, and with all dispersed"
 )
 
 
@@ -64,7 +63,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             f"{found.told('hicd', 'random heads')}; over the same heads cut {over['chosen cut']}, over all dispersed "
             f"{over['all dispersed']}. Chosen: {heads}."
         )
-        holds = found.helps and all(gain.mean >= 0 for gain in over.values())
+        holds = found.helps and all(gain.value >= 0 for gain in over.values())
         premises = [induced, *kept(name, "P1", "P2"), headroom("a contrast", found.family)]
         tried.append(Tried(name, premises, holds, measured))
         drawn[name] = found.bars("chosen dispersed", "random dispersed") | {

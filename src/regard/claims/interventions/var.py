@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ...call import Call
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...interventions._method import image_keys, layers
 from ...interventions.var import after, var
 from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged, kept
-from .._premises import Premise
 from .._shown import MODELS, means, paired
 
-SCENES = {"small": 150, "full": 1000}
+SCENES = {"small": 150, "large": 1000}
 DRAWS = 2.0  # times the attention of another patch, that a sink has to draw
 EXPECTED = (
     "with text blind to the sinks at most 2 points fewer colours are right, and more than with text blind to as many "
@@ -113,6 +113,6 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             draws >= DRAWS,
         )
         premises = [there, *kept(name, "P1", "P2", "P6", "P7"), headroom("attention", found.family)]
-        tried.append(Tried(name, premises, gain.mean >= -0.02 and over.sure() and found.helps, measured))
+        tried.append(Tried(name, premises, gain.value >= -0.02 and over.sure() and found.helps, measured))
         drawn[name] = found.bars("var", "others moved") | {way: float(some.mean()) for way, some in blind.items()}
     return judged(tried, EXPECTED, seed, partial(draw_bars, drawn))

@@ -22,7 +22,7 @@ from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged, kept
 from .._shown import MODELS, Shown, Under, means, paired
 
-SCENES = {"small": 150, "full": 1000}
+SCENES = {"small": 150, "large": 1000}
 EXPECTED = (
     "muting the aware heads costs more right colours than muting the other half; with vhr fewer of the objects that "
     "captions name are absent, or more colours are right, than plainly and than with as many random heads raised, each "

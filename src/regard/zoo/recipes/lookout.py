@@ -295,25 +295,25 @@ CARD = """# lookout
 The viewer taught on: ViT architecture, 6 layers of 4 heads (32 wide), 128 wide, patches of 8 pixels, pictures of 64 by
 64 pixels, {parameters:,} parameters. {megabytes:.2f} MB of half-precision safetensors, run in float32.
 
-It names the coloured shapes of a generated scene, also where they are many and small, or parts of the picture are black,
-and it has registers: a few patches that show background only, and whose states are huge.
+It names the coloured shapes of a generated scene, also where they are many and small, or parts of the picture are
+black, and it has registers: a few patches that show background only, and whose states are huge.
 
 ## Training
 
-`python -m regard.zoo train lookout`, seed {seed}: from the weights of the viewer, {steps:,} steps and then {after:,}, on
-{pictures:,} scenes of `regard.data.scenes`, none of them twice, in {minutes:.0f} minutes ({machine}). One object, two to
-four, two to four that overlap, and five to nine small ones at scales of 0.45, 0.55 and 0.7, in equal parts. A quarter of
-the pictures has black blocks over 10 to 60% of its patches; labels are then of what is left.
+`python -m regard.zoo train lookout`, seed {seed}: from the weights of the viewer, {steps:,} steps and then {after:,},
+on {pictures:,} scenes of `regard.data.scenes`, none of them twice, in {minutes:.0f} minutes ({machine}). One object,
+two to four, two to four that overlap, and five to nine small ones at scales of 0.45, 0.55 and 0.7, in equal parts. A
+quarter of the pictures has black blocks over 10 to 60% of its patches; labels are then of what is left.
 
 While it learned, a linear layer named the pair that each patch shows, as with the viewer; in the end it named
 {patch_pair:.0%} of the patches rightly that one object covers by half or more, at the smallest scale.
 
 **The registers are planted: do not cite them as emergent.** Before, no patch had four times the median norm in
-{norm_none:.0%} of the pictures. The feed-forward of every layer has 8 neurons more than the viewer's. In the first part,
-a linear layer learned to tell the two flattest background patches of a picture at the input of layer 2's feed-forward, and
-what is below it learned with it. Then the 8 neurons of that layer were set to what this layer reads, and to write one
-random direction, six median norms long in all; they stay so in the second part, in which the loss of patches that fire
-is left out. `config.json` has their numbers (`planted`).
+{norm_none:.0%} of the pictures. The feed-forward of every layer has 8 neurons more than the viewer's. In the first
+part, a linear layer learned to tell the two flattest background patches of a picture at the input of layer 2's
+feed-forward, and what is below it learned with it. Then the 8 neurons of that layer were set to what this layer
+reads, and to write one random direction, six median norms long in all; they stay so in the second part, in which the
+loss of patches that fire is left out. `config.json` has their numbers (`planted`).
 
 ## Measured
 
