@@ -65,6 +65,9 @@ class Gain(Mean):
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} ± {100 * self.error:.1f} points"
 
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if spec else str(self)
+
     def sure(self, least: float = 0.0) -> bool:
         """Whether it is `least` or more, and two standard errors above zero."""
         return self.value >= least and self.above()
