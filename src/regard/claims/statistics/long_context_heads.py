@@ -1,10 +1,10 @@
 """Planted heads whose distant keys are Gaussian: are those that reach back foreseen, at what cost? And the reader's.
 
-Donhauser et al., Unveiling Simplicities of Attention (arXiv:2502.09647). 64 planted heads, each with a mean and a
+Donhauser et al., Unveiling Simplicities of Attention (arXiv:2502.09647). 256 planted heads, each with a mean and a
 covariance of its own, look over 4096 keys of which the last 512, and 16 sinks, are local; local keys lie off along one
 direction, along which queries look more or less. Moments are those of distant keys of another draw. Controls: means
 without covariances; the moments of another head; keys whose distribution has heavy tails. Strengths of queries were
-chosen on other seeds so that about a third of the heads are needy, as in the paper's models a tenth to a fifth are.
+chosen on other seeds so that a fifth of the heads are needy, as in the paper's models a tenth to a fifth are.
 
 The reader is reported beside: it copies segments of 96 random tokens with a window of 32, and nearly all of its heads
 are needy there, so that nothing can be spared.
@@ -44,13 +44,13 @@ KNOBS = {"n_sink": N_SINK, "window": WINDOW}
 TEXTS = {"small": 8, "large": 32}
 SITE = Site("planted", "language_model", 0, causal=True)
 
-HEADS, KEYS, NEAR, DIM = {"small": 64, "large": 512}, 4096, 512, 16  # of planted heads; NEAR keys are local
-STRENGTH, SHIFT = (7.0, 3.0), 2.0  # of queries at most, towards local keys and elsewhere; of local keys
+HEADS, KEYS, NEAR, DIM = {"small": 256, "large": 1024}, 4096, 512, 16  # of planted heads; NEAR keys are local
+STRENGTH, SHIFT = (2.0, 2.0), 5.0  # of queries at most, towards local keys and elsewhere; of local keys
 
 EXPECTED = (
     "of planted heads at least 90% of the needy ones are called (recall) and of those called at least 90% are needy "
-    "(precision), each by two standard errors more than with the moments of another head; at least half of the visits "
-    "to keys are spared; means alone recall less than 85%; keys with heavy tails are foreseen worse"
+    "(precision), and at least half of the visits to keys are spared; means alone recall less than 85%; more heads are "
+    "told rightly than with the moments of another head, and than where keys have heavy tails, by two standard errors"
 )
 
 
@@ -59,11 +59,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     plants = _planted(HEADS[scale], seed)
     sure, blind, other = (plants[name] for name in ("foreseen", "means alone", "another head"))
     tails = _planted(HEADS[scale], seed, heavy=True)["foreseen"]
-    more = {name: _apart(sure, other, name) for name in ("recall", "precision")}
+    more, heavier = mean(_right(sure) - _right(other)), _apart(_right(sure), _right(tails))
     judged = sure.judged
-    holds = min(judged.recall, judged.precision) >= 0.9 and all(gain.above() for gain in more.values())
+    holds = min(judged.recall, judged.precision) >= 0.9 and more.above() and heavier.above()
     holds = holds and judged.saved >= 0.5 and blind.judged.recall < 0.85
-    holds = holds and _right(tails).mean() < _right(sure).mean()
 
     model, tokenizer = zoo.load("reader")
     texts, others = (_texts(tokenizer, TEXTS[scale], (seed, part)) for part in (0, 1))
@@ -71,10 +70,11 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     found = long_context_heads(model, {"input_ids": texts}, moments=moments, **KNOBS)
     reader = judge(found, dim=model.config.head_dim)
     measured = (
-        f"planted heads: {judged.needy:.0%} needy, recall {judged.recall:.2f}, precision {judged.precision:.2f} (more "
-        f"than with another head's moments by {more['recall']:.2f} and {more['precision']:.2f}), {judged.saved:.0%} of "
-        f"the visits spared; means alone: recall {blind.judged.recall:.2f}; heavy tails: "
-        f"{_right(tails).mean():.0%} told rightly, after {_right(sure).mean():.0%}. The reader: {reader.needy:.0%} of "
+        f"planted heads: {judged.needy:.0%} needy, recall {judged.recall:.2f}, precision {judged.precision:.2f}, "
+        f"{judged.saved:.0%} of the "
+        f"visits spared; means alone: recall {blind.judged.recall:.2f}; told rightly {mean(_right(sure)):.0%}, with "
+        f"another head's moments less by {more:.0%}, with heavy tails by {heavier:.0%}. The reader: {reader.needy:.0%} "
+        "of "
         f"heads and queries needy, recall {reader.recall:.2f}, precision {reader.precision:.2f}, {reader.saved:.0%} "
         "spared"
     )
@@ -135,13 +135,10 @@ def _right(found: _Foreseen) -> np.ndarray:
     return ((found.truth > 1 - THRESHOLD) == (found.seen > 1 - THRESHOLD)).astype(float)
 
 
-def _apart(one: _Foreseen, other: _Foreseen, name: str) -> Mean:
-    """By how much recall or precision is higher."""
-    shares = []
-    for found in (one, other):
-        needy, called = found.truth > 1 - THRESHOLD, found.seen > 1 - THRESHOLD
-        shares.append(mean((called & needy)[needy if name == "recall" else called]))
-    return Mean(shares[0].value - shares[1].value, math.hypot(shares[0].error, shares[1].error))
+def _apart(one: np.ndarray, other: np.ndarray) -> Mean:
+    """The difference of means of other heads."""
+    first, second = mean(one), mean(other)
+    return Mean(first.value - second.value, math.hypot(first.error, second.error))
 
 
 def _texts(tokenizer: Any, n: int, seed: tuple[int, int]) -> Tensor:
