@@ -27,8 +27,7 @@ from torch.nn import functional as F
 import regard
 from regard import kernels
 from regard.call import Call, Site
-from regard.kernels import native, strips
-from regard.weights import Reduction
+from regard.kernels import Reduction, native, strips
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHAPES = {"12 x 64": (12, 12, 64), "32 x 128, 8 kv heads": (32, 8, 128)}
@@ -99,11 +98,11 @@ def kernel_ways(shape: str, n: int, causal: bool) -> Ways:
 
     ways: Ways = {"sdpa": sdpa}
     if native.why_not() is None:
-        lse = native.forward(call, [Reduction("lse")])[0][Reduction("lse")]
-        ways["native"] = lambda: native.forward(call, asked, output=True)
-        ways["statistics alone"] = lambda: native.forward(call, asked)
-        ways["statistics given lse"] = lambda: native.forward(call, asked, lse=lse)
-    ways["torch"] = lambda: (sdpa(), strips.reduce(call, asked))
+        lse = native.forward(call.operands, [Reduction("lse")])[0][Reduction("lse")]
+        ways["native"] = lambda: native.forward(call.operands, asked, output=True)
+        ways["statistics alone"] = lambda: native.forward(call.operands, asked)
+        ways["statistics given lse"] = lambda: native.forward(call.operands, asked, lse=lse)
+    ways["torch"] = lambda: (sdpa(), strips.reduce(call.operands, asked))
     if heads * n * n * 4 < EAGER_BYTES:
         ways["eager"] = eager
     return ways

@@ -20,8 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from regard.call import Call, Site
-from regard.kernels import gpu
-from regard.weights import Reduction
+from regard.kernels import Reduction, gpu
 
 HEADS = 16
 ROWS = [Reduction("entropy"), Reduction("maximum"), Reduction("distance")]
@@ -58,7 +57,7 @@ def main() -> None:
             for n in options.lengths:
                 q, k, v = (torch.randn(1, HEADS, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
                 call = Call(Site("attention", "language_model", 0), q, k, v, dim**-0.5, causal=causal)
-                reason = gpu.refusal(call, WAYS["with received"])
+                reason = gpu.refusal(call.operands, WAYS["with received"])
                 if reason is not None:
                     sys.exit(f"the kernel cannot run here: {reason}")
 
@@ -68,7 +67,8 @@ def main() -> None:
 
                 alone = milliseconds(plain, options.repeats)
                 ratios = [
-                    milliseconds(lambda c=call, w=wanted: gpu.forward(c, w, output=True), options.repeats) / alone
+                    milliseconds(lambda c=call, w=wanted: gpu.forward(c.operands, w, output=True), options.repeats)
+                    / alone
                     for wanted in WAYS.values()
                 ]
                 print(f"{dim:>4} {causal!s:>6} {n:>7} {alone:>9.3f}", *(f"{ratio:>14.2f}" for ratio in ratios))

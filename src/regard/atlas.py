@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from . import stream
 from .call import Call
 from .data import paragraph, prompts, scenes
-from .passes import vocabulary
+from .names import vocabulary
 from .prediction import evaluating
 from .recording import Recording, statistic
 from .seam import record

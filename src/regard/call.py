@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from .kernels import Edit, Operands
+from .tokens import Tokens
 from .weights import Weights
-
-if TYPE_CHECKING:
-    from .tokens import Tokens
 
 
 class UnreachableAttention(TypeError):
@@ -55,19 +54,23 @@ class Call:
     key_start: int = 0
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
-    _given: dict[str, Any] = field(
-        default_factory=dict, repr=False
-    )  # output where the model computed it; edits; dropout
+    edits: tuple[Edit, ...] = ()  # what interventions make of the weights, in this order
+    dropout: float = 0.0  # of the weights, where the output is made here
+    own_output: Tensor | None = None  # [batch, head, query, dim], where the model computed it
+
+    @cached_property
+    def operands(self) -> Operands:
+        """What the kernels are given: all but the site and the tokens."""
+        return Operands(**{f.name: getattr(self, f.name) for f in fields(Operands)})
 
     @cached_property
     def weights(self) -> Weights:
-        return Weights(self)
+        return Weights(self.operands, self.tokens, self.query_tokens, str(self.site))
 
     @cached_property
     def output(self) -> Tensor:
         """[batch, head, query, dim]"""
-        given = self._given.get("output")
-        return self.weights.output() if given is None else given
+        return self.weights.output() if self.own_output is None else self.own_output
 
     @property
     def query_positions(self) -> range:
@@ -79,5 +82,4 @@ class Call:
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
-        kept = {k: v for k, v in self._given.items() if k != "output"}
-        return replace(self, **{"_given": kept, **new})
+        return replace(self, **{"own_output": None, **new})

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .extras import needs
+from .extras import needs, shortened
 from .files import written_aside
 
 _FOLDER = Path(__file__).parent / "catalog"
@@ -150,7 +150,9 @@ def tagged(*wanted: str) -> list[Row]:
     """Rows that carry all of these tags."""
     for tag in wanted:
         if tag not in tags():
-            raise KeyError(f"no tag {tag!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}")
+            raise KeyError(
+                f"no tag {shortened(tag)!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}"
+            )
     return [found for found in rows().values() if set(wanted) <= set(found.tags)]
 
 
@@ -183,7 +185,9 @@ def row(key: str) -> Row:
     try:
         return rows()[key]
     except KeyError:
-        raise KeyError(f"no paper {key!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
+        raise KeyError(
+            f"no paper {shortened(key)!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}"
+        ) from None
 
 
 def search(words: str) -> list[Row]:
@@ -212,7 +216,7 @@ def method(room: str, name: str) -> Any:
     found = _namesake(room, name) if name in _files(room) else None
     if found is None:
         raise KeyError(
-            f"no method {name!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
+            f"no method {shortened(name)!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
         )
     return found
 
@@ -230,7 +234,9 @@ def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
     found: Any = _namesake("statistics", name) if name in _files("statistics") else None
     if not hasattr(found, "spec"):
-        raise KeyError(f"no statistic {name!r}{_near(name, statistics())}; there are {', '.join(statistics())}")
+        raise KeyError(
+            f"no statistic {shortened(name)!r}{_near(name, statistics())}; there are {', '.join(statistics())}"
+        )
     return found
 
 

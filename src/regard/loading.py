@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .extras import shortened
+
 INDEX = "model_index.json"  # of a diffusers pipeline
 OWN = {"PainterPipeline": "regard.zoo.pipeline"}  # pipelines that are not diffusers' own, and where they are
 
@@ -40,12 +42,16 @@ def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **opti
     import transformers
 
     where = _zoo(str(name)) or str(name)
-    if (Path(where) / INDEX).is_file():
+    try:
+        pipeline = (Path(where) / INDEX).is_file()
+    except OSError as error:  # no name of a file
+        raise UnknownModel(f"{shortened(name)!r} cannot be loaded: {error.strerror}") from error
+    if pipeline:
         return _pipeline(Path(where), **options)
     if trust_remote_code:
         warnings.warn(f"running code that comes with {name}: only do this where you trust its authors", stacklevel=2)
     if not Path(where).exists() and (os.sep in where[:1] or where.startswith((".", "~"))):
-        raise UnknownModel(f"there is no folder {name}")
+        raise UnknownModel(f"there is no folder {shortened(name)}")
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise UnknownModel(
             f"{name} is a folder without a config.json or {INDEX}, so it holds no transformers model and no pipeline"
@@ -58,7 +64,7 @@ def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **opti
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UnknownModel(
-            f"{name!r} cannot be loaded: {str(error).strip().splitlines()[0]} (zoo models: "
+            f"{shortened(name)!r} cannot be loaded: {shortened(str(error).strip().splitlines()[0], 300)} (zoo models: "
             f"{', '.join(zoo())}; otherwise give a local folder, or a hub id, with safetensors weights)"
         ) from error
     return Loaded(model.eval(), _processor(where, trust_remote_code))

@@ -8,7 +8,6 @@ model's own to the bit, whatever implementation each part of it runs with.
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import weakref
@@ -16,29 +15,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
+from .adapters import interface
+from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
+from .kernels import Reduction
 from .passes import Passes
 from .recording import Recorder, Sink
 from .sites import UnreachableAttention
-from .weights import Reduction, union
+from .weights import union
 
-READABLE = ("eager", "sdpa")  # implementations whose semantics `_read` knows
 _HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
-# How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _get_interface = AttentionInterface.get_interface
-# Kinds of calls whose output was compared with weights @ value.
-_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 # What each statistic asked of its last call: most likely what it asks of the next, so that one pass can serve all.
 _asked: weakref.WeakKeyDictionary[Callable[..., Tensor | None], set[Reduction]] = weakref.WeakKeyDictionary()
 
@@ -173,12 +170,12 @@ class _Session:
         for cache in self.caches:
             cache.__dict__.pop("reorder_cache", None)
 
-    def change(self, module: nn.Module, call: Call) -> Call:
+    def change(self, call: Call) -> Call:
         for thing in self.interventions:
             if hasattr(thing, "inputs"):
                 call = _result(thing, "inputs", thing.inputs(call), call)
             if hasattr(thing, "weights") and (not hasattr(thing, "where") or thing.where(call)):
-                call = call.but(_given={"edits": (*call._given.get("edits", ()), partial(_edit_weights, thing))})
+                call = call.but(edits=(*call.edits, partial(_edit_weights, thing, call)))
         return call
 
     def expect(self, call: Call) -> None:
@@ -230,7 +227,7 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.callback(module.register_forward_hook(session.passes.leave, always_call=True).remove)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
-            undo.callback(reader.register_forward_hook(session.passes.read, with_kwargs=True).remove)
+            undo.callback(reader.register_forward_hook(session.passes.names.read, with_kwargs=True).remove)
         for module in session.sites:
             undo.callback(module.register_forward_pre_hook(session.passes.turn).remove)
             if sites.calls_interface(module):
@@ -281,153 +278,91 @@ def _route(
     sessions = _sessions.get(module, ())
     if not sessions:
         return function(module, query, key, value, attention_mask, **kwargs)
-    call = given = _read(sessions[0], implementation, function, module, query, key, value, attention_mask, kwargs)
+    asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
+    given = interface.read(asked, sessions[0].sites[module])
     contexts = [session.passes.where(module, given) for session in sessions]
-    dropout = _dropout(implementation, module, kwargs)
-    for session, context in zip(sessions, contexts):
-        call = session.change(module, call.but(**context))
-
-    seen = [replace(call, **context) for context in contexts]
-    untouched = all(
-        getattr(call, f) is getattr(given, f) for f in ("scale", "mask", "causal", "bias", "softcap", "sinks")
-    )
-    if implementation == "own" and not (untouched and call.query is given.query and call.key is given.key):
-        raise UnreachableAttention(
-            f"{call.site}: {type(module).__name__} computes its weights by itself, so an intervention can change its "
-            f"values, weights and output, but not its query, key, mask or scale"
-        )
-    unedited = call._given.get("edits") is given._given.get("edits")
-    if untouched and unedited:  # the model's own function still says what is wanted
-        fused = implementation == "sdpa" and not dropout and _fuses(sessions, call)
-        result = weights = None
-        # Each kind of call of a module is once compared with what the model itself makes of it.
-        kind = (_code(function), call.query.shape[2] == 1, call.mask is None)
-        new = not dropout and kind not in _checked.setdefault(module, set())
-        if new or not fused:
-            changed = (call.query, query), (call.key, given.key), (call.value, given.value)
-            tensors = (ours if ours is not old else own for (ours, old), own in zip(changed, (query, key, value)))
-            result, weights = function(module, *tensors, attention_mask, **kwargs)
-            call._given["output"] = result.reshape(*result.shape[:2], query.shape[1], -1).transpose(1, 2)
-            if new:
-                _check(call)
-                _checked[module].add(kind)
-        if fused:
-            result = None
-            call._given.pop("output", None)
-            call._given["output"] = _output(sessions, seen)
-        output = call._given["output"]
-    else:
-        call._given["dropout"] = dropout
-        result, output = None, _output(sessions, seen)
-        call._given["output"] = output
-        # whoever runs eager attention has the map in memory anyway, and may have asked for it
-        weights = call.weights.dense(budget=sys.maxsize) if implementation == "eager" else None
-
-    edited = output
-    for session, context in zip(sessions, contexts):
-        for thing in session.interventions:
-            if hasattr(thing, "output"):
-                edited = _result(thing, "output", thing.output(call.but(**context), edited), edited)
-    for session, its_call in zip(sessions, seen):
-        if session.passes.entries:
-            if session.recorder is not None:
-                session.see(its_call)
-            session.passes.advance(module, call.query.shape[2])
+    call = _changed(sessions, contexts, given)
+    seen, result, weights = _attended(asked, given, call, sessions, contexts)
+    output = seen[0].output
+    edited = _edited(sessions, seen, output)
+    _shown(sessions, seen, module)
     if result is None or edited is not output:
         result = edited.transpose(1, 2).contiguous()
     return result, weights
 
 
-def _read(
-    session: _Session,
-    implementation: str,
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Call:
-    """The call in terms of what this implementation does with its arguments."""
-    site = session.sites[module]
-    if implementation == "own":  # an adapter's: the module made its weights itself
-        own = partial(_own_rows, kwargs["weights"])
-        return Call(site, query, key, value, 1.0, causal=_is_causal(kwargs["weights"]), _given={"edits": (own,)})
-    if implementation not in READABLE or not (mask is None or isinstance(mask, Tensor)):
-        raise UnreachableAttention(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    bias, softcap, sinks, causal = kwargs.get("position_bias"), None, None, False
-    if implementation == "sdpa":
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        causal = bool(causal) and mask is None and query.shape[2] > 1
-        if causal and key.shape[2] > query.shape[2]:  # prefill into a longer static cache
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            bias = None if bias is None else bias[..., : query.shape[2]]
-    else:
-        if mask is not None and mask.dtype == torch.bool:
-            mask = mask.to(query.dtype)  # eager functions add it, also where a model hands them a boolean one
-        code = inspect.unwrap(function)
-        honoured = inspect.signature(code).parameters
-        bias = bias if "position_bias" in honoured else None
-        softcap = kwargs.get("softcap") if "softcap" in honoured else None
-        sinks = kwargs.get("sinks") if "sinks" in honoured else None
-        if sinks is None and "sinks" in getattr(code, "__code__", code).co_names:
-            sinks = cast(Tensor, module.sinks)
-    return Call(site, query, key, value, scale, mask, causal, bias, softcap, sinks)
+def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], given: Call) -> Call:
+    """The call as the interventions of each session, outermost first, leave it."""
+    call = given
+    for session, context in zip(sessions, contexts):
+        call = session.change(call.but(**context))
+    own = bool(given.edits)  # an adapter's: the module computes its weights by itself
+    if own and not (_untouched(call, given) and call.query is given.query and call.key is given.key):
+        raise UnreachableAttention(
+            f"{call.site} computes its weights by itself, so an intervention can change its values, weights and "
+            f"output, but not its query, key, mask or scale"
+        )
+    return call
+
+
+def _untouched(call: Call, given: Call) -> bool:
+    """Whether all but query, key, value and weights is as the model gave it."""
+    return all(getattr(call, f) is getattr(given, f) for f in ("scale", "mask", "causal", "bias", "softcap", "sinks"))
+
+
+def _attended(
+    asked: Asked, given: Call, call: Call, sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]]
+) -> tuple[list[Call], Tensor | None, Tensor | None]:
+    """The call as each session sees it, with its output; the model's own result and weights where its function ran."""
+    seen = [replace(call, **context) for context in contexts]
+    if call.edits is not given.edits or not _untouched(call, given):
+        seen = _with_output([replace(its, dropout=asked.dropout) for its in seen], sessions)
+        # whoever runs eager attention has the map in memory anyway, and may have asked for it
+        eager = asked.implementation == "eager"
+        return seen, None, seen[0].weights.dense(budget=sys.maxsize) if eager else None
+    # The model's own function still says what is wanted. Each kind of call of a module is once compared with it.
+    fused = asked.implementation == "sdpa" and not asked.dropout and _fuses(sessions, call)
+    result = weights = None
+    if asked.new or not fused:
+        changed = (call.query, given.query), (call.key, given.key), (call.value, given.value)
+        theirs = (asked.query, asked.key, asked.value)
+        result, weights = asked.run(*(ours if ours is not old else own for (ours, old), own in zip(changed, theirs)))
+        own = result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2)
+        if asked.new:
+            interface.check(asked, replace(call, own_output=own))
+        if not fused:
+            return [replace(its, own_output=own) for its in seen], result, weights
+    return _with_output(seen, sessions), None, weights
+
+
+def _edited(sessions: Sequence[_Session], seen: Sequence[Call], output: Tensor) -> Tensor:
+    for session, call in zip(sessions, seen):
+        for thing in session.interventions:
+            if hasattr(thing, "output"):
+                output = _result(thing, "output", thing.output(call, output), output)
+    return output
+
+
+def _shown(sessions: Sequence[_Session], seen: Sequence[Call], module: nn.Module) -> None:
+    for session, call in zip(sessions, seen):
+        if session.passes.entries:
+            if session.recorder is not None:
+                session.see(call)
+            session.passes.advance(module, call.query.shape[2])
 
 
 def _fuses(sessions: Sequence[_Session], call: Call) -> bool:
     recording = any(session.recorder is not None and session.passes.entries for session in sessions)
-    return recording and not any(session.own_output for session in sessions) and kernels.fuses(call)
+    return recording and not any(session.own_output for session in sessions) and kernels.fuses(call.operands)
 
 
-def _output(sessions: Sequence[_Session], seen: Sequence[Call]) -> Tensor:
-    """Regard's own output of a call, along with what the first recorder will ask of it."""
+def _with_output(seen: Sequence[Call], sessions: Sequence[_Session]) -> list[Call]:
+    """The same with Regard's own output, made along with what the first recorder will ask of its call."""
     first = next((i for i, session in enumerate(sessions) if session.recorder is not None), 0)
     if sessions[first].recorder is not None:
         sessions[first].expect(seen[first])
-    return seen[first].output
-
-
-def _code(function: Callable[..., Any]) -> Any:
-    """What stays the same where a function is made anew for every call."""
-    inner = inspect.unwrap(function)
-    return getattr(inner, "__code__", inner)
-
-
-def _own_rows(own: Tensor, call: Call, weights: Tensor, rows: range) -> Tensor:
-    return own[:, :, rows.start : rows.stop].to(weights.dtype)
-
-
-def _is_causal(weights: Tensor) -> bool:
-    n, n_key = weights.shape[-2:]
-    return n == n_key > 1 and not bool(weights.triu(1).any()) and bool(weights.tril(-1).any())
-
-
-def _dropout(implementation: str, module: nn.Module, kwargs: dict[str, Any]) -> float:
-    return kwargs.get("dropout", 0.0) if implementation == "sdpa" or module.training else 0.0
-
-
-@torch.no_grad()
-def _check(call: Call) -> None:
-    """Raise where the model's own output does not follow from the weights as read: nothing inexact is recorded."""
-    n_query, value = call.query.shape[2], call.value
-    group = call.query.shape[1] // value.shape[1]
-    for at in sorted({0, n_query // 2, n_query - 1}):
-        weights = call.weights.rows(at, at + 1)
-        grouped = weights.unflatten(1, (value.shape[1], group)).flatten(2, 3)
-        ours = (grouped @ value.to(weights.dtype)).unflatten(2, (group, 1)).flatten(1, 2)
-        theirs = call.output[:, :, at : at + 1].to(ours.dtype)
-        limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
-        if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
-            off = float((ours - theirs).abs().max())
-            raise UnreachableAttention(
-                f"{call.site}: the output of its attention does not follow from the query, key, value and mask seen at "
-                f"the seam (off by {off:.2g}), so its weights would be wrong; this model needs an adapter"
-            )
+    output = seen[first].output
+    return [call if i == first else replace(call, own_output=output) for i, call in enumerate(seen)]
 
 
 def _result(thing: Any, hook: str, new: Any, old: Any) -> Any:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from . import kernels
-
-if TYPE_CHECKING:
-    from .call import Call
+from .kernels import Chosen, Operands, Reduction
+from .tokens import Tokens
 
 DENSE_BUDGET = 2**30  # bytes that `dense` may take unless told otherwise
-
-
-class Reduction(NamedTuple):
-    """One number (or k) a row or column; reductions asked together are computed in one pass."""
-
-    name: str
-    knob: Any = None  # hashable
-
-
-class Chosen:
-    """A boolean tensor as a knob. Compared by identity, so that it is never mistaken for another call's."""
-
-    def __init__(self, where: Tensor) -> None:
-        self.where = where
+_SIDES = {"mass": "key", "received": "query"}  # which positions a reduction's set is of
 
 
 class Weights:
@@ -37,19 +22,46 @@ class Weights:
     key masked hold what the model itself used: zeros behind a boolean mask, equal weights behind a finite additive one.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(
+        self,
+        operands: Operands,
+        tokens: Tokens | None = None,
+        query_tokens: Tokens | None = None,
+        where: str = "a call",
+    ) -> None:
+        self._operands, self._where = operands, where
+        self._tokens = {"key": tokens, "query": query_tokens}
         self._done: dict[Reduction, Tensor] = {}
         self.expected: set[Reduction] = set()  # computed along with the first reduction that is asked for
         self.asked: set[Reduction] = set()
 
-    def _reduce(self, name: str, knob: Hashable = None) -> Tensor:
+    def _reduce(self, name: str, knob: str | int | Chosen | None = None) -> Tensor:
         wanted = Reduction(name, knob)
         self.asked.add(wanted)
         if wanted not in self._done:
-            together = {wanted} | {r for r in self.expected if r not in self._done}
-            self._done |= kernels.reduce(self._call, together)
+            asked = {r: self._resolved(r) for r in {wanted} | (self.expected - self._done.keys())}
+            self._keep(asked, kernels.reduce(self._operands, asked.values()))
         return self._done[wanted]
+
+    def _keep(self, asked: dict[Reduction, Reduction], found: dict[Reduction, Tensor]) -> None:
+        self._done |= {r: found[resolved] for r, resolved in asked.items() if resolved in found}
+
+    def _resolved(self, wanted: Reduction) -> Reduction:
+        """The same with a set of positions in place of the role that names it."""
+        if not isinstance(wanted.knob, str):
+            return wanted
+        axis = _SIDES[wanted.name]
+        return Reduction(wanted.name, Chosen(self._positions(wanted.knob, axis)))
+
+    def _positions(self, role: str, axis: str) -> Tensor:
+        """Which have this role. [batch, key or query] boolean"""
+        tokens = self._tokens[axis]
+        if tokens is None:
+            raise ValueError(
+                f"role {role!r} asked of {self._where}, but what its tokens are is not known; "
+                f"pass a boolean tensor [batch, {axis}] instead"
+            )
+        return tokens.role(role)
 
     def entropy(self) -> Tensor:
         """-sum p log p over keys, nats; 0 where a row looks at one key only. [batch, head, query]"""
@@ -87,11 +99,14 @@ class Weights:
         0 for padding that sees nothing, also where a finite mask left it equal weights. A module that an adapter reads
         does not say what it masked: there every key counts.
         """
-        return kernels.visible(self._call, self._knob(keys, "key")).expand(self._call.query.shape[:3])
+        chosen = self._knob(keys, "key")
+        if isinstance(chosen, str):
+            chosen = Chosen(self._positions(chosen, "key"))
+        return kernels.visible(self._operands, chosen).expand(self._operands.query.shape[:3])
 
     def seen(self, a: int, b: int) -> Tensor:
         """Which keys the queries a to b may look at at all, as `visible` counts them. [batch|1, head|1, b-a, key]"""
-        return kernels.seen(self._call, a, b)
+        return kernels.seen(self._operands, a, b)
 
     def at(self, keys: Tensor) -> Tensor:
         """Weight on one key a row; `keys` [batch|1, query] counts this call's keys, -1 gives 0. [batch, head, query]"""
@@ -105,7 +120,7 @@ class Weights:
 
     def rows(self, a: int, b: int) -> Tensor:
         """Dense weights of queries a to b. [batch, head, b-a, key]"""
-        return kernels.rows(self._call, a, b)
+        return kernels.rows(self._operands, a, b)
 
     def strips(self) -> Iterator[tuple[range, Tensor]]:
         """All rows, a few at a time: which queries, and their dense weights. [batch, head, rows, key]
@@ -117,29 +132,30 @@ class Weights:
 
     def spans(self) -> Iterator[range]:
         """The queries of each strip, so many that what is made for one strip stays small beside the map."""
-        return (range(a, b) for a, b in kernels.spans(self._call))
+        return (range(a, b) for a, b in kernels.spans(self._operands))
 
     def dense(self, budget: int = DENSE_BUDGET) -> Tensor:
         """All weights. [batch, head, query, key]; refuses above `budget` bytes."""
-        batch, head, query, _ = self._call.query.shape
-        row = batch * head * self._call.key.shape[2] * 4
+        batch, head, query, _ = self._operands.query.shape
+        row = batch * head * self._operands.key.shape[2] * 4
         if row * query > budget:
             raise ValueError(
-                f"dense weights of {self._call.site} take {row * query / 1e6:,.0f} MB, over the budget of "
+                f"dense weights of {self._where} take {row * query / 1e6:,.0f} MB, over the budget of "
                 f"{budget / 1e6:,.0f} MB; rows(a, b) of at most {budget // row} queries fit, or raise `budget`"
             )
         return self.rows(0, query)
 
     def output(self) -> Tensor:
         """weights @ value, [batch, head, query, dim]; expected reductions are computed along with it where they can."""
-        output, found = kernels.with_output(self._call, self.expected - self._done.keys())
-        self._done |= found
+        asked = {r: self._resolved(r) for r in self.expected - self._done.keys()}
+        output, found = kernels.with_output(self._operands, asked.values())
+        self._keep(asked, found)
         return output
 
-    def _knob(self, chosen: str | Tensor | None, axis: str) -> Hashable:
+    def _knob(self, chosen: str | Tensor | None, axis: str) -> str | Chosen | None:
         if chosen is None or isinstance(chosen, str):
             return chosen
-        n = self._call.query.shape[2] if axis == "query" else self._call.key.shape[2]
+        n = self._operands.query.shape[2] if axis == "query" else self._operands.key.shape[2]
         if chosen.dtype != torch.bool or chosen.shape[-1] != n or chosen.ndim > 2:
             raise ValueError(
                 f"a set of {axis} positions is a role or a boolean tensor [batch, {axis}={n}]; "

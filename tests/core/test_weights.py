@@ -220,7 +220,7 @@ def test_memory_does_not_grow_with_the_map():
     program = """
 import resource, torch
 from regard.call import Call, Site
-from regard.weights import Reduction
+from regard.kernels import Reduction
 n, heads = 16384, 8
 q, k, v = (torch.randn(1, heads, n, 32) for _ in range(3))
 call = Call(Site("a", "s", 0), q, k, v, 0.2, causal=True)

@@ -15,9 +15,7 @@ from interpreter import DEVICE
 from oracle import dense, reductions
 
 from regard.call import Call, Site
-from regard.kernels import gpu, strips
-from regard.tokens import Tokens
-from regard.weights import Chosen, Reduction
+from regard.kernels import Chosen, Reduction, gpu, strips
 
 pytest.importorskip("triton")
 # The interpreter's numpy warns of what float arithmetic does on purpose: log(0), infinity - infinity.
@@ -44,8 +42,8 @@ def reduce(call: Call, wanted: list[Reduction], **options) -> tuple[dict[Reducti
         if (value := getattr(call, name)) is not None
     }
     call = call.but(**on)
-    assert gpu.refusal(call, wanted) is None
-    found, output = gpu.forward(call, wanted, output=True, **options)
+    assert gpu.refusal(call.operands, wanted) is None
+    found, output = gpu.forward(call.operands, wanted, output=True, **options)
     return {r: t.cpu() for r, t in found.items()}, output.cpu()
 
 
@@ -144,24 +142,24 @@ def test_any_call_equals_the_oracle(call, split):
 def test_blocks_that_causality_leaves_whole(n_query, n_key, heads):
     call = simple(n_query=n_query, n_key=n_key, heads=heads, causal=True)
     wanted = [*ROWS, Reduction("received")]  # and no largest weights, which take one path for all blocks
-    truth = strips.reduce(exact(call), wanted)
+    truth = strips.reduce(exact(call).operands, wanted)
     got, output = reduce(call, wanted)
     for r in wanted:
         close(got[r], truth[r], 1e-5, r)
-    close(output, strips.output(exact(call)), 1e-5, "output")
+    close(output, strips.output(exact(call).operands), 1e-5, "output")
 
 
 def test_one_query_against_a_long_cache(monkeypatch):
     call = simple(n_query=1, n_key=100, heads=6, kv_heads=2, sinks=torch.randn(6), query_start=99)
     wanted = [*ROWS, *TOP, Reduction("received")]
-    truth = strips.reduce(exact(call), wanted)
+    truth = strips.reduce(exact(call).operands, wanted)
     for least in (1024, 16):  # in one go, and in splits
         monkeypatch.setattr(gpu, "SPLIT", least)
         assert (gpu._splits(call, 16)[0] > 1) == (least == 16)
         got, output = reduce(call, wanted)
         for r in wanted:
             close(got[r], truth[r], 1e-5, r)
-        close(output, strips.output(exact(call)), 1e-5, "output")
+        close(output, strips.output(exact(call).operands), 1e-5, "output")
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -178,12 +176,12 @@ def test_rows_with_every_key_masked_are_as_the_reference_has_them(causal):
         {"mask": hidden, "sinks": torch.zeros(2)},
     ):
         call = simple(causal=causal, **options)
-        truth = strips.reduce(exact(call), wanted)
+        truth = strips.reduce(exact(call).operands, wanted)
         got, output = reduce(call, wanted)
         for r in wanted:
             if r.name != "top_keys":  # equal weights come in any order
                 close(got[r], truth[r], 1e-5, r)
-        close(output, strips.output(exact(call)), 1e-5, "output")
+        close(output, strips.output(exact(call).operands), 1e-5, "output")
 
 
 def test_sharp_scores_keep_their_digits():
@@ -194,7 +192,7 @@ def test_sharp_scores_keep_their_digits():
     for scale in (1.0, 2**-5):
         call = Call(SITE, query, key, key, scale)
         wanted = [*ROWS, Reduction("received")]
-        truth = strips.reduce(exact(call), wanted)
+        truth = strips.reduce(exact(call).operands, wanted)
         got, _ = reduce(call, wanted)
         close(got[ROWS[0]], truth[ROWS[0]], 1e-5, "entropy")
         close(got[wanted[-1]], truth[wanted[-1]], 1e-5, "received")
@@ -215,7 +213,7 @@ def test_nan_stays_where_dense_has_it(bad):
     key[0, 0, 17] = bad
     call = call.but(query=query, key=key)
     wanted = [*ROWS, TOP[0]]
-    truth = strips.reduce(call, wanted)
+    truth = strips.reduce(call.operands, wanted)
     got, _ = reduce(call, wanted)
     for r in wanted:
         assert torch.equal(got[r].isnan(), truth[r].isnan()), r
@@ -227,21 +225,19 @@ def test_sinks_by_row_and_masks_with_fewer_axes():
     call = simple(sinks=sinks, mask=mask)
     wanted = [*ROWS, Reduction("received")]
     got, _ = reduce(call, wanted)
-    truth = strips.reduce(exact(call), wanted)
+    truth = strips.reduce(exact(call).operands, wanted)
     for r in wanted:
         close(got[r], truth[r], 1e-5, r)
 
 
-def test_roles_select_keys_and_queries():
-    tokens = Tokens.plain("text", 1, 20).marked("bos", torch.arange(20)[None] == 0)
-    call = simple(causal=True, tokens=tokens, query_tokens=tokens)
-    by_role = [Reduction("mass", "bos"), Reduction("mass", "image"), Reduction("received", "bos")]
-    got, _ = reduce(call, by_role)
-    truth = strips.reduce(exact(call), by_role)
-    for r in by_role:
+def test_sets_select_keys_and_queries():
+    first, none = (Chosen(torch.arange(20)[None] == at) for at in (0, -1))
+    call = simple(causal=True)
+    asked = [Reduction("mass", first), Reduction("mass", none), Reduction("received", first)]
+    got, _ = reduce(call, asked)
+    truth = strips.reduce(exact(call).operands, asked)
+    for r in asked:
         close(got[r], truth[r], 1e-6, r)
-    with pytest.raises(ValueError, match="not known"):
-        reduce(simple(), by_role)
 
 
 def test_what_a_mask_hides_at_either_end_is_skipped():
@@ -264,9 +260,10 @@ def test_nothing_but_the_output():
     call = simple(causal=True)
     found, output = reduce(call, [])
     assert found == {}
-    close(output, strips.output(exact(call)), 1e-6, "output")
+    close(output, strips.output(exact(call).operands), 1e-6, "output")
     assert output.transpose(1, 2).is_contiguous()
-    assert gpu.forward(call.but(**{n: getattr(call, n).to(DEVICE) for n in ("query", "key", "value")}), [])[1] is None
+    here = call.but(**{n: getattr(call, n).to(DEVICE) for n in ("query", "key", "value")})
+    assert gpu.forward(here.operands, [])[1] is None
 
 
 def test_what_it_cannot_do_it_says(monkeypatch):
@@ -278,23 +275,21 @@ def test_what_it_cannot_do_it_says(monkeypatch):
         (call.but(scale=-1.0), "scale"),
         (simple(dim=300), "head dim above 256"),
         (simple(n_key=0), "empty"),
-        (call.but(_given={"edits": [lambda *_: None]}), "edited"),
-        (call.but(_given={"dropout": 0.1}), "dropout"),
+        (call.but(edits=(lambda *_: None,)), "edited"),
+        (call.but(dropout=0.1), "dropout"),
     ):
-        assert reason in gpu.refusal(changed, wanted)
-    assert "no reduction named variance" in gpu.refusal(call, [Reduction("variance")])
-    assert "more than 64" in gpu.refusal(call, [Reduction("top_keys", 65)])
+        assert reason in gpu.refusal(changed.operands, wanted)
+    assert "no reduction named variance" in gpu.refusal(call.operands, [Reduction("variance")])
+    assert "more than 64" in gpu.refusal(call.operands, [Reduction("top_keys", 65)])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert gpu.refusal(call, wanted) == "not on a GPU"
+    assert gpu.refusal(call.operands, wanted) == "not on a GPU"
 
 
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from regard.call import Call, Site
-from regard.kernels import gpu, gpu_programs
-from regard.weights import Reduction
+from regard.kernels import Operands, Reduction, gpu, gpu_programs
 
 class Hopper:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -327,7 +322,7 @@ at = type("At", (), {"where": torch.zeros(1, 1, dtype=torch.long)})()
 
 def reduce(dtype, n_query, wanted, **options):
     q, k, v = (torch.randn(1, h, n, 64, dtype=dtype) for h, n in ((4, n_query), (2, 256), (2, 256)))
-    gpu.forward(Call(Site("a", "s", 0), q, k, v, 0.1, **options), wanted, output=True)
+    gpu.forward(Operands(q, k, v, 0.1, **options), wanted, output=True)
 
 reduce(torch.bfloat16, 1, [*wanted, Reduction("at", at), Reduction("top_keys", 4)], sinks=torch.zeros(4))
 reduce(torch.bfloat16, 64, wanted, mask=torch.ones(1, 1, 64, 256, dtype=torch.bool), softcap=2.0)

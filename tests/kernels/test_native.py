@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from oracle import dense, reductions
 
 from regard.call import Call, Site
-from regard.kernels import native
+from regard.kernels import Chosen, Reduction, native
 from regard.kernels.native import Blocks
-from regard.weights import Chosen, Reduction
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no native kernel: {native.why_not()}")
 SITE = Site("attention", "language_model", 0)
@@ -103,8 +102,8 @@ def test_any_call_equals_the_oracle(call):
         "top_weights": Reduction("top_weights", 3),
         "top_keys": Reduction("top_keys", 3),
     }
-    assert native.refusal(call, asked.values()) is None
-    found, output = native.forward(call, asked.values(), output=True)
+    assert native.refusal(call.operands, asked.values()) is None
+    found, output = native.forward(call.operands, asked.values(), output=True)
     for name, reduction in asked.items():
         if name == "top_keys":
             continue
@@ -141,7 +140,7 @@ def test_threads_do_not_change_the_result(call):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(native.forward(call, asked, output=True))
+            results.append(native.forward(call.operands, asked, output=True))
     finally:
         torch.set_num_threads(before)
     truth = dense(call)
@@ -161,7 +160,7 @@ def test_scores_of_any_size(size):
     call = Call(SITE, query, key, key, 1.0 if size else 0.1, causal=True)
     truth = dense(call)
     asked = [Reduction("entropy"), Reduction("received"), Reduction("maximum")]
-    found, output = native.forward(call, asked, output=True)
+    found, output = native.forward(call.operands, asked, output=True)
     wanted = reductions(truth)
     for reduction in asked:
         torch.testing.assert_close(found[reduction].double(), wanted[reduction.name], atol=1e-5, rtol=1e-5)
@@ -178,7 +177,7 @@ def test_nan_is_where_dense_has_it_and_nowhere_else(bad, where, masked):
     spoiled[0, 1, 37, 5] = bad
     call = call.but(**{where: spoiled})
     group = [Reduction("entropy"), Reduction("maximum"), Reduction("received")]
-    found, output = native.forward(call, group, output=True)
+    found, output = native.forward(call.operands, group, output=True)
     scores = (call.query.double() @ call.key.double().mT) * call.scale
     truth = (scores if call.mask is None else scores.masked_fill(~call.mask, -torch.inf)).softmax(-1)
     assert truth.isnan().any() or bad != bad or where == "key"
@@ -191,7 +190,7 @@ def test_nan_is_where_dense_has_it_and_nowhere_else(bad, where, masked):
 def test_given_its_log_sum_exp():
     call = made(300, 300, causal=True, sinks=None)
     asked = [Reduction("entropy"), Reduction("received"), Reduction("maximum"), Reduction("distance")]
-    lse = native.forward(call, [Reduction("lse")])[0][Reduction("lse")]
+    lse = native.forward(call.operands, [Reduction("lse")])[0][Reduction("lse")]
     torch.testing.assert_close(
         lse.double(),
         (call.query.double() @ call.key.double().mT * call.scale)
@@ -200,7 +199,7 @@ def test_given_its_log_sum_exp():
         atol=1e-5,
         rtol=1e-6,
     )
-    found, _ = native.forward(call, asked, lse=lse)
+    found, _ = native.forward(call.operands, asked, lse=lse)
     wanted = reductions(dense(call))
     for reduction in asked:
         torch.testing.assert_close(found[reduction].double(), wanted[reduction.name], atol=1e-5, rtol=1e-5)
@@ -215,7 +214,7 @@ def test_statistics_within_windows_and_blocks(limits):
     if "blocks" in limits:
         visible &= listed(some_blocks, 250, 190)
     asked = [Reduction("entropy"), Reduction("received"), Reduction("maximum"), Reduction("distance")]
-    found, output = native.forward(call, asked, output=True, **limits)
+    found, output = native.forward(call.operands, asked, output=True, **limits)
     truth = dense(call.but(mask=visible[None, None]))
     wanted = reductions(truth)
     for reduction in asked:
@@ -375,7 +374,7 @@ def test_without_the_kernel_everything_works_in_plain_torch(monkeypatch):
     call = made(40, 40, causal=True)
     with_it = call.but().weights.entropy()
     monkeypatch.setenv("REGARD_KERNEL", "torch")
-    assert native.refusal(call) == "REGARD_KERNEL=torch"
+    assert native.refusal(call.operands) == "REGARD_KERNEL=torch"
     monkeypatch.setattr(native, "forward", None)
     torch.testing.assert_close(call.but().weights.entropy(), with_it, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="not available: REGARD_KERNEL=torch"):
@@ -384,10 +383,10 @@ def test_without_the_kernel_everything_works_in_plain_torch(monkeypatch):
 
 def test_what_it_cannot_do_goes_through_torch():
     call = made(4, 4)
-    assert "float64" in native.refusal(call.but(query=call.query.double()))
-    assert "float64" in native.refusal(call.but(value=call.value.double()))
-    assert "edits" in native.refusal(call.but(_given={"edits": (lambda call, weights, rows: weights,)}))
-    assert "no reduction median" in native.refusal(call, [Reduction("median")])
+    assert "float64" in native.refusal(call.but(query=call.query.double()).operands)
+    assert "float64" in native.refusal(call.but(value=call.value.double()).operands)
+    assert "edits" in native.refusal(call.but(edits=(lambda weights, rows: weights,)).operands)
+    assert "no reduction median" in native.refusal(call.operands, [Reduction("median")])
     exact = call.but(query=call.query.double(), key=call.key.double(), value=call.value.double())
     torch.testing.assert_close(exact.weights.entropy().float(), call.weights.entropy())
 

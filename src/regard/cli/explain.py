@@ -1,32 +1,37 @@
-"""`regard explain`: which words or pixels a prediction rests on, as a page or a picture, and a table."""
+"""`regard explain`: which words or pixels a prediction rests on, as a page or a picture, and tables."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..attribution import attribute
 from ..files import written_aside
-from ..loading import load
-from .inputs import InputError, generates, open_picture, prepare, read_text, writable
+from ..loading import Loaded, load
+from ..prediction import predict
+from . import sound
+from .inputs import InputError, hear, open_picture, prepare, read_text, writable
 
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
 SHOWN = 10  # words that the table names
 SIDE = 448  # pixels of a picture that is shown
+FLAT = 4  # how many times longer than wide it may be: spectrograms are stretched
 WIDTH, LINE, FONT, MARGIN = 900, 40, 19, 24  # of a text that is drawn
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -34,6 +39,7 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #18181b;
   background: #fff }}
 h1 {{ font-size: 1.3rem; margin-bottom: 0 }} p {{ margin: .3rem 0 1.2rem; color: #52525b }}
+h2 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }}
 .text {{ font-size: 1.15rem; line-height: 2.1 }} .text span {{ padding: .25em .12em; border-radius: .2em;
   white-space: pre-wrap }}
 img {{ image-rendering: pixelated; max-width: 49%; height: auto }} code {{ font-size: .95em }}
@@ -47,73 +53,232 @@ img {{ image-rendering: pixelated; max-width: 49%; height: auto }} code {{ font-
 """
 
 
+class Part(NamedTuple):
+    """One of the inputs, scored: words, or the pixels of a picture (of a sound, its spectrogram)."""
+
+    heading: str
+    found: xr.DataArray  # of one sample
+    picture: Image.Image | None = None
+
+
 @dataclass
 class Explained:
     """What `explain` wrote, and what it found."""
 
     file: Path
     said: str
-    table: Table
+    tables: list[Table]
 
 
 def explain(
     name: str,
     *,
-    text: str | None = None,
+    texts: Sequence[str] = (),
     file: Path | None = None,
-    image: Path | None = None,
+    images: Sequence[Path] = (),
+    audio: Path | None = None,
+    written: str | None = None,
     target: str | None = None,
+    against: str | None = None,
     method: str = "integrated_gradients",
+    words: bool = False,
     out: Path = Path("regard-explain.html"),
     truncate: bool = False,
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Explained:
-    """Score the words or pixels of an input for one prediction, and write a page (.html) or a picture (.png)."""
+    """Score the words or pixels of an input for one prediction, and write a page (.html) or a picture (.png).
+
+    Two texts, or two pictures, are compared by their embeddings; a picture with texts by a model of such pairs.
+    """
     console = console or Console(quiet=True)
-    text, picture = read_text(text, file), open_picture(image)
+    read = [read_text(text, file) for text in texts] or [read_text(None, file)]
+    pictures = [open_picture(image) for image in images] or [None]
+    heard = sound.read(audio) if audio is not None else None
     writers: dict[str, Callable[..., bytes]] = {".html": _page, ".png": _drawn}
     if out.suffix not in writers:
         raise InputError(f"--out {out}: give a name that ends in {' or '.join(writers)}")
     writable(out.parent)
     with console.status(f"loading {name}"):
-        loaded = load(name, trust_remote_code=trust_remote_code)
+        loaded = load(name, trust_remote_code=trust_remote_code, dtype=torch.float32)  # gradients are small differences
     model: Any = loaded.model
     if not hasattr(model, "main_input_name") or hasattr(loaded.processor, "scheduler"):
         raise InputError(f"{type(model).__name__} makes no prediction of a class or token to explain")
-    inputs, _ = prepare(loaded, name, text, picture, truncate, 0)
-    chosen = int(target) if target is not None and target.isdecimal() else target
+    options = {"method": method, "processor": loaded.processor, "words": words}
+    asked = {"target": _index(target, read), "against": _index(against, read)}
     with console.status(f"asking {method}"):
-        found = attribute(model, inputs, chosen, method=method, processor=loaded.processor)[0]
-    said = _name(model, loaded.processor, int(found.target))
-    told = f"{name}: {said}"
-    about = f"{method.replace('-', '_')}; logit {float(found.score):.2f}"
-    written = writers[out.suffix](found, picture, told, about)
+        if heard is not None or model.main_input_name == "input_features":
+            inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
+            pictures = [_spectrogram(inputs["input_features"])]
+        elif len(read) > 1 and pictures != [None]:
+            inputs = _choices(loaded, read, pictures)
+        elif len(read) + len(pictures) > 2:
+            return _compared(loaded, name, read, pictures, truncate, options, asked, out, writers)
+        else:
+            inputs, _ = prepare(loaded, name, read[0], pictures[0], truncate, 0)
+        if written is not None:
+            inputs["decoder_input_ids"] = _written(loaded, inputs, written)
+        found = attribute(model, inputs, **asked, **options)
+        parts = _parts(found[0] if len(found) == 1 else found[int(found.target[0])], pictures[0])
+        if found.attrs["predicts"] == "pair":
+            parts = _both(model, inputs, read, pictures[0], words, options, asked)
+        elif written is not None:
+            own = attribute(model, inputs, **asked, **options, over="decoder_input_ids")
+            parts += [Part("written", own[0])]
+    return _wrote(parts, _said(loaded, name, parts[-1].found, read), method, out, writers)
+
+
+def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:
+    """A number, the number of a text among several, or what the model may know by this name."""
+    if name is not None and len(texts) > 1 and name in texts:
+        return list(texts).index(name)
+    return int(name) if name is not None and name.isdecimal() else name
+
+
+def _choices(loaded: Loaded, texts: Sequence[str | None], pictures: Sequence[Image.Image | None]) -> dict[str, Any]:
+    """Inputs of several texts that may be of one picture."""
+    model, processor = loaded
+    if len(pictures) > 1 or not hasattr(model, "get_text_features") or not hasattr(processor, "tokenizer"):
+        raise InputError(
+            f"{type(model).__name__} takes one text; several are for models that compare them with one picture"
+        )
+    return dict(processor(text=list(texts), images=pictures[0], return_tensors="pt", padding=True))
+
+
+def _written(loaded: Loaded, inputs: Mapping[str, Any], written: str) -> Tensor:
+    """What the decoder begins with, as `generate` does, and these words."""
+    model, tokenizer = loaded.model, getattr(loaded.processor, "tokenizer", loaded.processor)
+    with predict(model, inputs) as prediction:
+        begun = prediction.inputs.get("decoder_input_ids")
+    if begun is None:
+        raise InputError(f"--written: {type(model).__name__} has no decoder beside an encoder; add the words to --text")
+    ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return torch.cat([begun, ids.to(begun)], 1)
+
+
+def _both(
+    model: Any,
+    inputs: dict[str, Any],
+    texts: Sequence[str | None],
+    picture: Image.Image | None,
+    words: bool,
+    options: dict[str, Any],
+    asked: dict[str, Any],
+) -> list[Part]:
+    """The words and the pixels of a pair; of several texts, the words of the one that is explained."""
+    pixels = next(key for key in inputs if key.startswith("pixel_values"))
+    seen = attribute(model, inputs, **asked, over=pixels, **{**options, "words": False})
+    chosen = int(seen.target[0])
+    read = attribute(model, inputs, 0, over="input_ids", **options)
+    return [Part("words", read[chosen]), *_parts(seen[0], picture)]
+
+
+def _compared(
+    loaded: Loaded,
+    name: str,
+    texts: Sequence[str | None],
+    pictures: Sequence[Image.Image | None],
+    truncate: bool,
+    options: dict[str, Any],
+    asked: dict[str, Any],
+    out: Path,
+    writers: Mapping[str, Callable[..., bytes]],
+) -> Explained:
+    """How alike two texts or two pictures are, by the words or pixels of each."""
+    if len(texts) + len(pictures) > 3 or asked["target"] is not None or asked["against"] is not None:
+        raise InputError(
+            "two texts, or two pictures, are compared; more, or --target and --against, are for other questions"
+        )
+    both = [
+        prepare(loaded, name, text, picture, truncate, 0)[0]
+        for text, picture in zip(texts * (3 - len(texts)), pictures * (3 - len(pictures)))
+    ]
+    parts = []
+    for i in (0, 1):
+        found = attribute(loaded.model, both[i], beside=both[1 - i], **options)
+        parts += [
+            Part(f"{('first', 'second')[i]} {part.heading}", *part[1:])
+            for part in _parts(found[0], pictures[i % len(pictures)])
+        ]
+    what = "the two texts" if len(texts) > 1 else "the two pictures"
+    return _wrote(parts, f"{name}: how alike {what} are", str(options["method"]), out, writers)
+
+
+def _wrote(
+    parts: list[Part], told: str, method: str, out: Path, writers: Mapping[str, Callable[..., bytes]]
+) -> Explained:
+    found = parts[0].found
+    score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
+    score += " ahead" if "against" in found.coords else ""
+    about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
+    written = writers[out.suffix](parts, told, about)
     with written_aside(out) as draft:
         draft.write_bytes(written)
-    return Explained(out, f"{told}  ({about})", _table(found))
+    return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts])
 
 
-def _name(model: Any, processor: Any, target: int) -> str:
-    """The class by its name, or the token by its text."""
-    if generates(model):
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return repr(tokenizer.decode([target])) if hasattr(tokenizer, "decode") else f"token {target}"
-    return str((getattr(model.config, "id2label", None) or {}).get(target, target))
+def _said(loaded: Loaded, name: str, found: xr.DataArray, texts: Sequence[str | None]) -> str:
+    """What is predicted, in words."""
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    labels = getattr(loaded.model.config, "id2label", None) or {}
+
+    def named(index: int) -> str:
+        kind = found.attrs["predicts"]
+        if kind == "token":
+            return repr(tokenizer.decode([index])) if hasattr(tokenizer, "decode") else f"token {index}"
+        return repr(texts[index]) if kind == "pair" else str(labels.get(index, index))
+
+    instead = f" rather than {named(int(found.against))}" if "against" in found.coords else ""
+    return f"{name}: {named(int(found.target))}{instead}"
 
 
-def _table(found: xr.DataArray) -> Table:
+def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
+    """Words, and what is seen of the picture: pixels, or the patches that are among the words."""
+    if found.dims == ("row", "column"):
+        return [Part("picture", found, picture)]
+    if found.ndim > 1:
+        raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
+    parts = [Part("words", found)]
+    if picture is not None and "image" in found.coords and bool((found.image == 0).any()):
+        here = found[(found.image == 0).values]
+        grid = np.zeros((int(here.row.max()) + 1, int(here.column.max()) + 1))
+        grid[here.row.values, here.column.values] = here.values
+        parts.append(
+            Part(
+                "picture",
+                found.isel(token=0, drop=True)
+                .drop_vars(("image", "row", "column"))
+                .expand_dims(row=grid.shape[0], column=grid.shape[1])
+                .copy(data=grid),
+                picture,
+            )
+        )
+    return parts
+
+
+def _spectrogram(features: Tensor) -> Image.Image:
+    """A sound as the model takes it, dark where it is loud."""
+    loud = features[0].double().numpy()
+    low, high = np.quantile(loud, (0.02, 0.98))
+    return Image.fromarray((255 * (1 - ((loud - low) / max(high - low, 1e-9)).clip(0, 1))).astype(np.uint8)).convert(
+        "RGB"
+    )
+
+
+def _table(part: Part, several: bool) -> Table:
     """The words, or the quarters of the picture's sides, with the largest scores."""
-    table = Table(box=None, header_style="bold")
+    found = part.found
+    table = Table(box=None, header_style="bold", title=part.heading if several else None, title_justify="left")
     if "token" in found.dims:
-        names = [repr(str(t)) for t in found.text.values]
-        columns, values = ("position", "token"), found.values
-        rows = [(str(i), name) for i, name in enumerate(names)]
+        columns, values = ["position", "token"], found.values
+        rows = [[str(i), repr(str(t))] for i, t in enumerate(found.text.values)]
+        if "image" in found.coords and (found.image >= 0).any():
+            columns += ["row", "column"]
+            places = zip(rows, found.row.values, found.column.values)
+            rows = [[*row, *("" if at < 0 else str(at) for at in place)] for row, *place in places]
     else:
-        columns, values, rows = ("rows", "columns"), *_quarters(found.values)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for column in ("score", "share"):
+        columns, (values, rows) = ["rows", "columns"], _quarters(found.values)
+    for column in [*columns, "score", "share"]:
         table.add_column(column, justify="right")
     whole = abs(values).sum() or 1.0
     for i in np.argsort(-abs(values), kind="stable")[: min(SHOWN, np.count_nonzero(values))]:
@@ -121,12 +286,12 @@ def _table(found: xr.DataArray) -> Table:
     return table
 
 
-def _quarters(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[tuple[str, str]]]:
+def _quarters(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[list[str]]]:
     """The sum over each of four by four parts of a picture, and where it is."""
     sides = [np.linspace(0, n, 5).astype(int) for n in values.shape]
     spans = [[(a, b) for a, b in pairwise(side)] for side in sides]
     sums = [values[a:b, c:d].sum() for a, b in spans[0] for c, d in spans[1]]
-    return np.array(sums), [(f"{a}-{b - 1}", f"{c}-{d - 1}") for a, b in spans[0] for c, d in spans[1]]
+    return np.array(sums), [[f"{a}-{b - 1}", f"{c}-{d - 1}"] for a, b in spans[0] for c, d in spans[1]]
 
 
 def _colour(share: float) -> tuple[int, int, int]:
@@ -143,29 +308,41 @@ def _shares(found: xr.DataArray) -> NDArray[np.float64]:
     return found.values / (abs(found.values).max() or 1.0)
 
 
-def _page(found: xr.DataArray, picture: Image.Image | None, title: str, about: str) -> bytes:
-    if "token" in found.dims:
-        spans = []
-        for share, value, token in zip(_shares(found), found.values, found.text.values):
-            fill = _colour(share)
-            spans.append(
-                f'<span style="background: rgb{fill}; color: rgb{_ink(fill)}" title="{value:.4g}">'
-                f"{escape(_shown(str(token)))}</span>"
-            )
-        body = f'<div class="text">{_spaced(found, spans)}</div>'
-    else:
-        assert picture is not None
-        both = (_resized(picture, found), _heat(found, picture))
-        body = "\n".join(f'<img alt="{alt}" src="{_data(one)}">' for alt, one in zip(("picture", "heat"), both))
-    against = f', <i style="background: rgb{AGAINST}"></i> against it' if (found.values < 0).any() else ""
+def _page(parts: Sequence[Part], title: str, about: str) -> bytes:
+    body = "\n".join(f"<h2>{part.heading}</h2>\n" * (len(parts) > 1) + _body(part) for part in parts)
+    signed = any((part.found.values < 0).any() for part in parts)
+    largest = [f"{part.found.values.flat[abs(part.found.values).argmax()]:.4g}" for part in parts]
     return PAGE.format(
         title=escape(title),
         about=escape(about),
         body=body,
         for_=FOR,
-        against=against,
-        largest=f"{found.values.flat[abs(found.values).argmax()]:.4g}",
+        against=f', <i style="background: rgb{AGAINST}"></i> against it' if signed else "",
+        largest=" and ".join(dict.fromkeys(largest)),
     ).encode()
+
+
+def _body(part: Part) -> str:
+    found, picture = part.found, part.picture
+    if "token" in found.dims:
+        spans = []
+        for share, value, token in _written_words(found):
+            fill = _colour(share)
+            spans.append(
+                f'<span style="background: rgb{fill}; color: rgb{_ink(fill)}" title="{value:.4g}">'
+                f"{escape(_shown(token))}</span>"
+            )
+        return f'<div class="text">{_spaced(found, spans)}</div>'
+    assert picture is not None
+    both = (_resized(picture, found), _heat(found, picture))
+    return "\n".join(f'<img alt="{alt}" src="{_data(one)}">' for alt, one in zip(("picture", "heat"), both))
+
+
+def _written_words(found: xr.DataArray) -> list[tuple[float, float, str]]:
+    """Share, score and text of each token, but for patches: the picture shows them."""
+    patch = found.image.values >= 0 if "image" in found.coords else np.zeros(len(found), bool)
+    every = zip(_shares(found), found.values, found.text.values, patch)
+    return [(share, value, str(token)) for share, value, token, is_patch in every if not is_patch]
 
 
 def _shown(token: str) -> str:
@@ -178,17 +355,25 @@ def _spaced(found: xr.DataArray, spans: list[str]) -> str:
     return ("" if carried else " ").join(spans)
 
 
-def _drawn(found: xr.DataArray, picture: Image.Image | None, title: str, about: str) -> bytes:
-    if "token" in found.dims:
-        image = _sentence(found, title, about)
-    else:
-        assert picture is not None
-        both = _resized(picture, found), _heat(found, picture)
+def _drawn(parts: Sequence[Part], title: str, about: str) -> bytes:
+    drawn = []
+    for i, part in enumerate(parts):
+        if "token" in part.found.dims:
+            drawn.append(_sentence(part.found, *((title, about) if i == 0 else (part.heading, ""))))
+            continue
+        assert part.picture is not None
+        both = _resized(part.picture, part.found), _heat(part.found, part.picture)
         image = Image.new("RGB", (2 * both[0].width + MARGIN, both[0].height), PLAIN)
         image.paste(both[0], (0, 0))
         image.paste(both[1], (both[0].width + MARGIN, 0))
+        drawn.append(image)
+    whole = Image.new("RGB", (max(one.width for one in drawn), sum(one.height for one in drawn)), PLAIN)
+    y = 0
+    for one in drawn:
+        whole.paste(one, (0, y))
+        y += one.height
     held = io.BytesIO()
-    image.save(held, "png")
+    whole.save(held, "png")
     return held.getvalue()
 
 
@@ -197,8 +382,8 @@ def _sentence(found: xr.DataArray, title: str, about: str) -> Image.Image:
     font, small = ImageFont.load_default(FONT), ImageFont.load_default(FONT - 5)
     gap = 0 if any(str(t).startswith(" ") for t in found.text.values) else 6
     x, y, boxes = MARGIN, MARGIN + 2 * LINE, []
-    for share, token in zip(_shares(found), found.text.values):
-        shown = _shown(str(token))
+    for share, _, token in _written_words(found):
+        shown = _shown(token)
         width = round(font.getlength(shown)) + 6
         if x + width > WIDTH - MARGIN and x > MARGIN:
             x, y = MARGIN, y + LINE
@@ -218,7 +403,8 @@ def _resized(picture: Image.Image, found: xr.DataArray) -> Image.Image:
     """The picture as large as it is shown, in the shape of the model's pixels."""
     rows, columns = found.shape
     larger = SIDE / max(rows, columns)
-    size = round(columns * larger), round(rows * larger)
+    height, width = round(rows * larger), round(columns * larger)
+    size = max(width, height // FLAT), max(height, width // FLAT)
     return picture.resize(size, Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.BICUBIC)
 
 

@@ -14,7 +14,7 @@ from ..data import loaders
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..loading import load
-from .printed import Printed
+from .printed import Printed, tables
 
 TASKS = ("reading", "search")
 
@@ -56,7 +56,7 @@ def compare(
     if out is not None:
         tree.to_zarr(out, zarr_format=3, consolidated=False)
     told = tree.attrs
-    compared = Printed([_summary(tree), _layers(tree)])
+    compared = Printed([_summary(tree), *_layers(tree, console.width)])
     compared.lines.append(
         f"{told['words']:,} words of {told['texts']} texts, {told['readers']} readers; two halves of the readers agree "
         f"to {told['reliability']:.2f}, the most to be expected of a model"
@@ -97,24 +97,23 @@ def _summary(tree: xr.DataTree) -> Table:
     return table
 
 
-def _layers(tree: xr.DataTree) -> Table:
+def _layers(tree: xr.DataTree, width: int) -> list[Table]:
     """A line a layer: the mean over heads, and the lowest and highest, after the controls."""
-    table = Table(title="After the controls, by layer", title_justify="left", header_style="bold")
     controlled = tree["controlled"].to_dataset()
-    names = ("received", "last", "rollout")
-    for column in ("layer", *names):
-        table.add_column(column, justify="right")
-    for layer in controlled["layer"].values:
-        cells = []
-        for name in names:
-            values = controlled[name].sel(layer=layer).values
-            cell = "-" if np.isnan(values).all() else f"{np.nanmean(values):+.2f}"
-            if values.ndim and cell != "-":
-                low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
-                cell += f" (h{low} {values[low]:+.2f} .. h{high} {values[high]:+.2f})"
-            cells.append(cell)
-        table.add_row(str(layer), *cells)
-    return table
+    layers = controlled["layer"].values
+    columns = {
+        name: [_cell(controlled[name].sel(layer=layer).values) for layer in layers]
+        for name in ("received", "last", "rollout")
+    }
+    return tables("After the controls, by layer", "layer", [str(layer) for layer in layers], columns, width)
+
+
+def _cell(values: np.ndarray) -> str:
+    cell = "-" if np.isnan(values).all() else f"{np.nanmean(values):+.2f}"
+    if values.ndim and cell != "-":
+        low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
+        cell += f" (h{low} {values[low]:+.2f} .. h{high} {values[high]:+.2f})"
+    return cell
 
 
 def _interval(dataset: xr.Dataset, name: str, at: dict[str, int]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data import paragraph
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
+from .sound import Sound
 
 
 class InputError(ValueError):
@@ -93,6 +94,26 @@ def prepare(
     return inputs, roles
 
 
+def hear(loaded: Loaded, name: str, heard: Sound | None, more: bool) -> dict[str, Any]:
+    """The model's inputs for a sound."""
+    model, extractor = loaded.model, getattr(loaded.processor, "feature_extractor", loaded.processor)
+    kind = type(model).__name__
+    if model.main_input_name != "input_features":
+        raise InputError(f"--audio: {kind} takes {model.main_input_name}, and no sound")
+    if heard is None:
+        raise InputError(f"{kind} listens: give it a sound, a WAV file, with --audio")
+    if more:
+        raise InputError(f"{kind} listens only: leave out --text, --file and --image")
+    if not hasattr(extractor, "sampling_rate"):
+        raise InputError(f"{name} has no feature extractor beside it; save one into the folder")
+    limit = getattr(extractor, "chunk_length", None)
+    if limit is not None and heard.seconds > limit:
+        raise InputError(f"the sound lasts {heard.seconds:.1f} s, but {name} listens to {limit} s at once; cut it")
+    rate = extractor.sampling_rate
+    inputs = extractor(heard.at(rate), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+    return {k: v for k, v in inputs.items() if k in parameters(model)}
+
+
 def _words(
     model: nn.Module, processor: Any, text: str, picture: Image.Image | None
 ) -> tuple[dict[str, Any], list[str] | None]:
@@ -135,10 +156,6 @@ def _with_pictures(processor: Any, messages: list[dict[str, Any]], ids: Tensor) 
         spread.append("image" if i == image else roles[at])
         at += 1
     return spread
-
-
-def generates(model: Any) -> bool:
-    return getattr(model, "can_generate", lambda: False)()
 
 
 def generated(loaded: Loaded, inputs: dict[str, Any], steps: int, **options: Any) -> Tensor:

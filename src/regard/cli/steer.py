@@ -17,8 +17,9 @@ from rich.text import Text
 
 from .. import catalog
 from ..loading import Loaded, load
+from ..prediction import writes
 from ..seam import intervene
-from .inputs import InputError, generated, generates, open_picture, prepare, read_text
+from .inputs import InputError, generated, open_picture, prepare, read_text
 
 WARM = 2  # tokens generated before the clock runs: what is done once is done then
 
@@ -44,7 +45,7 @@ def steer(
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     model = loaded.model
-    if not generates(model):
+    if not writes(model):
         raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
     inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
 

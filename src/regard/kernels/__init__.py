@@ -9,44 +9,55 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from . import gpu, native, strips
+from .operands import Chosen, Edit, Operands, Reduction
 from .strips import misfit, rows, seen, spans, visible
 
-if TYPE_CHECKING:
-    from ..call import Call
-    from ..weights import Reduction
+Path = Callable[..., tuple[dict[Reduction, Tensor], Tensor | None]]
 
-__all__ = ["describe", "fuses", "misfit", "reduce", "rows", "seen", "spans", "visible", "with_output"]
+__all__ = [
+    "Chosen",
+    "Edit",
+    "Operands",
+    "Reduction",
+    "describe",
+    "fuses",
+    "misfit",
+    "reduce",
+    "rows",
+    "seen",
+    "spans",
+    "visible",
+    "with_output",
+]
 
 
-def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
+def reduce(call: Operands, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
     """Every reduction in `wanted`, in one pass."""
     wanted = list(wanted)
     path = _path(call, wanted)
     return strips.reduce(call, wanted) if path is None else path(call, wanted, output=False)[0]
 
 
-def with_output(call: Call, wanted: Iterable[Reduction]) -> tuple[Tensor, dict[Reduction, Tensor]]:
+def with_output(call: Operands, wanted: Iterable[Reduction]) -> tuple[Tensor, dict[Reduction, Tensor]]:
     """weights @ value [batch, head, query, dim], and what of `wanted` comes along at no price."""
     wanted = list(wanted)
-    if call._given.get("dropout"):
+    if call.dropout:
         return strips.output(call), {}
     path = _path(call, wanted)
     if path is not None:
         found, output = path(call, wanted, output=True)
         assert output is not None
         return output, found
-    if _wants_gradient(call) and native.refusal(call) is None:
+    if call.wants_gradient and native.refusal(call) is None:
         return native.differentiable(call), {}
     return strips.output(call), {}
 
 
-def fuses(call: Call) -> bool:
+def fuses(call: Operands) -> bool:
     """Whether output and reductions of this call come out of one pass, faster than the output alone elsewhere."""
     return _path(call, []) is native.forward
 
@@ -57,16 +68,13 @@ def describe() -> str:
     return native.describe() if why is None else f"plain torch ({why})"
 
 
-def _path(call: Call, wanted: list[Reduction]) -> Callable[..., tuple[dict[Reduction, Tensor], Tensor | None]] | None:
+def _path(
+    call: Operands, wanted: list[Reduction]
+) -> Callable[..., tuple[dict[Reduction, Tensor], Tensor | None]] | None:
     """The fast path that can do this call; None: plain torch."""
-    if _wants_gradient(call):
+    if call.wants_gradient:
         return None
     if call.query.is_cuda:
         asked = os.environ.get("REGARD_KERNEL") == "triton"
         return gpu.forward if asked and gpu.refusal(call, wanted) is None else None
     return native.forward if native.refusal(call, wanted) is None else None
-
-
-def _wants_gradient(call: Call) -> bool:
-    tensors = (call.query, call.key, call.value, call.bias, call.mask, call.sinks)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -11,16 +11,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .strips import cut, select
-
-if TYPE_CHECKING:
-    from ..call import Call
-    from ..weights import Reduction
+from .operands import Operands, Reduction
+from .strips import cut
 
 PLANES = ("shift", "inverse", "maximum", "entropy")  # of each row; weights are exp(unit * (score - shift)) * inverse
 REDUCTIONS = {"entropy", "maximum", "distance", "mass", "at", "top_weights", "top_keys", "received"}
@@ -30,7 +27,7 @@ FEW = 16  # rows of one program when decoding
 SPLIT = 1024  # keys a split has at least
 
 
-def refusal(call: Call, wanted: Iterable[Reduction]) -> str | None:
+def refusal(call: Operands, wanted: Iterable[Reduction]) -> str | None:
     """Why these programs cannot do it; None where they can."""
     tensors = [t for t in (call.query, call.key, call.value, call.mask, call.bias, call.sinks) if t is not None]
     wanted = list(wanted)
@@ -54,9 +51,9 @@ def refusal(call: Call, wanted: Iterable[Reduction]) -> str | None:
         return f"a head dim above {MOST_DIM}"
     if min(t.numel() for t in tensors) == 0:
         return "a tensor is empty"
-    if call._given.get("edits"):
+    if call.edits:
         return "weights are edited"
-    if call._given.get("dropout"):
+    if call.dropout:
         return "dropout"
     if unknown := {r.name for r in wanted} - REDUCTIONS:
         return f"no reduction named {', '.join(sorted(unknown))}"
@@ -66,7 +63,7 @@ def refusal(call: Call, wanted: Iterable[Reduction]) -> str | None:
 
 
 def forward(
-    call: Call, wanted: Iterable[Reduction], *, output: bool = False
+    call: Operands, wanted: Iterable[Reduction], *, output: bool = False
 ) -> tuple[dict[Reduction, Tensor], Tensor | None]:
     """Every reduction in `wanted`, and the attention output where asked for, [batch, head, query, dim].
 
@@ -173,7 +170,7 @@ def _programs() -> Any:
     return import_module(".gpu_programs", __package__)  # Triton decorates while it imports: not before it is needed
 
 
-def _scoring(call: Call) -> dict[str, Any]:
+def _scoring(call: Operands) -> dict[str, Any]:
     """What every program that takes scores is told."""
     batch, heads, n_query, dim = call.query.shape
     boolean = call.mask is not None and call.mask.dtype == torch.bool
@@ -214,7 +211,7 @@ def _argument(tensor: Tensor | None) -> tuple[Tensor, tuple[int, ...]] | None:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, tensor.stride()
 
 
-def _sinks(call: Call) -> tuple[Tensor, tuple[int, ...]] | None:
+def _sinks(call: Operands) -> tuple[Tensor, tuple[int, ...]] | None:
     """As [batch, head, query], not copied."""
     if call.sinks is None:
         return None
@@ -223,7 +220,7 @@ def _sinks(call: Call) -> tuple[Tensor, tuple[int, ...]] | None:
     return _argument(sinks.expand(batch, heads, n_query))
 
 
-def _map(tensor: Tensor | None, call: Call) -> Tensor | None:
+def _map(tensor: Tensor | None, call: Operands) -> Tensor | None:
     """A mask or bias as [batch, head, query, key], not copied."""
     if tensor is None:
         return None
@@ -232,7 +229,7 @@ def _map(tensor: Tensor | None, call: Call) -> Tensor | None:
     return cut(tensor, 0, n_query, n_key).expand(batch, heads, n_query, n_key)
 
 
-def _spans(call: Call, axis: str) -> tuple[Any, Any] | None:
+def _spans(call: Operands, axis: str) -> tuple[Any, Any] | None:
     """Where what a boolean mask shows to each row begins and ends, [batch, head, query or key]; the rest is skipped."""
     programs = _programs()
     mask = _map(call.mask, call)
@@ -249,17 +246,16 @@ def _spans(call: Call, axis: str) -> tuple[Any, Any] | None:
     return tuple(_argument(edge.expand(mask.shape[:3])) for edge in spans)  # type: ignore[return-value]
 
 
-def _sets(reductions: list[Reduction], call: Call, axis: str) -> tuple[Tensor, tuple[int, ...]] | None:
+def _sets(reductions: list[Reduction], call: Operands, axis: str) -> tuple[Tensor, tuple[int, ...]] | None:
     """The sets of positions that reductions are over, as [batch, set, key or query]; without a knob, all positions."""
     batch, n = call.query.shape[0], (call.query if axis == "query" else call.key).shape[2]
-    tokens = call.query_tokens if axis == "query" else call.tokens
     everywhere = torch.ones(1, n, dtype=torch.bool, device=call.query.device)
     chosen = [r.knob for r in reductions if r.name != "distance"]
-    sets = [everywhere if knob is None else select(knob, tokens, call, axis).to(everywhere.device) for knob in chosen]
+    sets = [everywhere if knob is None else knob.where.to(everywhere.device) for knob in chosen]
     return _argument(torch.stack([s.expand(batch, n) for s in sets], dim=1)) if sets else None
 
 
-def _splits(call: Call, step: int) -> tuple[int, int]:
+def _splits(call: Operands, step: int) -> tuple[int, int]:
     """In how many splits of how many keys a row is read: more than one where its rows alone leave the GPU idle."""
     batch, heads, n_query, _ = call.query.shape
     kv_heads, n_key = call.key.shape[1], call.key.shape[2]

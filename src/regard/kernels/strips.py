@@ -7,16 +7,13 @@ through a rounded log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from ..call import Call
-    from ..tokens import Tokens
-    from ..weights import Reduction
+from .operands import Chosen, Operands, Reduction
 
 STRIP = 2**20  # weights held at once: 4 MB in float32, twice; larger strips leave the cache
 TALL = 32  # rows below which a strip is too flat for fast products: heads are then taken one by one
@@ -29,9 +26,8 @@ class _Space:
     Autograd keeps what it needs of each strip, so with gradients every strip gets memory of its own.
     """
 
-    def __init__(self, call: Call) -> None:
-        tensors = (call.query, call.key, call.value, call.bias, call.mask, call.sinks)
-        self.shared = not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    def __init__(self, call: Operands) -> None:
+        self.shared = not call.wants_gradient
         self.like = torch.empty(0, dtype=_exact(call), device=call.query.device)
         self.buffers: dict[int, Tensor] = {}
 
@@ -44,17 +40,17 @@ class _Space:
         return self.buffers[which][:size].view(shape)
 
 
-def rows(call: Call, a: int, b: int) -> Tensor:
+def rows(call: Operands, a: int, b: int) -> Tensor:
     """Dense weights of queries a to b, after any edits. [batch, head, b-a, key]"""
     return _edited(call, a, b, _Space(call)).clone()
 
 
-def visible(call: Call, keys: Any = None) -> Tensor:
+def visible(call: Operands, keys: Chosen | None = None) -> Tensor:
     """How many keys, or keys of a set, each query may look at. [batch|1, head|1, query] integers
 
     Mask, bias and causal order hide keys; a finite mask does so by numbers in the lower half of the negative ones.
     """
-    chosen = None if keys is None else select(keys, call.tokens, call, "key")[:, None, None]
+    chosen = None if keys is None else keys.where[:, None, None]
     parts = []
     for a, b in spans(call):
         may = seen(call, a, b)
@@ -62,7 +58,7 @@ def visible(call: Call, keys: Any = None) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def seen(call: Call, a: int, b: int) -> Tensor:
+def seen(call: Operands, a: int, b: int) -> Tensor:
     """Which keys the queries a to b may look at. [batch|1, head|1, b-a, key] boolean"""
     at = torch.arange(call.key.shape[2], device=call.query.device)[None, None, None]
     may = at <= (torch.arange(a, b, device=at.device)[:, None] if call.causal else at[..., -1:])
@@ -85,20 +81,20 @@ def misfit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def output(call: Call) -> Tensor:
+def output(call: Operands) -> Tensor:
     """weights @ value, [batch, head, query, dim], in the dtype of the query."""
     return torch.cat([_output(part) for part in _by_heads(call)], dim=1)
 
 
-def reduce(call: Call, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
+def reduce(call: Operands, wanted: Iterable[Reduction]) -> dict[Reduction, Tensor]:
     """Every reduction in `wanted`, in one pass over the strips."""
     wanted = list(wanted)
     found = [_reduce(part, wanted) for part in _by_heads(call)]
     return found[0] if len(found) == 1 else {r: torch.cat([part[r] for part in found], dim=1) for r in wanted}
 
 
-def _output(call: Call) -> Tensor:
-    value, dropout, parts = call.value.to(_exact(call)), call._given.get("dropout", 0.0), []
+def _output(call: Operands) -> Tensor:
+    value, dropout, parts = call.value.to(_exact(call)), call.dropout, []
     for _, _, weights in _strips(call, _Space(call)):
         weights = F.dropout(weights, dropout) if dropout else weights
         kv_heads, n = value.shape[1], weights.shape[-1]
@@ -107,11 +103,10 @@ def _output(call: Call) -> Tensor:
     return torch.cat(parts, dim=2).to(call.query.dtype)
 
 
-def _reduce(call: Call, wanted: list[Reduction]) -> dict[Reduction, Tensor]:
+def _reduce(call: Operands, wanted: list[Reduction]) -> dict[Reduction, Tensor]:
     masses, sets = [r for r in wanted if r.name == "mass"], call.query.new_empty(0)
     if masses:
-        sets = stack([select(r.knob, call.tokens, call, "key") for r in masses]).mT.to(_exact(call))
-    groups = {r: select(r.knob, call.query_tokens, call, "query") for r in wanted if r.name == "received" and r.knob}
+        sets = stack([r.knob.where for r in masses]).mT.to(_exact(call))
     k = max((r.knob for r in wanted if r.name.startswith("top_")), default=0)
     n_key, space = call.key.shape[2], _Space(call)
     parts: dict[Reduction, list[Tensor]] = {r: [] for r in wanted}
@@ -147,8 +142,8 @@ def _reduce(call: Call, wanted: list[Reduction]) -> dict[Reduction, Tensor]:
                 case "top_keys":
                     parts[r].append(at[..., : r.knob])
                 case "received":
-                    if r in groups:
-                        chosen = groups[r][:, None, None, a:b].to(p.dtype)
+                    if r.knob is not None:
+                        chosen = r.knob.where[:, None, None, a:b].to(p.dtype)
                         seen = (chosen.expand(*p.shape[:2], -1, -1) @ p)[:, :, 0]
                     else:
                         seen = p.sum(-2)
@@ -162,11 +157,11 @@ def _reduce(call: Call, wanted: list[Reduction]) -> dict[Reduction, Tensor]:
     return columns | {r: torch.cat(p, dim=2) for r, p in parts.items() if p}
 
 
-def _by_heads(call: Call) -> list[Call]:
+def _by_heads(call: Operands) -> list[Operands]:
     """The call, or one call for each key head where rows are so long that a strip of all heads would be flat."""
     batch, heads, n_query, _ = call.query.shape
     kv_heads, n_key = call.key.shape[1], call.key.shape[2]
-    if call._given.get("edits") or kv_heads == 1 or STRIP // (batch * heads * n_key) >= min(TALL, n_query):
+    if call.edits or kv_heads == 1 or STRIP // (batch * heads * n_key) >= min(TALL, n_query):
         return [call]
     group = heads // kv_heads
 
@@ -180,23 +175,23 @@ def _by_heads(call: Call) -> list[Call]:
         if sinks is not None:
             sinks = sinks.flatten()[queries] if sinks.numel() == heads else sinks[:, queries]
         new = {"query": call.query[:, queries], "key": call.key[:, keys], "value": call.value[:, keys], "sinks": sinks}
-        parts.append(call.but(**new, mask=own(call.mask, queries), bias=own(call.bias, queries)))
+        parts.append(replace(call, **new, mask=own(call.mask, queries), bias=own(call.bias, queries)))
     return parts
 
 
-def _strips(call: Call, space: _Space) -> Iterator[tuple[int, int, Tensor]]:
+def _strips(call: Operands, space: _Space) -> Iterator[tuple[int, int, Tensor]]:
     """First query, last, and their weights [batch, head, query, key]; keys after the last visible one are cut off.
 
     The weights lie in a shared buffer: use them before the next strip.
     """
     if call.key.dtype != _exact(call):
-        call = call.but(key=call.key.to(_exact(call)))  # once, rather than once a strip
-    get = _edited if call._given.get("edits") else _softmax
+        call = replace(call, key=call.key.to(_exact(call)))  # once, rather than once a strip
+    get = _edited if call.edits else _softmax
     for a, b in spans(call):
         yield a, b, get(call, a, b, space)
 
 
-def spans(call: Call) -> Iterator[tuple[int, int]]:
+def spans(call: Operands) -> Iterator[tuple[int, int]]:
     """First query and last of each strip."""
     batch, head, n_query, _ = call.query.shape
     step = max(1, STRIP // (batch * head * call.key.shape[2]))
@@ -204,15 +199,15 @@ def spans(call: Call) -> Iterator[tuple[int, int]]:
         yield a, min(a + step, n_query)
 
 
-def _edited(call: Call, a: int, b: int, space: _Space) -> Tensor:
+def _edited(call: Operands, a: int, b: int, space: _Space) -> Tensor:
     weights = _softmax(call, a, b, space)
     weights = F.pad(weights, (0, call.key.shape[2] - weights.shape[-1]))
-    for edit in call._given.get("edits", ()):
-        weights = edit(call, weights, range(a, b))
+    for edit in call.edits:
+        weights = edit(weights, range(a, b))
     return weights
 
 
-def _softmax(call: Call, a: int, b: int, space: _Space) -> Tensor:
+def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
     query, key = call.query[:, :, a:b].to(_exact(call)), call.key.to(_exact(call))
     batch, head, _, dim = query.shape
     n = min(key.shape[2], b) if call.causal else key.shape[2]
@@ -277,7 +272,7 @@ def _entropy(p: Tensor, space: _Space) -> Tensor:
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-def _exact(call: Call) -> torch.dtype:
+def _exact(call: Operands) -> torch.dtype:
     return torch.float64 if call.query.dtype == torch.float64 else torch.float32
 
 
@@ -287,23 +282,11 @@ def cut(mask: Tensor, a: int, b: int, n: int) -> Tensor:
     return mask[:, :, a:b, :n] if mask.shape[2] > 1 else mask[..., :n]
 
 
-def _distances(call: Call, a: int, b: int, n: int, clip: int | None) -> Tensor:
+def _distances(call: Operands, a: int, b: int, n: int, clip: int | None) -> Tensor:
     at = torch.arange(call.query_start + a, call.query_start + b, device=call.query.device, dtype=_exact(call))
     keys = torch.arange(call.key_start, call.key_start + n, device=call.query.device, dtype=_exact(call))
     apart = (at[:, None] - keys).abs_()
     return apart if clip is None else apart.clamp_(max=clip)
-
-
-def select(knob: Any, tokens: Tokens | None, call: Call, axis: str) -> Tensor:
-    """[batch|1, key or query] boolean."""
-    if hasattr(knob, "where"):
-        return knob.where
-    if tokens is None:
-        raise ValueError(
-            f"role {knob!r} asked of {call.site}, but what its tokens are is not known; "
-            f"pass a boolean tensor [batch, {axis}] instead"
-        )
-    return tokens.role(knob)
 
 
 def stack(sets: list[Tensor]) -> Tensor:

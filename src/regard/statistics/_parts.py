@@ -15,20 +15,22 @@ def undefined(call: Call) -> Tensor:
 
 def total(call: Call) -> Tensor | float:
     """Sum of each row: 1, but where sinks take a part or an intervention edits weights. [batch, head, query]"""
-    if call.sinks is None and not call._given.get("edits"):
+    if call.sinks is None and not call.edits:
         return 1.0
     return call.weights.mass(torch.ones(1, call.key.shape[2], dtype=torch.bool, device=call.query.device))
 
 
 def at_offset(call: Call, offset: int) -> Tensor:
-    """Weight on the key `offset` positions after the query; NaN where there is none. [batch, head, query]"""
+    """Weight on the key `offset` positions after the query; NaN where none is, or padding. [batch, head, query]"""
     if call.site.cross:
         return undefined(call)
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     keys = torch.arange(n_query, device=call.query.device) + call.query_start + offset - call.key_start
-    there = (keys >= 0) & (keys < n_key)
-    found = call.weights.at(torch.where(there, keys, -1)[None])
-    return found.masked_fill(~there, float("nan"))
+    there = ((keys >= 0) & (keys < n_key))[None]
+    if call.tokens is not None:
+        there = there & call.tokens.role("real")[:, keys.clamp(0, n_key - 1)]
+    found = call.weights.at(torch.where(there, keys, -1))
+    return found.masked_fill(~there[:, None], float("nan"))
 
 
 def on_copies(call: Call, after: int) -> Tensor:

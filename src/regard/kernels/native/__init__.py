@@ -12,16 +12,13 @@ import os
 from collections.abc import Iterable
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..strips import cut, misfit, select, stack
-
-if TYPE_CHECKING:
-    from ...call import Call
-    from ...weights import Reduction
+from ..operands import Operands, Reduction
+from ..strips import cut, misfit, stack
 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
@@ -149,7 +146,7 @@ def instructions() -> int:
     return min(best, INSTRUCTIONS.index(asked))
 
 
-def refusal(call: Call, wanted: Iterable[Reduction] = ()) -> str | None:
+def refusal(call: Operands, wanted: Iterable[Reduction] = ()) -> str | None:
     """Why this kernel cannot do this call; None where it can."""
     if (why := why_not()) is not None:
         return why
@@ -157,7 +154,7 @@ def refusal(call: Call, wanted: Iterable[Reduction] = ()) -> str | None:
         return f"tensors on {call.query.device}"
     if odd := {t.dtype for t in (call.query, call.key, call.value)} - _FLOATS:
         return f"dtype {', '.join(map(str, odd))}"
-    if call._given.get("edits"):
+    if call.edits:
         return "an intervention edits weights"
     if unknown := {r.name for r in wanted} - _ROWWISE:
         return f"no reduction {', '.join(sorted(unknown))}"
@@ -165,7 +162,7 @@ def refusal(call: Call, wanted: Iterable[Reduction] = ()) -> str | None:
 
 
 def forward(
-    call: Call,
+    call: Operands,
     wanted: Iterable[Reduction] = (),
     *,
     output: bool = False,
@@ -208,7 +205,7 @@ def forward(
         given("clips", torch.tensor([-1.0 if r.knob is None else float(r.knob) for r in distances]))
         empty("distance", len(distances), *rows)
     if masses := by_name.get("mass"):
-        sets = stack([select(r.knob, call.tokens, call, "key") for r in masses])
+        sets = stack([r.knob.where for r in masses])
         results.n_mass, results.mass_stride = len(masses), (len(masses) * n_key if len(sets) > 1 else 0)
         given("sets", sets.float())
         empty("mass", len(masses), *rows)
@@ -216,9 +213,7 @@ def forward(
         results.n_received = len(received)
         if any(r.knob is not None for r in received):
             everyone = torch.ones(1, n_query, dtype=torch.bool)
-            groups = stack(
-                [everyone if r.knob is None else select(r.knob, call.query_tokens, call, "query") for r in received]
-            )
+            groups = stack([everyone if r.knob is None else r.knob.where for r in received])
             results.received_stride = len(received) * n_query if len(groups) > 1 else 0
             given("groups", groups.float())
         empty("received", len(received), batch, heads, n_key)
@@ -340,7 +335,7 @@ def _settings(
     }
 
 
-def differentiable(call: Call) -> Tensor:
+def differentiable(call: Operands) -> Tensor:
     """The output of a call, with gradients. [batch, head, query, dim]"""
     settings = {"scale": call.scale, "softcap": call.softcap, **_limits(call.causal, None)}
     bias = None if call.bias is None else cut(call.bias, 0, call.query.shape[2], call.key.shape[2])
@@ -456,7 +451,7 @@ class _Job:
     """The arguments of one run, and what must stay alive meanwhile."""
 
     @classmethod
-    def of_call(cls, call: Call, window: int | None, blocks: Blocks | None) -> _Job:
+    def of_call(cls, call: Operands, window: int | None, blocks: Blocks | None) -> _Job:
         tensors = (call.query, call.key, call.value, call.bias, call.sinks, call.mask)
         return cls(*tensors, scale=call.scale, softcap=call.softcap, blocks=blocks, **_limits(call.causal, window))
 

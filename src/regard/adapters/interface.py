@@ -1,0 +1,120 @@
+"""The attention functions of transformers: what each does with its arguments, as a `Call`, and a check that it does.
+
+The seam stands in for such a function; `Asked` is what it was called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..call import Call, Site, UnreachableAttention
+
+READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
+# How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Kinds of calls whose output was compared with weights @ value.
+_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An attention function as transformers calls it, or as an adapter does for a module of its own ("own")."""
+
+    implementation: str
+    function: Callable[..., tuple[Tensor, Tensor | None]]
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    keywords: dict[str, Any]
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's own function: output [batch, query, head, dim], and weights where it gives them."""
+        return self.function(self.module, query, key, value, self.mask, **self.keywords)
+
+    @property
+    def dropout(self) -> float:
+        applies = self.implementation == "sdpa" or self.module.training
+        return self.keywords.get("dropout", 0.0) if applies else 0.0
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Calls that the model's own function treats alike."""
+        inner = inspect.unwrap(self.function)  # what stays the same where a function is made anew for every call
+        return getattr(inner, "__code__", inner), self.query.shape[2] == 1, self.mask is None
+
+    @property
+    def new(self) -> bool:
+        """Whether no call of this kind was compared with the model's own output. With dropout none can be."""
+        return not self.dropout and self.kind not in _checked.get(self.module, ())
+
+
+def read(asked: Asked, site: Site) -> Call:
+    """The call in terms of what this implementation does with its arguments."""
+    implementation, kwargs = asked.implementation, asked.keywords
+    query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
+    if implementation == "own":  # an adapter's: the module made its weights itself
+        own = partial(_own_rows, kwargs["weights"])
+        return Call(site, query, key, value, 1.0, causal=_is_causal(kwargs["weights"]), edits=(own,))
+    if implementation not in READABLE or not (mask is None or isinstance(mask, Tensor)):
+        raise UnreachableAttention(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    bias, softcap, sinks, causal = kwargs.get("position_bias"), None, None, False
+    if implementation == "sdpa":
+        causal = kwargs.get("is_causal")
+        causal = getattr(asked.module, "is_causal", True) if causal is None else causal
+        causal = bool(causal) and mask is None and query.shape[2] > 1
+        if causal and key.shape[2] > query.shape[2]:  # prefill into a longer static cache
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            bias = None if bias is None else bias[..., : query.shape[2]]
+    else:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.to(query.dtype)  # eager functions add it, also where a model hands them a boolean one
+        code = inspect.unwrap(asked.function)
+        honoured = inspect.signature(code).parameters
+        bias = bias if "position_bias" in honoured else None
+        softcap = kwargs.get("softcap") if "softcap" in honoured else None
+        sinks = kwargs.get("sinks") if "sinks" in honoured else None
+        if sinks is None and "sinks" in getattr(code, "__code__", code).co_names:
+            sinks = cast(Tensor, asked.module.sinks)
+    return Call(site, query, key, value, scale, mask, causal, bias, softcap, sinks)
+
+
+def _own_rows(own: Tensor, weights: Tensor, rows: range) -> Tensor:
+    return own[:, :, rows.start : rows.stop].to(weights.dtype)
+
+
+def _is_causal(weights: Tensor) -> bool:
+    n, n_key = weights.shape[-2:]
+    return n == n_key > 1 and not bool(weights.triu(1).any()) and bool(weights.tril(-1).any())
+
+
+@torch.no_grad()
+def check(asked: Asked, call: Call) -> None:
+    """Raise where the model's own output does not follow from the weights as read: nothing inexact is recorded."""
+    assert call.own_output is not None
+    n_query, value = call.query.shape[2], call.value
+    group = call.query.shape[1] // value.shape[1]
+    for at in sorted({0, n_query // 2, n_query - 1}):
+        weights = call.weights.rows(at, at + 1)
+        grouped = weights.unflatten(1, (value.shape[1], group)).flatten(2, 3)
+        ours = (grouped @ value.to(weights.dtype)).unflatten(2, (group, 1)).flatten(1, 2)
+        theirs = call.own_output[:, :, at : at + 1].to(ours.dtype)
+        limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
+        if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
+            off = float((ours - theirs).abs().max())
+            raise UnreachableAttention(
+                f"{call.site}: the output of its attention does not follow from the query, key, value and mask seen at "
+                f"the seam (off by {off:.2g}), so its weights would be wrong; this model needs an adapter"
+            )
+    _checked.setdefault(asked.module, set()).add(asked.kind)
