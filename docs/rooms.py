@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -12,7 +11,6 @@ from mkdocs.structure.files import File, Files
 import regard
 from regard import catalog
 
-CLAIMS = Path(__file__).parent / "claims.md"
 NOT_ROOMS = {"adapters", "claims", "cli", "data", "kernels", "profile", "zoo"}
 
 
@@ -29,14 +27,14 @@ def files(room: str) -> list[str]:
 
 def page(room: str) -> str:
     """Markdown of a room."""
-    told = set(re.findall(r"^## (\S+)$", CLAIMS.read_text(), re.MULTILINE))
     papers = {row.object.partition(":")[0]: row for row in catalog.rows().values() if row.object}
     parts = [f"# {room.capitalize()}", _docstrings(f"regard.{room}", "members: false")]
     for name in files(room):
         parts.append(f"## {name}")
         if row := papers.get(f"regard.{room}.{name}"):
-            claim = f" · [what its claim found](../claims.md#{row.key})" if row.key in told else ""
-            parts.append(f"[{row.title}]({row.link}){claim}")
+            parts.append(
+                f"[{row.title}]({row.link}) · [how it is called, and what its claim found](../papers/{row.key}.md)"
+            )
         parts.append(_docstrings(f"regard.{room}.{name}"))
     return "\n\n".join(parts) + "\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +132,7 @@ def explain(
     score += " ahead" if "against" in found.coords else ""
     about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
     page = writers[out.suffix](parts, told, about)
-    with written_aside(out) as draft:
+    with replaced(out) as draft:
         draft.write_bytes(page)
     notes = list(dict.fromkeys(str(one.message) for one in warned))
     return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts], notes)
@@ -208,8 +207,7 @@ def _compared(
     return parts
 
 
-from ..files import MARK, replaced
-from ..loading import Loaded, load, parameters
+def _said(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None]) -> str:
     """What is predicted, in words."""
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     labels = getattr(loaded.model.config, "id2label", None) or {}

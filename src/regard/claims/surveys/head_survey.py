@@ -32,12 +32,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         (str(kinds).split(", "), str(stages).split(", "))
         for kinds, stages in zip(node["kinds"].values.ravel(), node["stages"].values.ravel())
     ]
-    placed = [
-        (kind, TAXONOMY[kind].stage in stages)
-        for kinds, stages in listed
-        for kind in kinds
-        if kind in TAXONOMY and TAXONOMY[kind].stage
-    ]
+    staged = {kind: of.stage for kind, of in TAXONOMY.items() if of.stage}
+    placed = [(kind, staged[kind] in stages) for kinds, stages in listed for kind in kinds if kind in staged]
     right, words, shuffled = [], [], []
     rng = random.Random(seed)
     for score, kind in KNOWN.items():
