@@ -57,8 +57,20 @@ def test_every_row_is_there_and_whole():
 
 def test_no_key_stands_twice():
     folder = Path(catalog.__file__).parent / "catalog"
-    keys = [key for path in folder.glob("*.toml") if path.stem != "tags" for key in tomllib.loads(path.read_text())]
+    tables = [path for path in folder.glob("*.toml") if path.stem not in ("tags", "parity")]
+    keys = [key for path in tables for key in tomllib.loads(path.read_text())]
     assert len(keys) == len(set(keys)) == sum(ROOMS.values())
+
+
+def test_parity_is_of_built_rows_and_said_in_words():
+    assert {catalog.row(key).object != "" for key in catalog.parities()} == {True}
+    one = catalog.Parity("authors", "X, f", 5e-7, True, 2)
+    assert str(one) == "equal to the authors' code within 5e-07, 2 cases (X, f)"
+    other = catalog.Parity("reimplementation", "Y", 0.3, False, 1)
+    assert str(other) == "differs from a reimplementation by 3e-01, 1 case (Y)"
+    assert catalog.row("moba").parity.startswith("equal to the authors' code within ")
+    assert catalog.row("power").parity == "not compared: no code was at hand"
+    assert dataclasses.replace(catalog.row("power"), object="").parity == "not compared"
 
 
 def test_built_rows_import_and_have_a_claim():
