@@ -2,9 +2,9 @@
 
 Zeng et al., PosIR: Position-Aware Heterogeneous Information Retrieval Benchmark (arXiv:2601.08363), and the authors'
 repository, for its metrics and bins. Relevance is tied to a span, so that place and length of a document can be told
-apart: results are taken within buckets of length, over twenty bins of the span's middle, closed at their end. The position sensitivity
-index is 1 - least / largest mean nDCG@10 of these bins. Saliency of a position is the length of the gradient of the
-similarity in the embedding of its token.
+apart: results are taken within buckets of length, over twenty bins of the span's middle, closed at their end. The
+position sensitivity index is 1 - least / largest mean nDCG@10 of these bins. Saliency of a position is the length of
+the gradient of the similarity in the embedding of its token.
 
     >>> import torch
     >>> from regard.evaluation.posir import PositionedQuery, posir

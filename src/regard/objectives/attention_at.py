@@ -42,12 +42,12 @@ def attention_at(
 ) -> Tensor:
     """The loss, plus `strength` times the loss under the worst change of attention scores. A scalar, with gradient.
 
-    loss: runs the model and gives its loss, the mean or the sum over examples; it is called twice. epsilon: how far
-    the scores of one example are moved, by the 2-norm. interpretable: Attention iAT instead of Attention AT. where:
-    which sites are changed; queries: which rows of them, such as `slice(0, 1)` for `[CLS]`. Rows keep what was masked
-    masked. It costs two runs of the model and a backward pass more than the loss alone, and holds the maps of what it
-    changes; dropout differs between the two runs. Raises ValueError for a negative epsilon, where nothing is changed, or
-    where `loss` runs a layer more than once.
+    loss: runs the model and gives its loss, the mean or the sum over examples; it is called twice. epsilon: how far the
+    scores of one example are moved, by the 2-norm. interpretable: Attention iAT instead of Attention AT. where: which
+    sites are changed; queries: which rows of them, such as `slice(0, 1)` for `[CLS]`. Rows keep what was masked masked.
+    It costs two runs of the model and a backward pass more than the loss alone, and holds the maps of what it changes;
+    dropout differs between the two runs. Raises ValueError for a negative epsilon, where nothing is changed, or where
+    `loss` runs a layer more than once.
 
         attention_at(model, lambda: model(**batch).loss, epsilon=5.0).backward()
     """
