@@ -87,7 +87,9 @@ class Names:
         batch, n = call.query.shape[0], call.query_start
         prompt = None if generation is None else generation.prompt
         whole = prompt is not None and len(prompt) == batch and prompt.shape[1] == generation.begins > n
-        tokens = self._text(call.site.stack, prompt[:, :n], 0, False, None) if whole else Tokens.plain("other", batch, n)
+        tokens = (
+            self._text(call.site.stack, prompt[:, :n], 0, False, None) if whole else Tokens.plain("other", batch, n)
+        )
         return _unmasked(tokens, inputs.get("attention_mask"), 0)
 
     def keys(self, call: Call, known: Tokens | None, mask: Any) -> Tokens:
@@ -173,7 +175,7 @@ class Names:
 
 
 def _pieces(runs: list[tuple[int, int, int]], counts: list[int]) -> list[tuple[int, int, int]]:
-    """The runs of image tokens cut into pictures of so many tokens, in order; none where that does not come out even."""
+    """The runs of image tokens cut into pictures of so many tokens, in order; none where it does not come out even."""
     left, pieces = list(counts), []
     for sample, a, b in runs:
         while a < b and left and left[0] > 0:

@@ -143,7 +143,9 @@ class Run:
         self.keys |= {stack: self.keys[stack].of_rows(first) for stack in self.cached & self.keys.keys()}
         self.changes += 1
 
-    def settled(self, stack: str, dims: tuple[str, ...], parts: list[tuple[Place, Tensor]]) -> list[tuple[Place, Tensor]]:
+    def settled(
+        self, stack: str, dims: tuple[str, ...], parts: list[tuple[Place, Tensor]]
+    ) -> list[tuple[Place, Tensor]]:
         """What was recorded, of the rows that came out."""
         if not self.orders or stack not in self.cached or "batch" not in dims:
             return parts
@@ -261,6 +263,7 @@ class Recorder(Recording):
         self.attributes = {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **attributes}
         self.runs: list[Run] = []
         self.interrupted = False
+        self.sums = any("query" not in spec.dims for spec in self.specs.values())
         self._built: tuple[int, list[xr.DataTree]] = (-1, [])
         self._count = 0
 
