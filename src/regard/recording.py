@@ -302,6 +302,7 @@ class Recorder(Recording):
         self.attributes = {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **attributes}
         self.runs: list[Run] = []
         self.interrupted = False
+        self.sums = any("query" not in spec.dims for spec in self.specs.values())
         self._built: tuple[Any, list[xr.DataTree]] = (None, [])
         self._count = 0
         self._last: Run | None = None  # what was added to last
