@@ -175,9 +175,7 @@ def tagged(*wanted: str) -> list[Row]:
     """Rows that carry all of these tags."""
     for tag in wanted:
         if tag not in tags():
-            raise KeyError(
-                f"no tag {shortened(tag)!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}"
-            )
+            raise KeyError(f"no tag {_near(tag, tags())}; `regard papers tags` lists all {len(tags())}")
     return [found for found in rows().values() if set(wanted) <= set(found.tags)]
 
 
@@ -210,9 +208,7 @@ def row(key: str) -> Row:
     try:
         return rows()[key]
     except KeyError:
-        raise KeyError(
-            f"no paper {shortened(key)!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}"
-        ) from None
+        raise KeyError(f"no paper {_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
 
 
 def search(words: str) -> list[Row]:
@@ -240,9 +236,7 @@ def method(room: str, name: str) -> Any:
     """The method of this name: `name` in `regard/<room>/<name>.py`, whatever else there is left alone."""
     found = _namesake(room, name) if name in _files(room) else None
     if found is None:
-        raise KeyError(
-            f"no method {shortened(name)!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
-        )
+        raise KeyError(f"no method {_near(name, methods(room), f' in {room}')}; there are {', '.join(methods(room))}")
     return found
 
 
@@ -259,9 +253,7 @@ def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
     found: Any = _namesake("statistics", name) if name in _files("statistics") else None
     if not hasattr(found, "spec"):
-        raise KeyError(
-            f"no statistic {shortened(name)!r}{_near(name, statistics())}; there are {', '.join(statistics())}"
-        )
+        raise KeyError(f"no statistic {_near(name, statistics())}; there are {', '.join(statistics())}")
     return found
 
 
@@ -375,6 +367,7 @@ def _runs_file() -> Path:
     return Path(home) / "claims.json"
 
 
-def _near(name: str, among: Any) -> str:
+def _near(name: str, among: Any, where: str = "") -> str:
+    """What was given, and what may have been meant."""
     close = difflib.get_close_matches(name, among, n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"{shortened(name)!r}{where}" + (f" (did you mean {' or '.join(close)}?)" if close else "")
