@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -63,7 +63,8 @@ class Row:
     @property
     def parity(self) -> str:
         """Whether its values are equal to its authors' code: `equal`, `differs` or `not compared`, then the details."""
-        return "not compared"
+        found = parities().get(self.key)
+        return str(found) if found else "not compared: no code was at hand" if self.object else "not compared"
 
     @property
     def found(self) -> list[Run]:
@@ -78,6 +79,23 @@ class Row:
     def scales(self) -> tuple[str, ...]:
         """The scales that its claim has."""
         return getattr(import_module(self.claim), "SCALES", ("small",)) if self.claim else ()
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a method was off values that others made; `tests/golden` holds what compares them, and writes this."""
+
+    kind: Literal["authors", "reimplementation"]
+    source: str  # whose code, and what of it
+    off: float  # the largest difference, in shares of the largest value
+    equal: bool  # within the tolerance of the dtype
+    cases: int
+
+    def __str__(self) -> str:
+        whose = "the authors' code" if self.kind == "authors" else "a reimplementation"
+        cases = f"{self.cases} case{'s' if self.cases > 1 else ''}"
+        how = f"equal to {whose} within {self.off:.0e}" if self.equal else f"differs from {whose} by {self.off:.0e}"
+        return f"{how}, {cases} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -132,10 +150,16 @@ def rows() -> dict[str, Row]:
     """All rows by key."""
     found: dict[str, Row] = {}
     for path in sorted(_FOLDER.glob("*.toml")):
-        if path.stem != "tags":
+        if path.stem not in ("tags", "parity"):
             for key, entry in tomllib.loads(path.read_text()).items():
                 found[key] = Row(key, path.stem, **{**entry, "tags": tuple(entry["tags"])})
     return found
+
+
+@cache
+def parities() -> dict[str, Parity]:
+    """What was compared with the code of others, by key."""
+    return {key: Parity(**entry) for key, entry in tomllib.loads((_FOLDER / "parity.toml").read_text()).items()}
 
 
 @cache

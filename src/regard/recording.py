@@ -97,18 +97,91 @@ class Place(NamedTuple):
     heads: int
     query: range
     key: range
+    order: int = 0  # how often rows had been put in another order before
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One sequence from its start: a forward pass, or a prefill and its decoding steps."""
 
     parts: dict[str, dict[str, dict[int, list[tuple[Place, Tensor]]]]] = field(default_factory=dict)
     sites: dict[str, dict[int, Site]] = field(default_factory=dict)
-    tokens: dict[str, Tokens] = field(default_factory=dict)
+    tokens: dict[str, Tokens] = field(default_factory=dict)  # by stack, as far as its sequence has come
     starts: dict[str, set[int]] = field(default_factory=dict)  # where the queries of each step of a stack begin
-    key_stack: dict[str, str] = field(default_factory=dict)  # of a cross stack: whose tokens its keys are
-    ends: dict[tuple[str, int], int] = field(default_factory=dict)  # queries recorded so far
+    keys: dict[str, Tokens] = field(default_factory=dict)  # of a cross stack: what it looks at
+    ends: dict[tuple[str, int], int] = field(default_factory=dict)  # where the last call of a layer ended
+    cached: set[str] = field(default_factory=set)  # stacks whose positions a cache holds
+    orders: list[Tensor] = field(default_factory=list)  # of which rows the cache's became copies, time after time
+    rows: list[Tensor] | None = None  # of what was recorded after so many orders: the rows that came out, -1 for none
+    latest: list[Call] = field(default_factory=list)  # calls of the newest pass, while it may yet be cropped
+    changes: int = 0  # of what was recorded before
+
+    @property
+    def batch(self) -> int | None:
+        """Rows of the cache."""
+        return next((len(self.tokens[stack].ids) for stack in self.cached if stack in self.tokens), None)
+
+    def reorder(self, rows: Tensor) -> None:
+        """The cache's rows are copies of these from now on; and so is what was recorded of them."""
+        self.orders.append(rows)
+        for known in (self.tokens, self.keys):
+            known |= {stack: known[stack].of_rows(rows) for stack in self.cached & known.keys()}
+        self.changes += 1
+
+    def crop(self, end: int) -> None:
+        """What stands at `end` and after is taken back."""
+        for stack in self.cached & self.tokens.keys():
+            self.tokens[stack] = self.tokens[stack][:end]
+        self.ends |= {key: min(at, end) for key, at in self.ends.items() if key[0] in self.cached}
+        self.latest.clear()
+        self.changes += 1
+
+    def choose(self, beams: Tensor, before: int, begins: int, ids: Tensor) -> None:
+        """Of all rows that were tried, these came out.
+
+        beams [sequence, step]: the row that each was in at each step after `before` orders; -1 after its end. ids
+        [sequence, token]: what was generated, from position `begins` on.
+        """
+        steps = beams.shape[1]
+        if len(self.orders) - before < steps:
+            raise ValueError(
+                "beam search put the rows of the cache in another order in a way that Regard does not see, so what was "
+                "recorded cannot be told apart; record with num_beams=1, or run the sequence that it found through "
+                "model(ids): its attention is the same"
+            )
+        first, ended = beams[:, 0], beams[:, 1:] < 0
+        self.rows = [*_followed(self.orders[:before], first)[:-1], *beams.T]
+        made = Tokens.plain("generated", len(beams), steps - 1, ids[:, : steps - 1]).marked("pad", ended)
+        for stack in self.cached & self.tokens.keys():
+            self.tokens[stack] = self.tokens[stack].of_rows(first)[:begins].then(made)
+        self.keys |= {stack: self.keys[stack].of_rows(first) for stack in self.cached & self.keys.keys()}
+        self.changes += 1
+
+    def settled(
+        self, stack: str, dims: tuple[str, ...], parts: list[tuple[Place, Tensor]]
+    ) -> list[tuple[Place, Tensor]]:
+        """What was recorded, of the rows that came out."""
+        if not self.orders or stack not in self.cached or "batch" not in dims:
+            return parts
+        rows = self.rows or _followed(self.orders, torch.arange(len(self.orders[-1])))
+        summed = "key" in dims and "query" not in dims
+        found = []
+        for place, tensor in parts[: sum(place.order < len(rows) for place, _ in parts)]:
+            here = rows[place.order]
+            chosen = tensor.index_select(dims.index("batch"), here.clamp_min(0))
+            if (none := here < 0).any():
+                none = none.reshape([-1 if dim == "batch" else 1 for dim in dims])
+                chosen = chosen.masked_fill(none, 0 if summed else float("nan") if chosen.is_floating_point() else -1)
+            found.append((place._replace(batch=len(here)), chosen))
+        return found
+
+
+def _followed(orders: list[Tensor], last: Tensor) -> list[Tensor]:
+    """The rows before and after each order that `last` are copies of, or are in the end."""
+    rows = [last]
+    for order in reversed(orders):
+        rows.append(order[rows[-1]])
+    return rows[::-1]
 
 
 class Recording:
@@ -233,11 +306,58 @@ class Recorder(Recording):
         self._count = 0
         self._last: Run | None = None  # what was added to last
 
-    def begin(self) -> None:
+    def begin(self, run: Run) -> None:
         """A run starts. What a sink has taken is not kept, so only the newest run matters."""
         if self.sink is not None:
             self.runs.clear()
-        self.runs.append(Run())
+        self.runs.append(run)
+
+    def refuse_order(self) -> None:
+        """Raise where what was recorded cannot be put in another order."""
+        lost = [name for name, spec in self.specs.items() if "batch" not in spec.dims]
+        if lost or self.sink is not None:
+            what = f"statistic {lost[0]!r} has no batch axis" if lost else "a sink has taken what was seen"
+            raise ValueError(
+                f"the rows of a cache were put in another order, as beam search does, but {what}; record with "
+                f"num_beams=1, or run the sequence that it found through model(ids): its attention is the same"
+            )
+
+    def crop(self, run: Run, end: int) -> None:
+        """Take back what was recorded at position `end` and after, as the cache did."""
+        if self.sink is not None:
+            raise ValueError(
+                "a cache was cropped, as assisted decoding does, but a sink has taken what was seen; run the sequence "
+                "that came out through model(ids): its attention is the same"
+            )
+        for stack in run.cached & run.parts.keys():
+            run.starts[stack] = {start for start in run.starts[stack] if start < end}
+            for name, layers in run.parts[stack].items():
+                for layer, parts in layers.items():
+                    kept = [(p, t) for p, t in parts if p.query.start < end]
+                    if kept and kept[-1][0].query.stop > end:
+                        kept[-1] = self._cropped(run, stack, name, layer, *kept[-1], end)
+                    layers[layer] = kept
+
+    def _cropped(
+        self, run: Run, stack: str, name: str, layer: int, place: Place, tensor: Tensor, end: int
+    ) -> tuple[Place, Tensor]:
+        """The part of one call that stands before `end`."""
+        dims, n = self.specs[name].dims, end - place.query.start
+        if "query" in dims:
+            tensor = tensor.narrow(dims.index("query"), 0, n)
+        else:
+            call = next((c for c in run.latest if (c.site.stack, c.site.layer) == (stack, layer)), None)
+            found = None if call is None else self.statistics[name](call.of_queries(n))
+            if found is None:
+                raise ValueError(
+                    f"a cache was cropped to {end} positions inside what one call added to it, and statistic {name!r} "
+                    f"says nothing of single queries; record it over model(ids) of the sequence that came out"
+                )
+            tensor = found.detach().cpu()
+        keys = range(place.key.start, min(place.key.stop, end)) if place.key.stop == place.query.stop else place.key
+        if "key" in dims:
+            tensor = tensor.narrow(dims.index("key"), 0, len(keys))
+        return place._replace(query=range(place.query.start, end), key=keys), tensor
 
     def add(self, run: Run, call: Call, name: str, seen: Tensor | None) -> None:
         run.starts.setdefault(call.site.stack, set()).add(call.query_start)
@@ -250,7 +370,7 @@ class Recorder(Recording):
             self.sink(name, call, seen.detach().to(kind, copy=True))
             return
         layers = run.parts.setdefault(call.site.stack, {}).setdefault(name, {})
-        place = Place(call.query.shape[0], call.query.shape[1], call.query_positions, call.key_positions)
+        place = Place(*call.query.shape[:2], call.query_positions, call.key_positions, len(run.orders))
         layers.setdefault(call.site.layer, []).append((place, seen.detach().to("cpu", kind, copy=True)))
 
     def __len__(self) -> int:
@@ -259,7 +379,7 @@ class Recorder(Recording):
     def _all(self) -> list[xr.DataTree]:
         if self.sink is not None:
             raise ValueError("what was seen went to the sink; nothing of it is recorded")
-        now = (self._count, len(self.runs), self.interrupted)
+        now = (self._count, len(self.runs), self.interrupted, sum(run.changes for run in self.runs))
         if self._built[0] != now:
             self._built = (now, [self._tree(run) for run in self.runs])
         self._trees = self._built[1]
@@ -267,14 +387,18 @@ class Recorder(Recording):
 
     def _tree(self, run: Run) -> xr.DataTree:
         packages = {name: version(name) for name in ("regard", "torch", "transformers")}
-        stacks = {stack: self._dataset(run, stack) for stack in run.parts}
+        stacks = {stack: self._dataset(run, stack) for stack in run.parts if any(_placed(run.parts[stack]))}
         partial = self.interrupted and (run is self._last or run is self.runs[-1])
         return _with_attributes(stacks, {**self.attributes, **packages, "partial": partial})
 
     def _dataset(self, run: Run, stack: str) -> xr.Dataset:
-        found, sites = run.parts[stack], run.sites[stack]
-        layers = sorted(sites)
-        places = [place for by_layer in found.values() for parts in by_layer.values() for place, _ in parts]
+        sites, layers = run.sites[stack], sorted(run.sites[stack])
+        found = {
+            name: {i: s for i, parts in by_layer.items() if (s := run.settled(stack, self.specs[name].dims, parts))}
+            for name, by_layer in run.parts[stack].items()
+        }
+        found = {name: by_layer for name, by_layer in found.items() if by_layer}
+        places = list(_placed(found))
         query0, key0 = min(p.query.start for p in places), min(p.key.start for p in places)
         sizes = {
             "batch": max(p.batch for p in places),
@@ -287,15 +411,18 @@ class Recorder(Recording):
                 if dim not in ("batch", "head", "query", "key"):
                     longest = max(part.shape[axis] for parts in by_layer.values() for _, part in parts)
                     sizes[dim] = max(sizes.get(dim, 0), longest)
-        starts, data = sorted(run.starts[stack]), {}
+        starts, data = run.starts[stack], {}
+        if run.rows is not None:  # steps of beams that did not come out
+            starts = starts & {place.query.start for place in places}
+        starts = sorted(starts)
         for name, by_layer in found.items():
             spec = self.specs[name]
             array, dims = _join(by_layer, layers, spec.dims, sizes, query0, key0, starts)
             limits = {} if None in spec.limits else {"range": list(spec.limits)}
             data[name] = (dims, array, {"long_name": spec.title, "units": spec.units, "about": spec.about, **limits})
         first = sites[layers[0]]
-        keyed = run.key_stack.get(stack, "") if first.cross else stack  # "": nothing tells what the keys are
-        queries, keys = run.tokens.get(stack), run.tokens.get(keyed)
+        queries = run.tokens.get(stack)
+        keys = run.keys.get(stack) if first.cross else queries
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(sizes["head"])}
         coords |= self._labels("query", queries, query0, sizes["query"], sizes["batch"])
         coords |= self._labels("key", keys, key0, sizes["key"], sizes["batch"])
@@ -329,6 +456,10 @@ class Recorder(Recording):
         for i, part in enumerate(("image", "row", "column")):
             labels[f"{axis}_{part}"] = (("batch", axis), tokens.places[..., i].numpy())
         return labels
+
+
+def _placed(found: dict[str, dict[int, list[tuple[Place, Tensor]]]]) -> Iterator[Place]:
+    return (place for by_layer in found.values() for parts in by_layer.values() for place, _ in parts)
 
 
 def _refuse_names(specs: Mapping[str, Spec]) -> None:
