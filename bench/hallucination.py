@@ -41,7 +41,7 @@ def shown(model: str, name: str, n: int, seed: int) -> Shown:
 
 
 def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, Any]:
-    """Answers of a model under a method by part, and its `pace`, each kept as soon as it is there; or why it is `unfit`."""
+    """Answers of a model under a method, and its `pace`, each kept as soon as it is there; or why it is `unfit`."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     parts = ["pace", *COLOURS, "polls", "captions", "sampled"] + ["oracles"] * (name == GREEDY)
     missing = [part for part in parts if part not in found and "unfit" not in found]
@@ -179,8 +179,8 @@ def page(found: dict[str, dict[str, dict[str, Any]]], n: int, seed: int) -> str:
     return f"""# Hallucination
 
 Every method of the room `interventions` that fits it, on the zoo's [describer and witness](zoo.md), beside greedy
-decoding and beside oracles. Methods are fitted at their defaults: none was tuned to these models. A method can be judged
-on a model only where its family's oracle gains and its paper's premises hold; the models' cards have these.
+decoding and beside oracles. Methods are fitted at their defaults: none was tuned to these models. A method can be
+judged on a model only where its family's oracle gains and its paper's premises hold; the models' cards have these.
 
 `python bench/hallucination.py --write` makes this page: {n} scenes of each set, seed {seed}.
 
@@ -188,8 +188,8 @@ on a model only where its family's oracle gains and its paper's premises hold; t
 
 Colours: one of the objects is asked for. Polls: adversarial questions on the presence of shapes in `tempted` scenes,
 half of which are to be answered with yes (POPE, arXiv:2305.10355). Absent: share of the objects named in captions of
-`tempted` scenes that are absent (CHAIR, arXiv:1809.02156), by greedy decoding and by sampling at temperature 1; named: of
-what is there, without which a model that says little looks best. In brackets: points above greedy decoding, or above
+`tempted` scenes that are absent (CHAIR, arXiv:1809.02156), by greedy decoding and by sampling at temperature 1; named:
+of what is there, without which a model that says little looks best. In brackets: points above greedy decoding, or above
 sampling, with the standard error of the paired difference. Time: processor time for a word, times that of greedy
 decoding.
 
