@@ -287,6 +287,8 @@ def explain(
     out.print(escape(found.said), highlight=False)
     for table in found.tables:
         out.print(table)
+    for note in found.notes:
+        out.print(f"[yellow]{escape(note)}", highlight=False)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import catalog
 from ..catalog import Finding
+from ..files import refuse_foreign
 
 
 def reproduce(
@@ -20,19 +21,20 @@ def reproduce(
 
     resume: take those that ran on this machine at this scale and seed as they came out then.
     """
+    drawn = {key: plots / f"{key}{'' if scale == 'small' else '-' + scale}.svg" for key in keys} if plots else {}
+    refuse_foreign(*drawn.values())
     found: dict[str, Finding] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(keys))
         for key in keys:
             progress.update(task, description=key)
-            plot = plots / f"{key}{'' if scale == 'small' else '-' + scale}.svg" if plots else None
             if resume and (kept := catalog.remembered(key, scale=scale, seed=seed)):
                 found[key] = kept
                 progress.advance(task)
                 continue
             try:
-                found[key] = catalog.reproduce(key, scale=scale, seed=seed, plot=plot)
+                found[key] = catalog.reproduce(key, scale=scale, seed=seed, plot=drawn.get(key))
             except Exception as error:  # one broken claim does not keep the others from running
                 console.print(f"[bold red]{key} broke[/]: {error}", highlight=False)
                 console.print(traceback.format_exc(), markup=False, highlight=False)

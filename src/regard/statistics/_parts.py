@@ -15,13 +15,13 @@ def undefined(call: Call) -> Tensor:
 
 def total(call: Call) -> Tensor | float:
     """Sum of each row: 1, but where sinks take a part or an intervention edits weights. [batch, head, query]"""
-    if call.sinks is None and not call.edits:
+    if call.sinks is None and not call._given.get("edits"):
         return 1.0
     return call.weights.mass(torch.ones(1, call.key.shape[2], dtype=torch.bool, device=call.query.device))
 
 
 def at_offset(call: Call, offset: int) -> Tensor:
-    """Weight on the key `offset` positions after the query; NaN where none is, or padding. [batch, head, query]"""
+    """Weight on the key `offset` positions on; NaN where there is none, or padding. [batch, head, query]"""
     if call.site.cross:
         return undefined(call)
     n_query, n_key = call.query.shape[2], call.key.shape[2]

@@ -23,7 +23,6 @@ constexpr int BQ = 48, CP = PN >= 32 ? 8 : 128 / PN;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT = std::numeric_limits<float>::quiet_NaN();
 constexpr float FLOOR = -1000.0f;  // a score this far below the maximum weighs nothing, and 0 * FLOOR is still 0
-constexpr float LOWEST = -1e38f;   // log-sum-exp of a row that sees nothing but what is masked
 constexpr int64_t ALIGN = 64;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -744,14 +743,15 @@ struct Forward {
       const float mine = total(&State::sum, i * W);
       const float reference = r.given_lse ? s.maxima[i] : s.maximum[i];
       float above = std::log2(mine), inverse = 1.0f / mine;
+      float level = reference, over = above;  // the same as reference and above, from the sink where it is higher
       if (r.given_lse) {
-        above = 0.0f, inverse = 1.0f;
-        if (!a.sinks.data) above = std::log2(mine), inverse = 1.0f / mine;  // takes its rounding away
+        if (a.sinks.data) above = over = 0.0f, inverse = 1.0f;  // otherwise the total takes its rounding away
       } else if (a.sinks.data) {
         const float sink = sink_of(a, block, row) * (LOG2E / dress.unit), peak = std::max(sink, s.maximum[i]);
         const float own = weight_at((s.maximum[i] - peak) * dress.unit);
         const float all_weight = mine * own + weight_at((sink - peak) * dress.unit);
-        above = (peak - s.maximum[i]) * dress.unit + std::log2(all_weight);
+        level = peak, over = std::log2(all_weight);
+        above = (peak - s.maximum[i]) * dress.unit + over;
         inverse = own / all_weight;
         if (sink != sink) inverse = above = NOT;
       }
@@ -760,13 +760,14 @@ struct Forward {
       if (mine != mine) inverse = above = NOT;
       bad |= inverse != inverse;
       const float zero = blind ? inverse : 0.0f;  // 0, or NaN
-      references[i] = blind ? 0.0f : reference;
-      aboves[i] = blind && inverse == 0.0f ? INF : above;
+      references[i] = blind ? 0.0f : level;
+      aboves[i] = blind && inverse == 0.0f ? INF : inverse != inverse ? NOT : over;
       if (r.lse)
-        r.lse[out] = !blind            ? reference * (dress.unit * LN2) + above * LN2
+        r.lse[out] = !blind            ? level * (dress.unit * LN2) + aboves[i] * LN2
                      : a.sinks.data    ? sink_of(a, block, row)
                      : inverse == 0.0f ? -INF
                                        : NOT;
+      if (r.above) r.reference[out] = references[i], r.above[out] = aboves[i];
       if (r.entropy)
         r.entropy[out] =
             blind || inverse == 0.0f ? zero : LN2 * inverse * (above * mine - total(&State::entropy, i * W));
@@ -939,7 +940,7 @@ struct Backward {
   bool capped;
   int64_t width, value_width, padded_keys, head_size;
   Memory<float> memory, sums_memory;
-  float *q_rows, *q, *d_rows, *d, *o_rows, *d_query, *weights, *d_weights, *slope, *lse, *inner, *sums;
+  float *q_rows, *q, *d_rows, *d, *o_rows, *d_query, *weights, *d_weights, *slope, *reference, *above, *inner, *sums;
 
   Backward(const Attention& a, const Gradients& g, const Plan& plan)
       : a(a),
@@ -952,11 +953,12 @@ struct Backward {
         padded_keys(up(a.n_key, PN)),
         head_size(padded_keys * (width + value_width)) {
     const int64_t area = BQ * CP * PN;
-    float* p = memory.get(BQ * 3 * (width + value_width) + 3 * area + 2 * BQ);
+    float* p = memory.get(BQ * 3 * (width + value_width) + 3 * area + 3 * BQ);
     const auto take = [&](int64_t n) { return (p += n) - n; };
     q_rows = take(BQ * width), q = take(BQ * width), d_query = take(BQ * width);
     d_rows = take(BQ * value_width), d = take(BQ * value_width), o_rows = take(BQ * value_width);
-    weights = take(area), d_weights = take(area), slope = take(area), lse = take(BQ), inner = take(BQ);
+    weights = take(area), d_weights = take(area), slope = take(area);
+    reference = take(BQ), above = take(BQ), inner = take(BQ);
     sums = sums_memory.get(plan.heads_together * head_size);
   }
 
@@ -1009,12 +1011,13 @@ struct Backward {
     vf total = {};
     for (int64_t c = i * value_width; c < (i + 1) * value_width; c += W) total += load(d_rows + c) * load(o_rows + c);
     inner[i] = sum(total);
-    const float natural = g.lse[row_of(block, i)];
-    lse[i] = natural * (LOG2E / dress.unit);
-    if (natural <= LOWEST) lse[i] = INF;  // sees nothing but what is masked: no gradient
+    const int64_t at = row_of(block, i);
+    const bool blind = g.lse && g.lse[at] == -INF;
+    reference[i] = g.lse ? (blind ? 0.0f : g.lse[at] * (LOG2E / dress.unit)) : g.reference[at];
+    above[i] = g.lse ? (blind ? INF : 0.0f) : g.above[at];
     if (!g.sinks) return;
-    const float sink = sink_of(a, block, block.rows[i]);
-    g.sinks[row_of(block, i)] = -weight_at((sink - natural) * LOG2E) * inner[i];
+    const float sink = sink_of(a, block, block.rows[i]) * (LOG2E / dress.unit);
+    g.sinks[at] = -weight_at((sink - reference[i]) * dress.unit - above[i]) * inner[i];
   }
 
   // Weights x and the gradient of scores dx, for the rows of a tile and one panel.
@@ -1030,7 +1033,7 @@ struct Backward {
     if (dress.needed(tile, panel)) dress(block, tile, panel, x, capped ? slope : nullptr, nullptr);
     for (int i = tile.start; i < tile.start + tile.real; i++)
       for (int64_t e = i * PN; e < (i + 1) * PN; e += W) {
-        const vf w = exp2(larger(all(FLOOR), (load(x + e) - all(lse[i])) * all(dress.unit)));
+        const vf w = exp2(larger(all(FLOOR), (load(x + e) - all(reference[i])) * all(dress.unit) - all(above[i])));
         store(x + e, w);
         store(dx + e, w * (load(dx + e) - all(inner[i])));
       }
