@@ -4,8 +4,8 @@ Texts are twelve words after [CLS]: some glad, fewer or more sad, the others nei
 label. So words speak for the label or against it, and it is known which. LIME's own coefficients are those of
 infinitely many samples, from all 4096 ways to mask a text. The paper's factor of 3/2 takes the mean of a head's sum of
 exponentials for the sum, in the limit of long texts and of a mask that draws nothing: it is right to about a third,
-from about 0.6, where a mask draws as much as a word, on. Two controls were tried, on other seeds: correlations do not see
-the masked text, whose term is much the same for all words.
+from about 0.6, where a mask draws as much as a word, on. Two controls were tried, on other seeds: correlations do not
+see the masked text, whose term is much the same for all words.
 """
 
 from __future__ import annotations
