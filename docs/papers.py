@@ -9,6 +9,7 @@ Plots are those of `regard reproduce KEY --plot docs/papers/plots`. What a run d
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import re
 import sys
@@ -114,8 +115,9 @@ def sentence() -> str:
     stated = sum(bool(run.finding.premises) for run in small)
     return (
         f"Of the {len(small)} claims that were run at `--scale small`, {verdicts['held']} held, "
-        f"{verdicts['did not hold']} did not hold, {verdicts['cannot tell']} cannot be told; {stated} measure premises, "
-        f"all of which were met in {met}. Of the {len(built())} rows {parity['equal']} are equal to their authors' "
+        f"{verdicts['did not hold']} did not hold, {verdicts['cannot tell']} cannot be told; {stated} measure "
+        f"premises, all of which were met in {met}. Of the {len(built())} rows {parity['equal']} are equal to their "
+        "authors' "
         f"code, {parity['differs']} differ where they say so, {parity['not compared']} were not compared."
     )
 
@@ -163,9 +165,29 @@ def _call(row: Row, method: Any) -> str:
         example = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
         if example:
             break
-    imported = f"from {where} import {name}"
-    body = "\n".join(line for line in example if line != imported)
-    return f"```python\n{imported}\n{body}".rstrip() + "\n```"
+    code = "\n".join(line for line in example if not line.startswith(f"from {where} import"))
+    lines = [*_imports(code, vars(_module(where)), {name}), f"from {where} import {', '.join(_own(code, where, name))}"]
+    return "```python\n" + "\n".join([*lines, "", code] if code else lines) + "\n```"
+
+
+def _names(code: str) -> set[str]:
+    """What an example uses and does not make."""
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    made = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    brought = re.findall(r"import (\w+)$", code, re.MULTILINE)
+    return {node.id for node in nodes} - made - set(brought)
+
+
+def _own(code: str, where: str, name: str) -> list[str]:
+    """Of these, the module's own; and the method."""
+    here = vars(_module(where))
+    return sorted({name} | {n for n in _names(code) if n in here and not isinstance(here[n], ModuleType)})
+
+
+def _imports(code: str, here: dict[str, Any], known: set[str]) -> list[str]:
+    """Of these, modules that the method's imports."""
+    modules = {n: here[n].__name__ for n in _names(code) - known if isinstance(here.get(n), ModuleType)}
+    return sorted(f"import {full}" if full == n else f"import {full} as {n}" for n, full in modules.items())
 
 
 def _commands(row: Row) -> str:

@@ -1,7 +1,10 @@
-"""A page for each room: its files' docstrings, and the papers behind them, made when the site is built."""
+"""Made when the site is built: a page for each room, and the report on the home page."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -11,6 +14,7 @@ from mkdocs.structure.files import File, Files
 import regard
 from regard import catalog
 
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness"
 NOT_ROOMS = {"adapters", "claims", "cli", "data", "kernels", "profile", "zoo"}
 
 
@@ -50,6 +54,15 @@ def on_config(config: MkDocsConfig) -> None:
     config.nav.insert(titles.index("Reference") + 1, {"Rooms": pages})
 
 
+def report() -> str:
+    """What `regard look` writes of the bundled reader and a sentence."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "regard", "look", "reader", "--text", TEXT, "--out", folder]
+        subprocess.run(command, check=True, capture_output=True)
+        return (Path(folder) / "report.html").read_text(encoding="utf-8")
+
+
 def on_files(files: Files, config: MkDocsConfig) -> None:
+    files.append(File.generated(config, "assets/reader.html", content=report()))
     for room in rooms():
         files.append(File.generated(config, f"rooms/{room}.md", content=page(room)))
