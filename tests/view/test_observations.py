@@ -78,7 +78,8 @@ def padded(tree: xr.DataTree, left: int, alone: bool = False) -> xr.DataTree:
         row = node.isel(query=at.clip(0, n - 1), key=at.clip(0, n - 1))
         row = row.assign_coords(query=np.arange(n + left), key=np.arange(n + left))
         for side in ("query", "key"):
-            row[f"{side}_role"] = (("batch", side), np.where(there, "text", "pad")[None].astype(object))
+            roles = np.where(there, "text", "pad")[None].astype(object)
+            row = row.assign_coords({f"{side}_role": (("batch", side), roles)})
         row["top_keys"] = row["top_keys"] + before
         row["received"] = row["received"].where(xr.DataArray(there, dims="key"), 0)
         rows.append(row)

@@ -270,7 +270,9 @@ def batch(pads: int = 5) -> tuple[xr.Dataset, xr.Dataset]:
 def test_a_padded_text_has_the_numbers_of_the_text_alone(tmp_path):
     alone, both = (write(tmp_path, tree(node)) for node in batch())
     one, two = alone.header["stacks"][0], both.header["stacks"][0]
-    atlas = [page.block(s["atlas"]).view("<f4").reshape(-1, s["samples"], 2, 3) for page, s in ((alone, one), (both, two))]
+    atlas = [
+        page.block(s["atlas"]).view("<f4").reshape(-1, s["samples"], 2, 3) for page, s in ((alone, one), (both, two))
+    ]
     np.testing.assert_allclose(atlas[1][:, 1], atlas[0][:, 0], rtol=1e-5)
     assert "2 samples of at most 13 tokens" in both.html
     np.testing.assert_array_equal(both.dense(sample=1)[..., 5:, 5:], alone.dense())
@@ -281,13 +283,18 @@ def test_a_padded_text_has_the_numbers_of_the_text_alone(tmp_path):
         if v["along"]:
             series = []
             for page, variable, samples in ((alone, v, 1), (both, w, 2)):
-                codes = page.block(variable["block"]).view("<u2").astype(float).reshape(samples, -1, 8 if samples == 1 else 13)
+                codes = (
+                    page.block(variable["block"])
+                    .view("<u2")
+                    .astype(float)
+                    .reshape(samples, -1, 8 if samples == 1 else 13)
+                )
                 step = (variable["high"] - variable["low"]) / 65534
                 series.append(np.where(codes == 65535, np.nan, variable["low"] + codes * step))
             np.testing.assert_allclose(series[1][1][:, 5:], series[0][0], atol=1e-3)
             assert np.isnan(series[1][1][:, :5]).all()
     rolled = [np.asarray(page.block(s["rollout"]["blocks"][-1])) for page, s in ((alone, one), (both, two))]
-    assert rolled[1][: 15].sum() == 0
+    assert rolled[1][:15].sum() == 0
     assert rolled[1][15:].sum() == rolled[0].sum()
 
 
