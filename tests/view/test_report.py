@@ -249,7 +249,7 @@ def test_variables_keep_sixteen_bits_and_their_means_are_exact(tmp_path):
 
 
 def batch(pads: int = 5) -> tuple[xr.Dataset, xr.Dataset]:
-    """A text alone, and the same after padding, in a batch with a longer one; the padding's own numbers are nonsense."""
+    """A text alone, and the same after padding, beside a longer one; the padding's own numbers are nonsense."""
     rng = np.random.default_rng(9)
     rows = weights(rng, queries=8, keys=8, sink=3.0)
     alone = stack(rows)
