@@ -175,7 +175,7 @@ class Names:
 
 
 def _pieces(runs: list[tuple[int, int, int]], counts: list[int]) -> list[tuple[int, int, int]]:
-    """The runs of image tokens cut into pictures of so many tokens, in order; none where that does not come out even."""
+    """The runs of image tokens cut into pictures of so many tokens, in order; none where it does not come out even."""
     left, pieces = list(counts), []
     for sample, a, b in runs:
         while a < b and left and left[0] > 0:

@@ -58,7 +58,7 @@ class _Entry:
         """The same from here on, for a checkpoint's gradient."""
         turns = {module: replace(turn) for module, turn in self.turns.items()}
         layers = {stack: set(ran) for stack, ran in self.layers.items()}
-        copied = replace(self, frame=None, again=True, turns=turns, layers=layers, runs=dict(self.runs))
+        copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
         copied.source = self.source
         return copied
 
@@ -105,6 +105,7 @@ class Passes:
         self.crosses = any(site.cross for site in sites.values())
         self.selfs = {site.stack for site in sites.values() if not site.cross}
         self.links = {link for site in sites.values() for link in links(model, site.name)}
+        self.served: dict[tuple[Any, ...], Site] = {}  # a site as the layers that it has been
         self.entries: list[_Entry] = []  # running now, outermost first
         self.run: Run | None = None  # of the outermost call, as soon as it attends
         self.ran: dict[str, Tokens] = {}  # stacks of the outermost call
@@ -177,14 +178,15 @@ class Passes:
         run.ends[stack, call.site.layer] = call.query_positions.stop
         if entry.again:
             return None
-        if entry.cache is not None and call.query.shape[2] > 1 and self._tried(call):
+        if self.recorder is not None and self.recorder.sums and entry.cache is not None and self._tried(call):
             run.latest.append(call)
         return run
 
-    def _tried(self, call: Call) -> bool:
-        """Whether these queries may be taken back: those of a long prompt would be much to keep in case."""
+    @staticmethod
+    def _tried(call: Call) -> bool:
+        """Whether some of these queries may be taken back: a long prompt would be much to keep in case."""
         now = generation.now()
-        return call.query_start > 0 or (now is not None and now.assisted)
+        return call.query.shape[2] > 1 and (call.query_start > 0 or (now is not None and now.assisted))
 
     # Layers
 
@@ -229,7 +231,11 @@ class Passes:
         if (turn := entry.turns.get(module)) is None:  # not by the call that runs hooks
             turn = entry.turns[module] = _Turn(self._layer(entry, site))
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
-        site = replace(site, layer=turn.layer, heads=heads, kv_heads=kv_heads, causal=causal)
+        serves = module, turn.layer, heads, kv_heads, causal
+        if serves not in self.served:
+            changes = {"layer": turn.layer, "heads": heads, "kv_heads": kv_heads, "causal": causal}
+            self.served[serves] = replace(site, **changes)
+        site = self.served[serves]
         alike = (site.stack, turn.seen, *call.query.shape[:3:2], *call.key.shape[:3:2])
         if (known := entry.known.get(alike)) is None:
             known = entry.known[alike] = self._known(entry, replace(call, site=site), turn.seen)
@@ -348,8 +354,8 @@ class Passes:
         return run
 
     def _joined(self, entry: _Entry, key: tuple[str, int], mine: Generation | None) -> Run | None:
-        """The run of a new sequence, where it has one: what else this pass is about, or this call of `generate`; what the
-        states are of that it was given; what parts have run for by themselves."""
+        """The run of a new sequence, where it has one: that of this pass, or of this call of `generate`; of the states
+        that it was given; of parts that have run by themselves."""
         found, outside = self.run, self._outside()
         if found is None and mine is not None:
             found = mine.runs.get(self)
@@ -401,10 +407,7 @@ class Passes:
         """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
         run = self.held.pop(caches.of(generation.cache), None)
         if run is not None:
-            assert generation.beams is not None and generation.sequences is not None
-            assert generation.begins is not None and generation.prompt is not None
-            made = generation.sequences[:, generation.prompt.shape[1] :]
-            run.choose(generation.beams, generation.orders[self], generation.begins, made)
+            run.choose(generation.beams, generation.orders[self], generation.begins, generation.made)
 
     # A checkpoint's gradient
 

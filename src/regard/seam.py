@@ -263,7 +263,7 @@ def _repeated(stands: Sequence[tuple[_Session, Any]]) -> Iterator[None]:
         for session, stand in stands:
             if session.closed and session.interventions:
                 raise RuntimeError(
-                    f"a part of {type(session.model).__name__} runs again for its gradient after the block of intervene "
+                    f"a part of {type(session.model).__name__} runs again for its gradient, but the block of intervene "
                     f"that it ran in has ended; run backward inside the block, or turn gradient checkpointing off"
                 )
             undo.enter_context(session.passes.repeated(stand))
@@ -305,7 +305,8 @@ def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], g
     """The call as the interventions of each session, outermost first, leave it."""
     call = given
     for session, context in zip(sessions, contexts):
-        call = session.change(call.but(**context))
+        if session.interventions:
+            call = session.change(call.but(**context))
     own = bool(given.edits)  # an adapter's: the module computes its weights by itself
     if own and not (_untouched(call, given) and call.query is given.query and call.key is given.key):
         raise UnreachableAttention(

@@ -132,7 +132,7 @@ def links(model: nn.Module, name: str) -> list[tuple[nn.Module, str, nn.Module]]
 def _shared_layers(members: list[tuple[str, nn.Module]], names: dict[nn.Module, list[str]]) -> list[tuple[int, ...]]:
     """The layers that each module is by its other names too, as where a list holds one layer several times."""
     alike = [[n for n in names[module] if n != name and _template(n) == _template(name)] for name, module in members]
-    first, others = [name for name, _ in members], sum(alike, [])
+    first, others = [name for name, _ in members], [n for known in alike for n in known]
     numbers = dict(zip([*first, *others], _layers([*first, *others])))
     if [numbers[name] for name in first] != _layers(first):  # these names do not tell
         return [()] * len(members)

@@ -32,12 +32,13 @@ class Generation:
     orders: dict[Follower, int] = field(default_factory=dict)  # how often rows had been put in order before
     cache: Any = None
     prompt: Tensor | None = None  # ids [batch, token], once it decodes
-    begins: int | None = None  # position of the first token that it generates
+    begins: int | None = None  # position of the first token that it generates, once it decodes
     assisted: bool = False  # tokens are tried, and taken back
     padding: list[Tensor] = field(default_factory=list)  # of each token generated: the rows that were finished before
     finished: Tensor | None = None  # [batch] boolean
-    beams: Tensor | None = None  # [sequence, step]: the row that each step of what came out was in; -1 after its end
-    sequences: Tensor | None = None  # ids of what came out
+    # Of the sequences that came out of a beam search:
+    beams: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # the row of each step; -1 after the end
+    made: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # ids that were generated
 
     def tell(self, done: Tensor) -> None:
         """A token was generated; then these rows were finished."""
@@ -97,11 +98,11 @@ def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
 def _sampling(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def sample(model: Any, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any) -> Any:
-        if (generation := _decodes(model, input_ids, kwargs)) is not None:
-            # Rows that are finished are fed padding with the mask left on, but only where a token ends a row.
-            if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-                stopping_criteria = _Watched(stopping_criteria)
-                stopping_criteria.tell = generation.tell
+        generation = _decodes(model, input_ids, kwargs)
+        # Rows that are finished are fed padding with the mask left on, but only where a token ends a row.
+        if generation is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = _Watched(stopping_criteria)
+            stopping_criteria.tell = generation.tell
         return own(model, input_ids, stopping_criteria=stopping_criteria, **kwargs)
 
     return sample
@@ -128,7 +129,8 @@ def _searching(own: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             generation_config.return_dict_in_generate = asked
         if generation is not None:
-            generation.beams, generation.sequences = found.beam_indices.cpu().long(), found.sequences.cpu()
+            generation.beams = found.beam_indices.cpu().long()
+            generation.made = found.sequences[:, input_ids.shape[1] :].cpu()
             for follower in generation.orders:
                 follower.came_out(generation)
         return found if asked else found.sequences

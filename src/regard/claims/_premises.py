@@ -12,9 +12,10 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from .. import zoo
 from ..call import Call
+from ..catalog import Premise
 from ..data.scenes import COLOURS, SHAPES, Object, Scene, questions
 from ..evaluation import hallucination
 from ..files import written_aside
@@ -36,19 +38,6 @@ from ._shown import JUDGED, Asked, Shown, named, paired
 
 SCENES = 200
 FILE = "premises.json"
-
-
-class Number(NamedTuple):
-    """A premise of a model: what is measured, the bar, what was found, and whether it is met."""
-
-    what: str
-    needed: str
-    measured: str
-    met: bool
-
-
-def points(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 class Subject:
@@ -125,7 +114,7 @@ def _on_patches(model: nn.Module, given: Mapping[str, Tensor], words: int) -> Te
 # --- the premises ---------------------------------------------------------------------------------------------------
 
 
-def evidence(s: Subject) -> Number:
+def evidence(s: Subject) -> Premise:
     """A probe of the image tokens, as the language model is given them, is right where the model errs."""
     shown, train = s.shown("tempted"), Shown(s.name, "tempted", 6 * s.n, s.seed + 1_000_000)
     asked = shown.polls()
@@ -155,7 +144,7 @@ def evidence(s: Subject) -> Number:
         )
     }
     share = {kind: float(np.mean(some)) if some else float("nan") for kind, some in found.items()}
-    return Number(
+    return Premise(
         "evidence is there: a probe of the image tokens is right where the model errs",
         "75% of its false yes, 60% of all errors",
         f"{share['false yes']:.0%} of {len(found['false yes'])}, {share['errors']:.0%} of {len(wrong)}",
@@ -179,7 +168,7 @@ def presence(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([[float(bool(scene.find(shape))) for shape in SHAPES] for scene in scenes])
 
 
-def prior(s: Subject) -> Number:
+def prior(s: Subject) -> Premise:
     """After a caption that names what seldom comes alone, its absent partner is affirmed, and other shapes are not."""
     shown = s.shown("tempted")
     rng = np.random.default_rng(shown.seed)
@@ -204,12 +193,12 @@ def prior(s: Subject) -> Number:
     said = {kind: np.mean([a.answer in things[a.scene] for a in asked[True, kind]]) for kind in ("partner", "other")}
     alone = {kind: shown.answers([a._replace(text=bare(a.text)) for a in asked[True, kind]]) for kind in said}
     affirmed = {kind: np.mean([text == "yes" for text in some]) for kind, some in alone.items()}
-    return Number(
+    return Premise(
         "a language prior over visible evidence: absent partners affirmed after a caption, less other absent shapes",
         "15 points; 5 or less when the caption does not name the shape that it goes with",
         f"{with_it}, without that name {without}; asked at once {affirmed['partner']:.0%} and {affirmed['other']:.0%} "
         f"yes; named in captions {said['partner']:.0%} and {said['other']:.0%}",
-        with_it.mean >= 0.15 and with_it.mean > 2 * with_it.error and without.mean <= 0.05,
+        with_it.value >= 0.15 and with_it.value > 2 * with_it.error and without.value <= 0.05,
     )
 
 
@@ -223,12 +212,12 @@ def bare(text: str) -> str:
     return text.rpartition("user: ")[2]
 
 
-def text_dominates(s: Subject) -> Number:
+def text_dominates(s: Subject) -> Premise:
     looks, there = s.looks()
     mass = looks.sum(-1).mean(3)[:, there].mean(1)  # [layer]
     third = len(mass) // 3
     middle, late = float(mass[third:-third].mean()), float(mass[-third:].mean())
-    return Number(
+    return Premise(
         "text dominates late layers: attention of caption words on the picture, last third of layers over middle",
         "ratio 0.6 or less, and 0.35 or less late",
         f"{late / middle:.2f}, {late:.2f} late; by layer {' '.join(f'{m:.2f}' for m in mass.tolist())}",
@@ -236,7 +225,7 @@ def text_dominates(s: Subject) -> Number:
     )
 
 
-def growth(s: Subject) -> Number:
+def growth(s: Subject) -> Premise:
     """Logistic regression of absence on the number of the mention and the log odds of the shape in training."""
     shown = s.shown("tempted")
     known = shown.recipe.usual(600, s.seed)
@@ -257,7 +246,7 @@ def growth(s: Subject) -> Number:
     number = x[:, 1]
     thirds = np.quantile(number, [1 / 3, 2 / 3])
     first, last = y[number <= thirds[0]].mean(), y[number > thirds[1]].mean()
-    return Number(
+    return Premise(
         "invention grows with the caption: slope of absence over the number of the mention, its prior apart",
         "above 0 by two standard errors, and in the last third of mentions twice the first",
         f"{slope:.2f} (standard error {error:.2f}); {first:.1%} and {last:.1%}; {len(y)} mentions",
@@ -275,7 +264,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(beta[1]), float(np.linalg.inv(hessian)[1, 1] ** 0.5)
 
 
-def falls(s: Subject) -> Number:
+def falls(s: Subject) -> Premise:
     looks, there = s.looks()
     mass = looks.sum(-1).mean((0, 3))  # [caption, word]
     long = there.sum(1) >= 20
@@ -283,7 +272,7 @@ def falls(s: Subject) -> Number:
         early = late = float("nan")
     else:
         early, late = float(mass[long, :5].mean()), float(mass[long, 15:20].mean())
-    return Number(
+    return Premise(
         "attention on the picture falls along the caption: at words 16 to 20 against 1 to 5",
         "lower by a quarter or more",
         f"{early:.2f} to {late:.2f}, in {int(long.sum())} captions that long",
@@ -309,7 +298,7 @@ def seen_by_tower(shown: Shown) -> tuple[Tensor, Tensor]:
     return lookout.outliers(hidden), hidden.norm(dim=-1)
 
 
-def outliers(s: Subject) -> Number:
+def outliers(s: Subject) -> Premise:
     shown, out, norms = tower(s)
     pixels = shown.processor.image_processor(images=shown.images, return_tensors="pt")["pixel_values"]
     weights: list[Tensor] = []
@@ -326,7 +315,7 @@ def outliers(s: Subject) -> Number:
     on_objects = torch.stack([o.any(0) for o in shown.owned])
     pulled = float(late[out].mean() / late.mean()) if out.any() else float("nan")
     on = float(on_objects[out].float().mean()) if out.any() else float("nan")
-    return Number(
+    return Premise(
         "the tower has outliers on background: largest norm of a patch over the median, weight of the first token",
         "4 or more; 3 times a patch's mean; 10% or less of them on objects",
         f"{ratio:.1f}; {pulled:.1f}; {on:.0%}; {out.sum(1).float().mean():.1f} a picture",
@@ -334,7 +323,7 @@ def outliers(s: Subject) -> Number:
     )
 
 
-def decoder_on_outliers(s: Subject) -> Number:
+def decoder_on_outliers(s: Subject) -> Premise:
     shown, asked, plain = s.colours("crowded")
     out = seen_by_tower(shown)[0][[a.scene for a in asked]]
     looks, _ = attended(shown, shown.inputs(asked), [a.answer for a in asked])
@@ -348,15 +337,15 @@ def decoder_on_outliers(s: Subject) -> Number:
         name: paired(shown.right(asked, under=reweighed((~which).float(), s.layers)), plain)
         for name, which in (("outliers", out), ("objects", as_objects))
     }
-    return Number(
+    return Premise(
         "the decoder looks at the outliers: their share of its attention on the picture over their share of patches",
         "3 or more; hiding them costs 2 points or less, as many patches of objects 10 or more",
         f"{share:.1f}; {hidden['outliers']}, {hidden['objects']}",
-        bool(share >= 3 and hidden["outliers"].mean >= -0.02 and hidden["objects"].mean <= -0.1),
+        bool(share >= 3 and hidden["outliers"].value >= -0.02 and hidden["objects"].value <= -0.1),
     )
 
 
-def heads_differ(s: Subject) -> Number:
+def heads_differ(s: Subject) -> Premise:
     looks, there = s.looks()
     mass = looks.sum(-1)[1:, there].mean(1)  # [layer, head]
     high, low = (float(torch.quantile(mass.flatten(), q)) for q in (0.9, 0.1))
@@ -368,7 +357,7 @@ def heads_differ(s: Subject) -> Number:
         heads = [(s.layers[1 + i // mass.shape[1]], i % mass.shape[1]) for i in some.tolist()]
         cost[name] = shown.right(asked, under=lambda model, inputs, at, h=heads: Muted(h))
     gain = paired(cost["lower"], cost["upper"])
-    return Number(
+    return Premise(
         "heads differ: picture share of a head, 90% quantile over 10%; muting the upper quarter against the lower",
         "4 or more; costs 10 points more",
         f"{high / max(low, 1e-9):.1f} ({high:.2f} and {low:.2f}); {gain}",
@@ -376,9 +365,8 @@ def heads_differ(s: Subject) -> Number:
     )
 
 
-def points_at(s: Subject) -> Number:
+def points_at(s: Subject) -> Premise:
     """Best layer and best of the last eight tokens are chosen on other scenes."""
-    rates: dict[str, Tensor] = {}
     parts = {}
     for which, other in (("choose", 1), ("judge", 0)):
         shown, asked, plain = s.colours("crowded", other)
@@ -410,7 +398,7 @@ def points_at(s: Subject) -> Number:
     ratio = _hits(looks / base.clamp(min=1e-9), truth)[layer2, :, token2]
     chance = float(truth.float().mean())
     right, wrong = float(raw[plain > 0].mean()), float(raw[plain == 0].mean())
-    return Number(
+    return Premise(
         "the question points: the most attended patch is of what is asked about, in right answers, wrong ones, chance",
         "0.6 and 0.35 or more, chance 0.1 or less; by the ratio to a general prompt 1.3 times as often",
         f"{right:.2f}, {wrong:.2f}, {chance:.2f}; {ratio.mean():.2f} by ratio against {raw.mean():.2f}; layer "
@@ -425,7 +413,7 @@ def _hits(looks: Tensor, truth: Tensor) -> Tensor:
     return truth[torch.arange(len(truth))[None, :, None], best].float()
 
 
-def unimodal(s: Subject) -> Number:
+def unimodal(s: Subject) -> Premise:
     shown, asked, plain = s.colours("crowded")
     looks, _ = attended(shown, shown.inputs(asked), [a.answer for a in asked])
     by_layer = looks.mean((2, 3))  # [layer, question, patch]
@@ -438,7 +426,7 @@ def unimodal(s: Subject) -> Number:
     ]
     gain = paired(cost[1], cost[0])
     share = float(chosen.float().mean())
-    return Number(
+    return Premise(
         "few patches are attended most in the middle layers; dropping them there against as many at random",
         "1 to 10% of the patches; costs 10 points more",
         f"{share:.1%}; {gain}",
@@ -446,9 +434,9 @@ def unimodal(s: Subject) -> Number:
     )
 
 
-def _headroom(what: str, needed: float, s: Subject, family: Callable[..., Any], name: str) -> Number:
+def _headroom(what: str, needed: float, s: Subject, family: Callable[..., Any], name: str) -> Premise:
     found = family(*s.colours(name))
-    return Number(
+    return Premise(
         what,
         f"{100 * needed:.0f} points, more than its control",
         str(found),
@@ -456,19 +444,19 @@ def _headroom(what: str, needed: float, s: Subject, family: Callable[..., Any], 
     )
 
 
-def crop_headroom(s: Subject) -> Number:
+def crop_headroom(s: Subject) -> Premise:
     return _headroom("cropping would help: true crop of a finer picture, colours", 0.2, s, oracles.crops, "crowded")
 
 
-def mask_headroom(s: Subject) -> Number:
+def mask_headroom(s: Subject) -> Premise:
     return _headroom("masking would help: all else black, colours", 0.05, s, oracles.masks, "crowded")
 
 
-def attention_headroom(s: Subject) -> Number:
+def attention_headroom(s: Subject) -> Premise:
     return _headroom("looking would help: true patches times e^3, colours", 0.15, s, oracles.attention, "crowded")
 
 
-def unstable(s: Subject) -> Number:
+def unstable(s: Subject) -> Premise:
     shown, asked, plain = s.colours("plain")
     rng = torch.Generator().manual_seed(s.seed)
     masks = torch.rand(30, len(asked), oracles.ROWS**2, generator=rng) < 0.3
@@ -492,15 +480,15 @@ def unstable(s: Subject) -> Number:
         inputs["pixel_values"] = masked(masks[0])[at]
 
     gain = paired(shown.right(asked, under=under), plain)
-    return Number(
+    return Premise(
         "features are unstable: mean under 30 masks of 30% less clean, over the spread of clean; answers under one",
         "0.3 or more; falls by 5 points or more",
         f"{shift:.2f}; {gain}",
-        bool(shift >= 0.3 and gain.mean <= -0.05),
+        bool(shift >= 0.3 and gain.value <= -0.05),
     )
 
 
-def snowball(s: Subject) -> Number:
+def snowball(s: Subject) -> Premise:
     """A caption that another agent said holds an absent object, or not; the picture is there to see."""
     shown = s.shown("crowded")
     rng = np.random.default_rng(shown.seed)
@@ -518,7 +506,7 @@ def snowball(s: Subject) -> Number:
             )
     yes = {lied: torch.tensor([float(t == "yes") for t in shown.answers(some)]) for lied, some in asked.items()}
     gain = paired(yes[True], yes[False])
-    return Number(
+    return Premise(
         "snowball: false yes where a caption read before invented the object, less where it did not",
         "20 points",
         f"{gain}; {yes[True].mean():.0%} and {yes[False].mean():.0%}",
@@ -526,22 +514,22 @@ def snowball(s: Subject) -> Number:
     )
 
 
-def redundant(s: Subject) -> Number:
+def redundant(s: Subject) -> Premise:
     shown, asked, plain = s.colours("crowded")
     half = (
         torch.rand(len(asked), oracles.ROWS**2, generator=torch.Generator().manual_seed(s.seed)).argsort(1).argsort(1)
     )
     kept = (half < oracles.ROWS**2 // 2).float()
     gain = paired(shown.right(asked, under=reweighed(kept, s.layers, words=False)), plain)
-    return Number(
+    return Premise(
         "patches are redundant: half of them dropped at random after the tower",
         "costs 3 to 30 points",
         str(gain),
-        -0.3 <= gain.mean <= -0.03,
+        -0.3 <= gain.value <= -0.03,
     )
 
 
-PREMISES: dict[str, Callable[[Subject], Number]] = {
+PREMISES: dict[str, Callable[[Subject], Premise]] = {
     "P1": evidence,
     "P2": prior,
     "P3": text_dominates,
@@ -561,7 +549,7 @@ PREMISES: dict[str, Callable[[Subject], Number]] = {
 }
 
 
-def measure(name: str, *, n: int = SCENES, seed: int = JUDGED) -> dict[str, Number]:
+def measure(name: str, *, n: int = SCENES, seed: int = JUDGED) -> dict[str, Premise]:
     """Every premise of a model of the zoo: about three minutes."""
     subject, found = Subject(name, n, seed), {}
     for key, premise in PREMISES.items():
@@ -570,23 +558,23 @@ def measure(name: str, *, n: int = SCENES, seed: int = JUDGED) -> dict[str, Numb
     return found
 
 
-def keep(name: str, found: Mapping[str, Number]) -> Path:
+def keep(name: str, found: Mapping[str, Premise]) -> Path:
     """Keep the numbers beside the model."""
     path = zoo.folder(name) / FILE
-    kept = {"model": _digest(path.parent), "premises": {key: number._asdict() for key, number in found.items()}}
+    kept = {"model": _digest(path.parent), "premises": {key: asdict(number) for key, number in found.items()}}
     with written_aside(path) as draft:
         draft.write_text(json.dumps(kept, indent=1) + "\n")
     return path
 
 
 @cache
-def of(name: str) -> dict[str, Number]:
+def of(name: str) -> dict[str, Premise]:
     """The premises of a model of the zoo, as kept; measured where those kept are of other weights."""
     path = zoo.folder(name) / FILE
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["model"] == _digest(path.parent) and set(kept["premises"]) == set(PREMISES):
-            return {key: Number(**number) for key, number in kept["premises"].items()}
+            return {key: Premise(**number) for key, number in kept["premises"].items()}
     return measure(name)
 
 

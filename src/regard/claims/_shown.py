@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import zoo
-from ..data.scenes import SHAPES, TEXTURES, Dials, Pictures, Scene, questions, render, sample
+from ..data.scenes import Pictures, Scene, questions, render, sample
 from ..evaluation import hallucination
-from ..zoo.recipes import describer, lookout
+from ..zoo.recipes import describer, lookout, witness
 from ..zoo.recipes.viewer import HELD_OUT, PATCH, SIZE
+from ._measure import Mean
 
-MODELS = ("describer", "witness")
+MODELS = ("describer",)
 JUDGED = 1000
 ROWS = SIZE // PATCH
 LARGE = 256  # pixels, of pictures that hold more than the model reads
@@ -31,16 +32,6 @@ BATCH = 64
 Under = Callable[[nn.Module, Mapping[str, Tensor], slice], Any]  # what to answer under, for a batch of the questions
 
 
-def _tempted(shape: str, partner: str) -> Dials:
-    others = {tied for tied, *_ in describer.BIASES if tied != shape}
-    shapes = tuple(shape for shape in SHAPES if shape not in others)
-    together = (shape, partner, 0.1)
-    return Dials(
-        objects=(5, 7), shapes=shapes, sizes=("small",), scale=0.7, textures=TEXTURES, clutter=(0, 6), together=together
-    )
-
-
-TEMPTED = tuple(_tempted(shape, partner) for shape, partner, _ in describer.BIASES)
 SETS = {
     "tempted": "five to seven objects, of which one seldom comes alone, and does here nine times in ten",
     "crowded": "five to nine small objects",
@@ -58,25 +49,25 @@ class Asked(NamedTuple):
     about: tuple[int, ...] = ()
 
 
-class Gain(NamedTuple):
-    """A difference of means, and its standard error over what both were measured on."""
-
-    mean: float
-    error: float
+class Gain(Mean):
+    """A difference of shares, in points where it is written out."""
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:+.1f} points (standard error {100 * self.error:.1f})"
+        return f"{100 * self.value:+.1f} ± {100 * self.error:.1f} points"
+
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if spec else str(self)
 
     def sure(self, least: float = 0.0) -> bool:
         """Whether it is `least` or more, and two standard errors above zero."""
-        return self.mean >= least and self.mean > 2 * self.error
+        return self.value >= least and self.above()
 
 
 def paired(after: Tensor, before: Tensor, groups: Sequence[int] | None = None) -> Gain:
     """How much higher `after` is than `before`, both [case]. groups: of cases that are not independent, as one scene's.
 
     >>> import torch
-    >>> paired(torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.0, 1, 0, 0])).mean
+    >>> paired(torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.0, 1, 0, 0])).value
     0.5
     """
     difference = after.double() - before.double()
@@ -102,7 +93,7 @@ class Shown:
         self.size = LARGE if name == "tiny" else SIZE
         self.scenes: list[Scene]
         if name == "tempted":
-            self.scenes = describer.tempting(n, seed=seed, mixture=TEMPTED)
+            self.scenes = describer.tempting(n, seed=seed, mixture=witness.TEMPTED)
         elif name == "plain":
             self.scenes = self.recipe.plain(n, seed)
         else:

@@ -123,7 +123,8 @@ def _note_said(recording: Recording, loaded: Loaded, ids: Tensor, start: int) ->
     tree.attrs["said"] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     last = Tokens.plain("generated", 1, 1, ids[:, -1:]).texts(loaded.processor)[0]
     for node in tree.children.values():
-        if node.attrs["causal"] and node["query"].values[-1] == ids.shape[1] - 2:
+        looks = node.attrs["causal"] or node.attrs["kind"] == "cross"
+        if looks and node["query"].values[-1] == ids.shape[1] - 2:
             node.attrs["unread"] = last
 
 
