@@ -86,4 +86,7 @@ def test_settings_are_found_wherever_they_stand(tmp_path):
     held = {f"case{i}.settings": f'{{"a": {i}}}' for i in (10, 2)} | {"case2.kind": "b"}
     np.savez(tmp_path / "key.npz", **held)
     found = golden.read(tmp_path / "key.npz")
-    assert [(case.name, dict(case.settings)) for case in found] == [("case2", {"kind": "b", "a": 2}), ("case10", {"a": 10})]
+    assert [(case.name, dict(case.settings)) for case in found] == [
+        ("case2", {"kind": "b", "a": 2}),
+        ("case10", {"a": 10}),
+    ]

@@ -12,6 +12,7 @@ What it rests on is one of the inputs, `over`: tokens as the embeddings that pas
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -365,12 +366,25 @@ def _begun(model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor |
 
     try:
         plainly = {"do_sample": False, "num_beams": 1, "max_new_tokens": FORCED}
-        model.generate(**inputs, **plainly, logits_processor=[chooses], stopping_criteria=[enough])
+        with _quiet():
+            model.generate(**inputs, **plainly, logits_processor=[chooses], stopping_criteria=[enough])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ValueError(f"{type(model).__name__} could not begin to write ({error}); give {name}") from error
     if not seen:
         raise ValueError(f"{type(model).__name__} chooses none of its first {FORCED} tokens; give {name}")
     return {**inputs, name: seen[0][0]}, seen[0][1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on the settings of `generate`, which are no user's."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _over(inputs: Mapping[str, Any], wanted: str | None) -> str:
@@ -520,7 +534,7 @@ def _asked(
     if question.beside is not None:
         field = question.output or _embeds(found, question)
         if field not in found:
-            raise ValueError(f"{name} gives {_listed(found)}: no embedding to compare with that of `beside`")
+            raise ValueError(f"{name} gives {_listed(found)}, and no embedding that could be compared with another")
         question = replace(question, output=field, pool=question.pool or "mean")
         rows = len(_embedding(question, output, real))
         question = replace(question, beside=_other(model, question, rows))

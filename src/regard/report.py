@@ -36,8 +36,9 @@ import xarray as xr
 from markupsafe import Markup
 from PIL import Image
 
+from .data import media
 from .extras import listed
-from .files import written_aside
+from .files import MARK, replaced
 from .observations import SINK_SHARE, SINK_TIMES, sinks
 from .padding import real, unpadded
 from .statistics.rollout import rollout
@@ -98,8 +99,10 @@ def write(
     if len(html) > budget:
         raise ValueError(_too_large(len(html), budget))
     try:
-        with written_aside(path) as draft:
+        with replaced(path) as draft:
             draft.write_bytes(html)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     return path
@@ -110,6 +113,10 @@ def _too_large(size: int, budget: int) -> str:
         f"report: {size:,} bytes without any weights, over budget={budget:,}. Raise budget=, or record fewer layers, "
         "fewer statistics or a shorter text"
     )
+
+
+def _wrong_attribute(of: str, name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"report: the attribute {name} of {of} is {value!r:.60}; it needs {expected}")
 
 
 def _nodes(tree: xr.DataTree) -> dict[str, xr.DataTree]:
@@ -456,7 +463,7 @@ class _Stack:
                 "label": variable.label,
                 "units": str(variable.attrs.get("units", "")),
                 "about": str(variable.attrs.get("about", "")),
-                "range": None if limits is None else [float(x) for x in np.ravel(limits)],
+                "range": None if limits is None else self._range(variable.name, limits),
                 "along": variable.along,
                 "roles": variable.roles,
                 "low": low,
@@ -472,6 +479,15 @@ class _Stack:
                 )
                 packed.append((variable, _deflate(codes.tobytes())))
         return packed
+
+    def _range(self, name: str, limits: Any) -> list[float]:
+        try:
+            low, high = (float(x) for x in np.ravel(limits))
+        except (ValueError, TypeError):
+            low = high = np.nan
+        if not np.isfinite([low, high]).all():
+            raise _wrong_attribute(f"{name} of {self.name}", "range", limits, "two numbers")
+        return [low, high]
 
     def leave_out_weights(self) -> None:
         self.weights = {}
@@ -530,7 +546,10 @@ class _Stack:
 
     def header(self) -> dict[str, Any]:
         grids = self.data.attrs.get("grids", [])
-        grids = json.loads(grids) if isinstance(grids, str) else grids
+        try:
+            grids = [[int(x), int(y)] for x, y in (json.loads(grids) if isinstance(grids, str) else grids)]
+        except (ValueError, TypeError, RecursionError):
+            raise _wrong_attribute(self.name, "grids", grids, "pairs of rows and columns") from None
         return {
             "name": self.name,
             "kind": self.kind,
@@ -539,7 +558,7 @@ class _Stack:
             "layers": self.layers,
             "heads": self.heads,
             "sites": [str(x) for x in np.ravel(self.data.attrs.get("sites", []))],
-            "grids": [[int(x) for x in grid] for grid in grids],
+            "grids": grids,
             "kinds": self._kinds(),
             "query": self.query,
             "key": self.key,
@@ -556,6 +575,8 @@ class _Stack:
         """Of each sample, the token that was generated last: it was never run, so it is neither query nor key."""
         last = self.data.attrs.get("unread")
         last = [last] if isinstance(last, str) else last
+        if not isinstance(last, (list, tuple, np.ndarray, type(None))):
+            raise _wrong_attribute(self.name, "unread", last, "a text for each sample")
         return None if last is None or len(last) != self.samples else [str(x) for x in last]
 
     def tokens(self) -> int:
@@ -630,11 +651,7 @@ def _picture(image: Image.Image) -> dict[str, Any]:
         raise TypeError(
             f"report: pictures holds a {type(image).__name__}; give PIL images (Image.fromarray, Image.open)"
         )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        ground = Image.new("RGBA", image.size, "white")
-        ground.alpha_composite(image.convert("RGBA"))
-        image = ground
-    image = image.convert("RGB")
+    image = media.picture(image, "report: a picture")
     image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     drawn = {}
     for kind, knobs in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
@@ -676,6 +693,7 @@ class _Page:
             "base-uri 'none'; form-action 'none'"
         )
         html = self.template.render(
+            mark=MARK,
             policy=Markup(policy),  # made of constants and digests
             title=f"{model}: where it looks",
             style=Markup(self.style),
@@ -708,7 +726,10 @@ class _Page:
         if attrs.get("created"):
             facts.append(_date(str(attrs["created"])))
         if attrs.get("seconds") is not None:
-            facts.append(f"recorded in {float(attrs['seconds']):.3g} s")
+            try:
+                facts.append(f"recorded in {float(attrs['seconds']):.3g} s")
+            except (ValueError, TypeError):
+                raise _wrong_attribute("the tree", "seconds", attrs["seconds"], "a number") from None
         return facts
 
     def _notices(self) -> list[str]:

@@ -35,9 +35,7 @@ def test_padding_does_not_count_among_the_queries():
     weights[0, 0, 2:, 2:] = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.2, 0.0], [0.9, 0.08, 0.02]])
     key = torch.eye(5)[None, None]
     tokens = Tokens.plain("text", 1, 5).marked("pad", torch.arange(5)[None] < 2)
-    padded = Call(
-        SITE, weights.clamp(min=1e-30).log(), key, key, 1.0, causal=True, tokens=tokens, query_tokens=tokens
-    )
+    padded = Call(SITE, weights.clamp(min=1e-30).log(), key, key, 1.0, causal=True, tokens=tokens, query_tokens=tokens)
     found = sinks(padded, threshold=0.1)[0, 0].tolist()
     assert found == [False, False, False, True, False]  # (0.2 + 0.08) / 2; nothing of the padding is one
 

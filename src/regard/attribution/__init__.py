@@ -56,8 +56,9 @@ def attribute(
     processor: for the coordinate `text`.
 
     Beside the scores there are the coordinates `target` and `score`, the logit that is explained, and of patches among
-    tokens `image`, `row` and `column` (-1: no patch). Several choices have the axes [batch, choice, token], spectrograms
-    [batch, row, column] in the order in which the model takes them, films [batch, step, row, column].
+    tokens `image`, `row` and `column` (-1: no patch). Several choices have the axes [batch, choice, token],
+    spectrograms [batch, row, column] as the model takes them, films [batch, step, row, column].
+
     The model is left as it was found. ValueError where the method cannot be had of this model; KeyError for a method
     that is not there.
 

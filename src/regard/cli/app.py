@@ -287,6 +287,8 @@ def explain(
     out.print(escape(found.said), highlight=False)
     for table in found.tables:
         out.print(table)
+    for note in found.notes:
+        out.print(f"[yellow]{escape(note)}", highlight=False)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)
 
 
@@ -418,9 +420,9 @@ def reproduce(
     ] = "small",
     seed: int = 0,
     plot: Annotated[
-        Path | None, typer.Option(help="With one key: a picture file (svg, png) to draw what was measured into.")
+        Path | None,
+        typer.Option(help="A picture file (svg, png) to draw what was measured into; of several, a folder."),
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="A Markdown page to write, with plots in assets/claims.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Of several: run only those that did not run here at this scale and seed.")
     ] = False,
@@ -431,11 +433,10 @@ def reproduce(
     with _plainly():
         if bool(keys) == every:
             raise ValueError("name papers, or give --all: `regard papers` lists them")
-        if plot is not None and (every or len(keys or []) > 1 or write is not None):
-            raise ValueError("--plot is for one paper; --write makes a page of several, with their plots")
-        chosen = catalog.claimed() if every else [catalog.row(key).key for key in keys or []]
-        if every or len(chosen) > 1 or write is not None:
-            found = claims.reproduce(chosen, write, scale=scale, seed=seed, resume=resume, console=out)
+        having = [key for key in catalog.claimed() if scale in catalog.row(key).scales]
+        chosen = having if every else [catalog.row(key).key for key in keys or []]
+        if every or len(chosen) > 1 or (plot is not None and plot.is_dir()):
+            found = claims.reproduce(chosen, plot, scale=scale, seed=seed, resume=resume, console=out)
             raise typer.Exit(0 if len(found) == len(chosen) else 1)
         finding = catalog.reproduce(chosen[0], scale=scale, seed=seed, plot=plot)
     table = Table.grid(padding=(0, 2))

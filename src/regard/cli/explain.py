@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attribution import attribute
-from ..files import written_aside
-from ..loading import Loaded, load
+from ..files import MARK, replaced
+from ..loading import Loaded, load, parameters
 from ..prediction import predict
 from . import sound
-from .inputs import InputError, hear, open_picture, prepare, read_text, writable
+from .inputs import InputError, hear, open_picture, png, prepare, read_text, writable
 
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
@@ -34,7 +35,8 @@ SIDE = 448  # pixels of a picture that is shown
 FLAT = 4  # how many times longer than wide it may be: spectrograms are stretched
 WIDTH, LINE, FONT, MARGIN = 900, 40, 19, 24  # of a text that is drawn
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{mark}">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #18181b;
   background: #fff }}
@@ -68,6 +70,7 @@ class Explained:
     file: Path
     said: str
     tables: list[Table]
+    notes: list[str] = field(default_factory=list)
 
 
 def explain(
@@ -93,39 +96,46 @@ def explain(
     """
     console = console or Console(quiet=True)
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
-    pictures = [open_picture(image) for image in images] or [None]
+    pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
     writers: dict[str, Callable[..., bytes]] = {".html": _page, ".png": _drawn}
     if out.suffix not in writers:
         raise InputError(f"--out {out}: give a name that ends in {' or '.join(writers)}")
-    writable(out.parent)
+    writable(out.parent, out.name)
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code, dtype=torch.float32)  # gradients are small differences
     model: Any = loaded.model
     if not hasattr(model, "main_input_name") or hasattr(loaded.processor, "scheduler"):
         raise InputError(f"{type(model).__name__} makes no prediction of a class or token to explain")
-    options = {"method": method, "processor": loaded.processor, "words": words}
-    asked = {"target": _index(target, read), "against": _index(against, read)}
-    with console.status(f"asking {method}"):
+    if written is not None and "decoder_input_ids" not in parameters(model):
+        raise InputError(f"--written: {type(model).__name__} has no decoder beside an encoder; add the words to --text")
+    ask = partial(attribute, model, method=method, processor=loaded.processor)
+    chosen = {"target": _index(target, read), "against": _index(against, read)}
+    told = ""
+    with console.status(f"asking {method}"), warnings.catch_warnings(record=True) as warned:
         if heard is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
-            pictures = [_spectrogram(inputs["input_features"])]
-        elif len(read) > 1 and pictures != [None]:
-            inputs = _choices(loaded, read, pictures)
-        elif len(read) + len(pictures) > 2:
-            return _compared(loaded, name, read, pictures, truncate, options, asked, out, writers)
-        else:
+            loud = _spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
+            parts = _one(loaded, inputs, loud, written, partial(ask, words=words), chosen)
+        elif pictures != [None] and hasattr(model, "get_text_features"):
+            parts = _pair(loaded, read, pictures, words, ask, chosen)
+        elif len(read) == len(pictures) == 1:
             inputs, _ = prepare(loaded, name, read[0], pictures[0], truncate, 0)
-        if written is not None:
-            inputs["decoder_input_ids"] = _written(loaded, inputs, written)
-        found = attribute(model, inputs, **asked, **options)
-        parts = _parts(found[0] if len(found) == 1 else found[int(found.target[0])], pictures[0])
-        if found.attrs["predicts"] == "pair":
-            parts = _both(model, inputs, read, pictures[0], words, options, asked)
-        elif written is not None:
-            own = attribute(model, inputs, **asked, **options, over="decoder_input_ids")
-            parts += [Part("written", own[0])]
-    return _wrote(parts, _said(loaded, name, parts[-1].found, read), method, out, writers)
+            seen = _given(pictures[0], inputs, loaded.processor)
+            parts = _one(loaded, inputs, seen, written, partial(ask, words=words), chosen)
+        else:
+            parts = _compared(loaded, name, read, pictures, truncate, partial(ask, words=words), chosen)
+            told = f"how alike the two {'texts' if len(read) > 1 else 'pictures'} are"
+    found = parts[-1].found
+    told = f"{name}: {told or _said(loaded, found, read)}"
+    score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
+    score += " ahead" if "against" in found.coords else ""
+    about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
+    page = writers[out.suffix](parts, told, about)
+    with replaced(out) as draft:
+        draft.write_bytes(page)
+    notes = list(dict.fromkeys(str(one.message) for one in warned))
+    return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts], notes)
 
 
 def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:
@@ -135,42 +145,44 @@ def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:
     return int(name) if name is not None and name.isdecimal() else name
 
 
-def _choices(loaded: Loaded, texts: Sequence[str | None], pictures: Sequence[Image.Image | None]) -> dict[str, Any]:
-    """Inputs of several texts that may be of one picture."""
-    model, processor = loaded
-    if len(pictures) > 1 or not hasattr(model, "get_text_features") or not hasattr(processor, "tokenizer"):
-        raise InputError(
-            f"{type(model).__name__} takes one text; several are for models that compare them with one picture"
-        )
-    return dict(processor(text=list(texts), images=pictures[0], return_tensors="pt", padding=True))
-
-
-def _written(loaded: Loaded, inputs: Mapping[str, Any], written: str) -> Tensor:
-    """What the decoder begins with, as `generate` does, and these words."""
-    model, tokenizer = loaded.model, getattr(loaded.processor, "tokenizer", loaded.processor)
-    with predict(model, inputs) as prediction:
-        begun = prediction.inputs.get("decoder_input_ids")
-    if begun is None:
-        raise InputError(f"--written: {type(model).__name__} has no decoder beside an encoder; add the words to --text")
-    ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return torch.cat([begun, ids.to(begun)], 1)
-
-
-def _both(
-    model: Any,
+def _one(
+    loaded: Loaded,
     inputs: dict[str, Any],
-    texts: Sequence[str | None],
     picture: Image.Image | None,
-    words: bool,
-    options: dict[str, Any],
-    asked: dict[str, Any],
+    written: str | None,
+    ask: Callable[..., xr.DataArray],
+    chosen: dict[str, Any],
 ) -> list[Part]:
-    """The words and the pixels of a pair; of several texts, the words of the one that is explained."""
-    pixels = next(key for key in inputs if key.startswith("pixel_values"))
-    seen = attribute(model, inputs, **asked, over=pixels, **{**options, "words": False})
-    chosen = int(seen.target[0])
-    read = attribute(model, inputs, 0, over="input_ids", **options)
-    return [Part("words", read[chosen]), *_parts(seen[0], picture)]
+    """What a prediction of one input rests on, and, where a decoder has written something, on that."""
+    if written is None:
+        return _parts(ask(inputs, **chosen)[0], picture)
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    with predict(loaded.model, inputs) as prediction:  # it begins as `generate` does
+        begun = prediction.inputs["decoder_input_ids"]
+    ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    inputs = {**inputs, "decoder_input_ids": torch.cat([begun, ids.to(begun)], 1)}
+    own = ask(inputs, **chosen, over="decoder_input_ids")
+    return [*_parts(ask(inputs, **chosen)[0], picture), Part("written", own[0])]
+
+
+def _pair(
+    loaded: Loaded,
+    texts: Sequence[str | None],
+    pictures: Sequence[Image.Image | None],
+    words: bool,
+    ask: Callable[..., xr.DataArray],
+    chosen: dict[str, Any],
+) -> list[Part]:
+    """The words and the pixels of a picture and a text, of several the one that is explained."""
+    model, processor = loaded
+    if len(pictures) > 1 or texts[0] is None or not hasattr(processor, "tokenizer"):
+        raise InputError(
+            f"{type(model).__name__} compares one picture, --image, with texts, --text, by a processor of both"
+        )
+    inputs = dict(processor(text=list(texts), images=pictures[0], return_tensors="pt", padding=True))
+    seen = ask(inputs, **chosen, over="pixel_values")
+    read = ask(inputs, over="input_ids", words=words)[int(seen.target[0])]
+    return [Part("words", read), *_parts(seen[0], _given(pictures[0], inputs, processor))]
 
 
 def _compared(
@@ -179,45 +191,23 @@ def _compared(
     texts: Sequence[str | None],
     pictures: Sequence[Image.Image | None],
     truncate: bool,
-    options: dict[str, Any],
-    asked: dict[str, Any],
-    out: Path,
-    writers: Mapping[str, Callable[..., bytes]],
-) -> Explained:
-    """How alike two texts or two pictures are, by the words or pixels of each."""
-    if len(texts) + len(pictures) > 3 or asked["target"] is not None or asked["against"] is not None:
-        raise InputError(
-            "two texts, or two pictures, are compared; more, or --target and --against, are for other questions"
-        )
-    both = [
-        prepare(loaded, name, text, picture, truncate, 0)[0]
-        for text, picture in zip(texts * (3 - len(texts)), pictures * (3 - len(pictures)))
-    ]
+    ask: Callable[..., xr.DataArray],
+    chosen: dict[str, Any],
+) -> list[Part]:
+    """The words or pixels of two texts or two pictures that make them alike."""
+    if sorted((len(texts), len(pictures))) != [1, 2] or any(value is not None for value in chosen.values()):
+        raise InputError("two texts, or two pictures, can be compared, and then there is no --target and no --against")
+    each = zip(texts * (3 - len(texts)), pictures * (3 - len(pictures)))
+    both = [prepare(loaded, name, text, picture, truncate, 0)[0] for text, picture in each]
     parts = []
-    for i in (0, 1):
-        found = attribute(loaded.model, both[i], beside=both[1 - i], **options)
-        parts += [
-            Part(f"{('first', 'second')[i]} {part.heading}", *part[1:])
-            for part in _parts(found[0], pictures[i % len(pictures)])
-        ]
-    what = "the two texts" if len(texts) > 1 else "the two pictures"
-    return _wrote(parts, f"{name}: how alike {what} are", str(options["method"]), out, writers)
+    for i, which in enumerate(("first", "second")):
+        picture = _given(pictures[i % len(pictures)], both[i], loaded.processor)
+        scored = ask(both[i], beside=both[1 - i])
+        parts += [part._replace(heading=f"{which} {part.heading}") for part in _parts(scored[0], picture)]
+    return parts
 
 
-def _wrote(
-    parts: list[Part], told: str, method: str, out: Path, writers: Mapping[str, Callable[..., bytes]]
-) -> Explained:
-    found = parts[0].found
-    score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
-    score += " ahead" if "against" in found.coords else ""
-    about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
-    written = writers[out.suffix](parts, told, about)
-    with written_aside(out) as draft:
-        draft.write_bytes(written)
-    return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts])
-
-
-def _said(loaded: Loaded, name: str, found: xr.DataArray, texts: Sequence[str | None]) -> str:
+def _said(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None]) -> str:
     """What is predicted, in words."""
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     labels = getattr(loaded.model.config, "id2label", None) or {}
@@ -229,13 +219,14 @@ def _said(loaded: Loaded, name: str, found: xr.DataArray, texts: Sequence[str | 
         return repr(texts[index]) if kind == "pair" else str(labels.get(index, index))
 
     instead = f" rather than {named(int(found.against))}" if "against" in found.coords else ""
-    return f"{name}: {named(int(found.target))}{instead}"
+    return f"{named(int(found.target))}{instead}"
 
 
 def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
     """Words, and what is seen of the picture: pixels, or the patches that are among the words."""
     if found.dims == ("row", "column"):
-        return [Part("picture", found, picture)]
+        shown = found if picture is None else found[:, : picture.width]  # of a sound, what is not silence at its end
+        return [Part("picture", shown, picture)]
     if found.ndim > 1:
         raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
     parts = [Part("words", found)]
@@ -243,26 +234,33 @@ def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
         here = found[(found.image == 0).values]
         grid = np.zeros((int(here.row.max()) + 1, int(here.column.max()) + 1))
         grid[here.row.values, here.column.values] = here.values
-        parts.append(
-            Part(
-                "picture",
-                found.isel(token=0, drop=True)
-                .drop_vars(("image", "row", "column"))
-                .expand_dims(row=grid.shape[0], column=grid.shape[1])
-                .copy(data=grid),
-                picture,
-            )
-        )
+        told = {k: here.coords[k] for k in ("target", "against", "score") if k in here.coords}
+        parts.append(Part("picture", xr.DataArray(grid, told, ("row", "column"), attrs=found.attrs), picture))
     return parts
 
 
-def _spectrogram(features: Tensor) -> Image.Image:
-    """A sound as the model takes it, dark where it is loud."""
-    loud = features[0].double().numpy()
+def _given(picture: Image.Image | None, inputs: Mapping[str, Any], processor: Any) -> Image.Image | None:
+    """The picture as the model is given it, cut and scaled, where that is a picture."""
+    pixels = inputs.get("pixel_values")
+    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+        return picture
+    maker = getattr(processor, "image_processor", processor)
+    mean, std = (getattr(maker, f"image_{name}", None) for name in ("mean", "std"))
+    seen = pixels[0].double()
+    if mean is not None and std is not None and getattr(maker, "do_normalize", True):
+        seen = seen * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    values = (255 * seen.clamp(0, 1)).round().to(torch.uint8).expand(3, -1, -1)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def _spectrogram(features: Tensor, mask: Tensor | None) -> Image.Image:
+    """A sound as the model takes it, dark where it is loud, without the silence that fills it up."""
+    if mask is not None and mask.shape[1] == features.shape[1]:
+        features = features[:, : int(mask[0].sum())]
+    loud = features.double().numpy()
     low, high = np.quantile(loud, (0.02, 0.98))
-    return Image.fromarray((255 * (1 - ((loud - low) / max(high - low, 1e-9)).clip(0, 1))).astype(np.uint8)).convert(
-        "RGB"
-    )
+    grey = 255 * (1 - ((loud - low) / max(high - low, 1e-9)).clip(0, 1))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def _table(part: Part, several: bool) -> Table:
@@ -313,6 +311,7 @@ def _page(parts: Sequence[Part], title: str, about: str) -> bytes:
     signed = any((part.found.values < 0).any() for part in parts)
     largest = [f"{part.found.values.flat[abs(part.found.values).argmax()]:.4g}" for part in parts]
     return PAGE.format(
+        mark=MARK,
         title=escape(title),
         about=escape(about),
         body=body,
@@ -372,9 +371,7 @@ def _drawn(parts: Sequence[Part], title: str, about: str) -> bytes:
     for one in drawn:
         whole.paste(one, (0, y))
         y += one.height
-    held = io.BytesIO()
-    whole.save(held, "png")
-    return held.getvalue()
+    return png(whole)
 
 
 def _sentence(found: xr.DataArray, title: str, about: str) -> Image.Image:
@@ -405,7 +402,7 @@ def _resized(picture: Image.Image, found: xr.DataArray) -> Image.Image:
     larger = SIDE / max(rows, columns)
     height, width = round(rows * larger), round(columns * larger)
     size = max(width, height // FLAT), max(height, width // FLAT)
-    return picture.resize(size, Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.BICUBIC)
+    return picture.resize(size, Image.Resampling.NEAREST if max(picture.size) < SIDE // 4 else Image.Resampling.BICUBIC)
 
 
 def _heat(found: xr.DataArray, picture: Image.Image) -> Image.Image:
@@ -415,11 +412,10 @@ def _heat(found: xr.DataArray, picture: Image.Image) -> Image.Image:
     grey = _resized(picture, found).convert("L").convert("RGB")
     under = Image.blend(grey, Image.new("RGB", grey.size, PLAIN), 0.6)
     over = Image.fromarray(colours).resize(under.size, Image.Resampling.NEAREST)
-    much = Image.fromarray((255 * abs(shares) ** 0.7).clip(0, 255).astype(np.uint8)).resize(under.size)
+    much = Image.fromarray((255 * abs(shares) ** 0.7).clip(0, 255).astype(np.uint8))
+    much = much.resize(under.size, Image.Resampling.NEAREST)
     return Image.composite(over, under, much)
 
 
 def _data(image: Image.Image) -> str:
-    held = io.BytesIO()
-    image.save(held, "png")
-    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"

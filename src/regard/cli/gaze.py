@@ -11,6 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..data import loaders
+from ..data.loaders import files
+from ..files import refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..loading import load
@@ -35,11 +37,11 @@ def compare(
     """Compare the model of this name with the readings in a folder, and say what came out."""
     if task not in TASKS:
         raise ValueError(f"--task {task}: there are {' and '.join(TASKS)}")
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists; choose another name, or remove it")
+    if out is not None:
+        refuse_foreign(out)
     with console.status("reading the data"):
         readings = [reading for reading in loaders.webqamgaze(data, language) if reading.task == task]
-        counts = None if corpus is None else word_counts(corpus.read_text(encoding="utf-8"))
+        counts = None if corpus is None else word_counts(files.text(corpus))
     with console.status(f"loading {name}"):
         model, tokenizer = load(name, trust_remote_code=trust_remote_code)
     with Progress(console=console, transient=True) as bar:
@@ -54,7 +56,8 @@ def compare(
             progress=lambda done, texts: bar.update(row, completed=done, total=texts),
         )
     if out is not None:
-        tree.to_zarr(out, zarr_format=3, consolidated=False)
+        with replaced(out) as draft:
+            tree.to_zarr(draft, zarr_format=3, consolidated=False)
     told = tree.attrs
     compared = Printed([_summary(tree), *_layers(tree, console.width)])
     compared.lines.append(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
+from rich.console import Console
 from torch import Tensor, nn
 
-from ..data import paragraph
+from ..data import media, paragraph
+from ..data.loaders.files import unreadable
+from ..files import MARK, refuse_foreign
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
@@ -24,37 +28,45 @@ def read_text(text: str | None, file: Path | None) -> str | None:
         raise InputError("--text and --file: give one of them")
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise InputError(f"--file {file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"--file {file} is not UTF-8 text (byte {error.start}); convert it first") from error
     if text is not None and not text.strip():
         raise InputError("the text is empty")
+    if text is not None and (why := unreadable(text)):
+        raise InputError(f"the text {why}")
     return text
 
 
-def open_picture(image: Path | None) -> Image.Image | None:
+def open_picture(image: Path | None, console: Console | None = None) -> Image.Image | None:
+    """The picture, in red, green and blue; `console` is told what of it is shown otherwise."""
     if image is None:
         return None
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"--image {image} is not a picture that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"--image {image}: {error}") from error
-    except OSError as error:
-        raise InputError(f"--image {image}: {error.strerror or error}") from error
+    picture = media.picture(image, f"--image {image}")
+    if console is not None and "note" in picture.info:
+        console.print(f"--image {image}: {picture.info['note']}", style="yellow", markup=False, highlight=False)
+    return picture
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, *names: str) -> None:
+    """Raise unless a folder can be written to, or made, and files of these names in it are none or Regard's."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out, prefix=".", suffix=".part"):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".", suffix=".part"):
             pass
     except OSError as error:
         raise InputError(f"--out {out} cannot be written to: {error.strerror}; choose another folder") from error
+    refuse_foreign(*(out / name for name in names))
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a file that says that Regard wrote it."""
+    held, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    image.save(held, "png", pnginfo=info)
+    return held.getvalue()
 
 
 def prepare(

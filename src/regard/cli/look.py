@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import catalog, report, sites
 from ..extras import listed
-from ..files import written_aside
+from ..files import refuse_foreign, replaced
 from ..loading import Loaded, load
 from ..observations import Observation, observe
 from ..padding import real, unpadded
@@ -33,7 +33,7 @@ from ..seam import record
 from ..statistics import BASIC
 from ..tokens import Tokens
 from . import sound
-from .inputs import InputError, generated, hear, open_picture, prepare, read_text, writable
+from .inputs import InputError, generated, hear, open_picture, png, prepare, read_text, writable
 from .printed import tables
 
 ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
@@ -74,9 +74,9 @@ def look(
     A diffusers pipeline paints the text, and `picture.png` is written too.
     """
     console = console or Console(quiet=True)
-    text, picture = read_text(text, file), open_picture(image)  # bad input is found before a model is loaded
+    text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
     heard = sound.read(audio) if audio is not None else None
-    writable(out)
+    writable(out, "report.html", "recording.zarr")
     began = time.perf_counter()
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
@@ -123,7 +123,8 @@ def _note_said(recording: Recording, loaded: Loaded, ids: Tensor, start: int) ->
     tree.attrs["said"] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     last = Tokens.plain("generated", 1, 1, ids[:, -1:]).texts(loaded.processor)[0]
     for node in tree.children.values():
-        if node.attrs["causal"] and node["query"].values[-1] == ids.shape[1] - 2:
+        looks = node.attrs["causal"] or node.attrs["kind"] == "cross"
+        if looks and node["query"].values[-1] == ids.shape[1] - 2:
             node.attrs["unread"] = last
 
 
@@ -149,6 +150,7 @@ def _paint(
         raise InputError(f"{kind} paints no text; from Python: regard.record(model, ...) around your own call")
     if text is None:
         raise InputError(f"{kind} paints a text: give one with --text")
+    refuse_foreign(out / "picture.png")
     began = time.perf_counter()
     found = sites.find(model)
     _announce(model, found, "", console)
@@ -217,12 +219,13 @@ def _write(
     tree.attrs["seconds"] = round(seconds, 2)
     observations = observe(tree)
     page, picture = out / "report.html", out / "picture.png" if painted else None
+    out.mkdir(parents=True, exist_ok=True)
     # All are written aside before any takes its place, so that a folder never holds some of each run.
     with contextlib.ExitStack() as drafts:
         with console.status("writing the report"):
-            report.write(tree, drafts.enter_context(written_aside(page)), findings=observations, pictures=pictures)
+            report.write(tree, drafts.enter_context(replaced(page)), findings=observations, pictures=pictures)
             if painted and picture:
-                painted.save(drafts.enter_context(written_aside(picture)), "png")
+                drafts.enter_context(replaced(picture)).write_bytes(png(painted))
         with console.status("writing the recording"):
             path = recording.save(out / "recording.zarr")
     found = [one for stack, node in tree.children.items() for one in _tables(stack, node.to_dataset(), console.width)]

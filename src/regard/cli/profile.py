@@ -46,6 +46,12 @@ def profile(
         def tick(progress: Progress) -> None:
             if not last and progress.resumed:
                 bar.console.print(f"going on after {progress.resumed:,} items", highlight=False)
+            if not last and progress.cut:
+                bar.console.print(
+                    f"the last {progress.cut:,} bytes of the journal were no whole batch and were cut off: what they "
+                    f"were of is taken again",
+                    highlight=False,
+                )
             last[:] = [progress]
             bar.update(task, completed=progress.items, speed=progress.tokens_per_second)
 

@@ -41,7 +41,7 @@ def steer(
     console = console or Console(quiet=True)
     chosen = {method: catalog.method("interventions", method.replace("-", "_")) for method in methods}
     turned = parsed(chosen, knobs)
-    text, picture = read_text(text, file), open_picture(image)  # bad input is found before a model is loaded
+    text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     model = loaded.model

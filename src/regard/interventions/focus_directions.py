@@ -151,8 +151,8 @@ def learn_directions(
     """For each of `heads` the offset of its queries that makes answers attend to what is relevant, [dim].
 
     rate: AdamW's; the offsets move by about that much in each number a step, one step an example, so few examples want
-    a larger one than the paper's. start: offsets to go on from; by `seed`, which also shuffles the examples, where there
-    are none. The model's own weights stay as they are, and so does the course of its run: each
+    a larger one than the paper's. start: offsets to go on from; where there are none they are drawn by `seed`, which
+    also shuffles the examples. The model's own weights stay as they are, and so does the course of its run: each
     offset is learned as if it were alone.
     """
     learner = _Learner(heads, rate, torch.Generator().manual_seed(seed), start or {})

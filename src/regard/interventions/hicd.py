@@ -55,6 +55,7 @@ class hicd(Method):
     def fit(cls, model: nn.Module, inputs: Mapping[str, Any], processor: Any = None, **knobs: Any) -> Self:
         """Without `heads`, those found with the model's first choice as right answer and its second as wrong."""
         if "heads" not in knobs:
+            layers(model, "hicd")
             counts = _n_tokens(inputs), len(inputs["input_ids"])  # one answer a row, told by its last token
             told = (_importance(model, inputs, partial(_surprise, place=p), *counts) for p in (0, 1))
             knobs["heads"] = _chosen(_rank_score(*told))

@@ -9,10 +9,10 @@ that on those that are no sinks. The first two layers and the last are left alon
 
 Deviations: the paper looks for huge numbers in two dimensions that it knows of each language model; here every
 dimension counts, unless `dims` says which. The authors' code changes the last layer too: a flag that is to leave it
-alone is overwritten before it is read. `tau` is the paper's 20 in models at least 4096 wide; below, it is less in proportion to the square
-root of the width, as phi cannot exceed that root. We had the code, not the paper's text: there, 0.6 is the share that
-stays; quotations of the paper call it the share that is moved, as here. `rho` is the code's 0.5; quotations give 0.8
-for general tasks and 0.9 for ones about places.
+alone is overwritten before it is read. `tau` is the paper's 20 in models at least 4096 wide; below, it is less in
+proportion to the square root of the width, as phi cannot exceed that root. We had the code, not the paper's text:
+there, 0.6 is the share that stays; quotations of the paper call it the share that is moved, as here. `rho` is the
+code's 0.5; quotations give 0.8 for general tasks and 0.9 for ones about places.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class var(Method):
 
     p: share of the attention on sinks that is moved, 0 to 1; 0 changes nothing. tau: how huge the largest number of a
     sink's hidden state is, in root mean squares; None for the paper's, see above. rho: the least share of a head's
-    attention to the picture that is on no sink. least: the least share of its attention that is on the picture. dims: of
-    the hidden state, which may be huge; None for any.
+    attention to the picture that is on no sink. least: the least share of its attention that is on the picture. dims:
+    of the hidden state, which may be huge; None for any.
 
     ValueError where the model reads no image tokens, or no hidden state of its width can reach `tau`.
 

@@ -21,7 +21,7 @@ def total(call: Call) -> Tensor | float:
 
 
 def at_offset(call: Call, offset: int) -> Tensor:
-    """Weight on the key `offset` positions after the query; NaN where none is, or padding. [batch, head, query]"""
+    """Weight on the key `offset` positions on; NaN where there is none, or padding. [batch, head, query]"""
     if call.site.cross:
         return undefined(call)
     n_query, n_key = call.query.shape[2], call.key.shape[2]

@@ -11,7 +11,7 @@ from regard.circuits.cd_t import cd_t
 from .. import Case, Source, Unmapped
 
 SOURCE = Source("authors", "adelaidehsu/CD_Circuit, prop_GPT")
-TOLERANCE = dict.fromkeys(("output", "rest", "output_weights_split"), 2e-5)  # single precision through all layers
+TOLERANCE = dict.fromkeys(("output", "rest", "output_weights_split"), 1e-4)  # single precision through all layers
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "layer_norm_epsilon")
 
 

@@ -15,9 +15,7 @@ TOLERANCE = {"wave": 1e-8}
 def compare(case: Case):
     settings, (first, *others) = case.settings, case["logits"]
     method = object.__new__(attention_buckets)
-    method.branches = [
-        type("Fixed", (), {"logits": lambda self, ids, said=said: said[None]})() for said in others
-    ]
+    method.branches = [type("Fixed", (), {"logits": lambda self, ids, said=said: said[None]})() for said in others]
     bases = settings["bases"]
     dim = settings["rotary_dim"]
     config = LlamaConfig(

@@ -9,7 +9,9 @@ from regard.statistics.secondary_sinks import SinkReader, secondary_sinks
 
 from .. import Case, Source
 
-SOURCE = Source("authors", "JeffreyWong20/Secondary-Attention-Sinks, hidden_state_norm_detection and sink_labeling_machine")
+SOURCE = Source(
+    "authors", "JeffreyWong20/Secondary-Attention-Sinks, hidden_state_norm_detection and sink_labeling_machine"
+)
 
 
 def compare(case: Case):

@@ -18,6 +18,4 @@ def compare(case: Case):
         {"kind": "self", "causal": case.settings["causal"]},
     )
     found = sink_geometry(stack, edges=case.settings["edges"])
-    return {
-        name: found[name].values[0] for name in ("algebraic_connectivity", "betti_0", "betti_1", "divergence")
-    }
+    return {name: found[name].values[0] for name in ("algebraic_connectivity", "betti_0", "betti_1", "divergence")}

@@ -4,7 +4,9 @@ from regard.studies.pavlovian import pavlovian
 
 from .. import Case, Source
 
-SOURCE = Source("reimplementation", "fla-org/flash-linear-attention, naive_recurrent_linear_attn and delta_rule_recurrence")
+SOURCE = Source(
+    "reimplementation", "fla-org/flash-linear-attention, naive_recurrent_linear_attn and delta_rule_recurrence"
+)
 
 
 def compare(case: Case):

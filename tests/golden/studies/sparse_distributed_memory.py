@@ -13,5 +13,7 @@ def compare(case: Case):
     return {
         "intersection": circle_intersection(dim, radius) * 2.0**dim,  # of so many neurons
         "output": sparse_distributed_memory(case["query"], case["key"], radius=radius),
-        "beta": fitted_beta(dim, radius)[0] * radius / (radius - 1),  # its covariance is over n - 1, its variance over n
+        "beta": fitted_beta(dim, radius)[0]
+        * radius
+        / (radius - 1),  # its covariance is over n - 1, its variance over n
     }

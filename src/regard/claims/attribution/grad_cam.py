@@ -42,8 +42,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         "before training": (blank, "grad_cam"),
     }.items():
         found = [attribute(which_model, inputs, colours.colour_of(scenes, which), method=method) for which in (0, 1)]
-        own = [pointing_game_score(found[i], boxes[i]).values for i in (0, 1)]
-        other = [pointing_game_score(found[i], boxes[1 - i]).values & ~_both(found[i], boxes) for i in (0, 1)]
+        own = [pointing_game_score(found[i], boxes[i]) for i in (0, 1)]
+        other = [pointing_game_score(found[i], boxes[1 - i]) & ~_both(found[i], boxes) for i in (0, 1)]
         # two questions of one scene are one draw
         hits[name], shown[name] = [mean(np.mean(of, axis=0)) for of in (own, other)], found
     chance = float(np.mean([box.mean() for box in boxes]))

@@ -50,7 +50,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             pointing_game_score(
                 attribute(of, inputs, colours.colour_of(scenes, which), method=method, **knobs),
                 colours.boxes(scenes, which),
-            ).values
+            )
             for which in (0, 1)
         )
         return np.mean(list(found), axis=0)

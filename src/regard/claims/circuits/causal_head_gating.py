@@ -3,7 +3,8 @@
 The planted model solves two tasks with heads of their own, one head hurts, the others do nothing. The reader names the
 indirect object: gates are fitted on some prompts, heads ablated on others. Most heads of the reader do nothing there,
 so that ranks among all of them are ranks of noise; what is asked is whether those that matter stand out. What goes
-without the interfering heads is reported: there may be none.
+without the interfering heads is reported: there may be none. An earlier design counted every cost above two standard
+errors, however small.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SCALES = "small", "large"
 EXPECTED = (
     "all 18 heads of the planted model have their planted role for the induction task; with the question task to be "
     "unlearned, the same heads facilitate, of the question's two heads one at least interferes, and no other. On the "
-    "reader's naming of the indirect object, heads whose ablation costs more than two standard errors have a higher "
+    "reader's naming of the indirect object, heads whose ablation costs two standard errors and 1% of the costliest or "
+    "more have a higher "
     "facilitating score than the others: area under the ROC curve 0.8 or more, and above that of shuffled scores by "
     "two standard errors; a facilitating head costs more on average than an irrelevant one, by two standard errors"
 )
@@ -65,7 +67,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     costs = {at: mean(_without(model, unseen, [at]) - whole) for at in np.ndindex(found["facilitating"].shape)}
     score, role = (found[name].values.ravel() for name in ("facilitating", "role"))
     cost = np.array([each.value for each in costs.values()])
-    matter = np.array([each.above() for each in costs.values()])
+    matter = np.array([each.above() for each in costs.values()]) & (cost >= 0.01 * cost.max())
     rng = np.random.default_rng(seed)
     area, chance = np.nan, np.array([0.5])
     if 0 < matter.sum() < len(matter):
@@ -85,7 +87,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     counts = ", ".join(f"{len(groups[name])} {name}" for name in ROLES)
     measured = (
         f"{right} of 18 planted roles told, {apart} of {len(told)} in the contrast, where {shut} of the question's 2 "
-        f"heads interfere; the reader has {counts} heads; {matter.sum()} cost more than two standard errors, told from "
+        f"heads interfere; the reader has {counts} heads; {matter.sum()} matter, told from "
         f"the others by the facilitating score with an area of {area:.2f} (shuffled {chance.mean():.2f} ± "
         f"{chance.std():.2f}); cost of a facilitating head {facilitating or Mean(np.nan, np.nan):.4f} nats, of an "
         f"irrelevant one {irrelevant or Mean(np.nan, np.nan):.4f}; loss {float(whole.mean()):.4f}, without all "
@@ -93,7 +95,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     )
     enough = Premise(
         "some of the reader's heads matter for the task, some do not",
-        "3 to 24 of 48 cost more than two standard errors",
+        "3 to 24 of 48 cost two standard errors and 1% of the costliest",
         str(matter.sum()),
         3 <= matter.sum() <= 24,
     )

@@ -23,7 +23,7 @@ from .._measure import Mean, mean
 
 SCALES = "small", "large"
 VOCABULARY, TRIGGERS, LENGTH, DIM, HEADS = 33, 3, 48, 64, 2  # token 0 begins every sequence
-RATE, LARGE, TRAININGS = 3e-3, 0.8, 5
+RATE, LARGE, TRAININGS = 3e-3, 0.8, 4
 STEPS = {"small": 300, "large": 3000}
 WAYS = ("no gates", "gates", "gates that see nothing")
 
