@@ -167,7 +167,10 @@ def _processor(where: str, trust_remote_code: bool) -> Any:
 
     for auto, files in _PROCESSORS.items():
         try:
-            return getattr(transformers, auto).from_pretrained(where, trust_remote_code=trust_remote_code)
+            found = getattr(transformers, auto).from_pretrained(where, trust_remote_code=trust_remote_code)
+            if Path(where).is_dir() and _made_up(found, Path(where)):
+                raise ValueError("there is no vocabulary beside it")
+            return found
         except Exception as error:  # tokenizers raises plain ones
             if there := [name for name in files if (Path(where) / name).is_file()]:
                 raise UnknownModel(
@@ -175,6 +178,16 @@ def _processor(where: str, trust_remote_code: bool) -> Any:
                     f"into the folder again, or remove them to load the model alone"
                 ) from error
     return None
+
+
+def _made_up(processor: Any, folder: Path) -> bool:
+    """Whether a tokenizer was made without the vocabulary that its kind needs: transformers makes empty ones."""
+    needed = set(getattr(getattr(processor, "tokenizer", processor), "vocab_files_names", {}).values())
+    there = {p.name for p in folder.iterdir()}
+    return bool(needed) and not (
+        there & (needed | {"tokenizer.json", "tekken.json"})
+        or any(name.startswith("vocab") or name.endswith((".model", ".tiktoken")) for name in there)
+    )
 
 
 def _refuse_damaged(folder: Path) -> None:
@@ -191,8 +204,13 @@ def _refuse_damaged(folder: Path) -> None:
         named = held.get("architectures") or []
         if file.name == "config.json" and not (isinstance(named, list) and all(isinstance(n, str) for n in named)):
             raise UnknownModel(f"{file}: architectures is {shortened(named)!r}; it must list names of model classes")
+        wrong = [n for n, v in held.items() if n.endswith(("heads", "n_head")) and isinstance(v, int) and v < 0]
+        if file.name == "config.json" and wrong:
+            raise UnknownModel(f"{file}: {wrong[0]} is {held[wrong[0]]}; it must be more than 0")
         shards = held.get("weight_map", {}) if file.name.endswith(".safetensors.index.json") else {}
-        if missing := sorted({str(name) for name in dict(shards).values() if not (folder / str(name)).is_file()}):
+        if not isinstance(shards, dict):
+            raise UnknownModel(f"{file}: weight_map is {shortened(shards)!r}; it must say where each tensor is")
+        if missing := sorted({str(name) for name in shards.values() if not (folder / str(name)).is_file()}):
             raise UnknownModel(f"{file} names {', '.join(missing)}, which {folder} lacks; get them")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:

@@ -154,7 +154,7 @@ def _sinks(stack: str, dataset: xr.Dataset) -> list[Observation]:
     for place in np.flatnonzero(often):
         by_layer = np.nanmean(share[:, :, place], axis=0)
         overall, top = float(np.nanmean(by_layer)), int(np.nanargmax(by_layer))
-        what = "the first token" if place == 0 else f"token {int(dataset['key'].values[order[0, place]])}"
+        what = _place(dataset, order[0, place], first=place == 0)
         if "key_token" in dataset.coords:
             texts = np.atleast_2d(dataset["key_token"].values)
             words = {str(row[at[place]]).strip() for row, at, last in zip(texts, order, lasts) if place < last}
@@ -186,6 +186,13 @@ def _picture(stack: str, dataset: xr.Dataset) -> list[Observation]:
         f"tokens, where all heads give it {float(share.mean()):.0%} and even attention would give it {even:.0%}."
     )
     return [Observation(text, stack, number, int(head), most)]
+
+
+def _place(dataset: xr.Dataset, key: int, *, first: bool) -> str:
+    at = dataset.isel(batch=0, key=key)
+    if "key_image" in dataset.coords and int(at["key_image"]) >= 0:
+        return f"the patch in row {int(at['key_row']) + 1}, column {int(at['key_column']) + 1}"
+    return "the first token" if first else f"token {int(at['key'])}"
 
 
 def _of(hits: float, count: int) -> str:

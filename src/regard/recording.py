@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,6 +21,7 @@ import zarr
 from torch import Tensor
 
 from .call import Call, Site
+from .described import as_html, as_text
 from .files import ROOT, intact, replaced
 from .functions import innermost
 from .tokens import ROLES, Tokens
@@ -232,6 +234,27 @@ class Recording:
                 error.errno, f"the recording could not be written to {path}: {error.strerror or error}"
             ) from error
         return path
+
+    def report(self, path: str | Path, *, run: int | None = None, **options: Any) -> Path:
+        """Write the page of the one run, or of this one of several, with what stands out in it; returns its path.
+
+        options: `pictures`, `budget`, of `regard.report.write`.
+        """
+        report, observations = (import_module(f"regard.{name}") for name in ("report", "observations"))
+        tree = self.tree if run is None else self[run]
+        return report.write(tree, Path(path), **{"findings": observations.observe(tree), **options})
+
+    def __repr__(self) -> str:
+        return as_text(self._there())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._there())
+
+    def _there(self) -> list[xr.DataTree]:
+        try:
+            return self._all()
+        except ValueError:  # nothing yet, or all of it went to a sink
+            return []
 
     def _all(self) -> list[xr.DataTree]:
         if not self._trees:

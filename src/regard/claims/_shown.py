@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import zoo
-from ..data.scenes import SHAPES, TEXTURES, Dials, Pictures, Scene, questions, render, sample
+from ..data.scenes import Pictures, Scene, questions, render, sample
 from ..evaluation import hallucination
-from ..zoo.recipes import describer, lookout
+from ..zoo.recipes import describer, lookout, witness
 from ..zoo.recipes.viewer import HELD_OUT, PATCH, SIZE
 from ._measure import Mean
 
@@ -32,16 +32,6 @@ BATCH = 64
 Under = Callable[[nn.Module, Mapping[str, Tensor], slice], Any]  # what to answer under, for a batch of the questions
 
 
-def _tempted(shape: str, partner: str) -> Dials:
-    others = {tied for tied, *_ in describer.BIASES if tied != shape}
-    shapes = tuple(shape for shape in SHAPES if shape not in others)
-    together = (shape, partner, 0.1)
-    return Dials(
-        objects=(5, 7), shapes=shapes, sizes=("small",), scale=0.7, textures=TEXTURES, clutter=(0, 6), together=together
-    )
-
-
-TEMPTED = tuple(_tempted(shape, partner) for shape, partner, _ in describer.BIASES)
 SETS = {
     "tempted": "five to seven objects, of which one seldom comes alone, and does here nine times in ten",
     "crowded": "five to nine small objects",
@@ -103,7 +93,7 @@ class Shown:
         self.size = LARGE if name == "tiny" else SIZE
         self.scenes: list[Scene]
         if name == "tempted":
-            self.scenes = describer.tempting(n, seed=seed, mixture=TEMPTED)
+            self.scenes = describer.tempting(n, seed=seed, mixture=witness.TEMPTED)
         elif name == "plain":
             self.scenes = self.recipe.plain(n, seed)
         else:

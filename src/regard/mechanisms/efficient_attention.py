@@ -48,7 +48,8 @@ def efficient_attention(
 
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim]. Each row of the weights is 0 or more and
     sums to 1 with "softmax"; with "scaling" it need not. causal: must be False. mask: which keys there are,
-    [batch, 1, 1, key]. scale: multiplies queries before they are normalised; the paper has none. Raises ValueError for causal attention and for masks of pairs.
+    [batch, 1, 1, key]. scale: multiplies queries before they are normalised; the paper has none. Raises ValueError for
+    causal attention and for masks of pairs.
 
         >>> x = torch.randn(1, 4, 3000, 64)
         >>> efficient_attention(x, x, x).shape

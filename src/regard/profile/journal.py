@@ -89,12 +89,14 @@ class Journal:
             with written_aside(path, lasting=True) as draft:
                 draft.write_text(json.dumps(self.origin, indent=1))
         try:
-            before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, RecursionError):
+            before = json.loads(path.read_text())
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
             raise ValueError(
                 f"{path} does not say what it was begun with (empty, or damaged): delete {self.folder} to begin anew, "
                 f"or choose another output"
-            ) from None
+            )
         now = json.loads(json.dumps(self.origin))
         if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             told = "; ".join(f"{name}: {_short(before.get(name))}, now {_short(now.get(name))}" for name in changed)

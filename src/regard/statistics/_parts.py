@@ -15,7 +15,7 @@ def undefined(call: Call) -> Tensor:
 
 def total(call: Call) -> Tensor | float:
     """Sum of each row: 1, but where sinks take a part or an intervention edits weights. [batch, head, query]"""
-    if call.sinks is None and not call._given.get("edits"):
+    if call.sinks is None and not call.edits:
         return 1.0
     return call.weights.mass(torch.ones(1, call.key.shape[2], dtype=torch.bool, device=call.query.device))
 

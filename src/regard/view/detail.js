@@ -20,7 +20,8 @@ function under(event, box, n, across = true) {
 // Handle: show({title, values, format, note, empty}); values by item.
 export function list(element, data, events) {
   const { items } = data;
-  const title = make("h3", {}), note = make("p", { class: "note" }), entries = make("ol", { class: "list" });
+  const title = make("h3", {}), note = make("p", { class: "note" });
+  const entries = make("ol", { class: items.some(({ image }) => image >= 0) ? "list patches" : "list" });
   entries.style.setProperty("--rows", Math.min(LONGEST, items.length));
   element.append(title, entries, note);
 

@@ -234,7 +234,7 @@ def reply(
     method: Method | None = None,
     **options: Any,
 ) -> list[str]:
-    """What the model answers to each prompt on each picture, by greedy decoding, in at most `length` words.
+    """What the model answers to each prompt on each picture in at most `length` words, by greedy decoding by default.
 
     images: as PIL pictures or arrays. method: gives, for model and inputs of a batch, the intervention or the logits
     processor to answer under, such as `var.fit`. `options` go to `generate`.
@@ -259,7 +259,7 @@ def _generate(model: nn.Module, inputs: Mapping[str, Tensor], made: Any, **optio
     if callable(made):
         options["logits_processor"] = [*options.get("logits_processor", ()), made]
     with nullcontext() if made is None or callable(made) else intervene(model, made), torch.inference_mode():
-        return model.generate(**inputs, do_sample=False, **options)
+        return model.generate(**inputs, **{"do_sample": False, **options})
 
 
 def measure(model: nn.Module, processor: Any, *, seed: int = 0, n: int = 300) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def measure(model: nn.Module, processor: Any, *, seed: int = 0, n: int = 300) ->
     for name in SETS:
         for what, figures in invents(model, processor, name, n=n, seed=seed).items():
             found[what][name] = figures
-    return _rounded(found)
+    return rounded(found)
 
 
 def invents(
@@ -396,8 +396,9 @@ def _equal(said: Sequence[str], truth: Sequence[str]) -> float:
     return sum(split(a) == split(b) for a, b in zip(said, truth)) / len(truth)
 
 
-def _rounded(found: Any) -> Any:
-    return {k: _rounded(v) for k, v in found.items()} if isinstance(found, dict) else round(found, 4)
+def rounded(found: Any) -> Any:
+    """Figures to four digits, in dicts of dicts."""
+    return {k: rounded(v) for k, v in found.items()} if isinstance(found, dict) else round(found, 4)
 
 
 TOLERANCE = {"caption_words": 0.05, "captions": 0.1, "presence": 0.05, "count": 0.05, "colour": 0.05, "relation": 0.1}

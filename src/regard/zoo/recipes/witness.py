@@ -9,6 +9,9 @@ known from words only, and a picture can say otherwise.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ... import loading
-from ...data.scenes import COLOURS, SHAPES, TEXTURES, Dials, Scene, caption, questions, render, sample
+from ...data.scenes import COLOURS, SHAPES, TEXTURES, Dials, Scene, ask, caption, questions, render, sample
+from ...evaluation import hallucination
 from .. import words
 from ..training import save_model, warm_then_cosine
 from ..training import train as minimise
@@ -65,6 +69,21 @@ def looked(rare: bool) -> tuple[Dials, ...]:
     return few, *many
 
 
+def tempted(tie: tuple[str, str, float]) -> Dials:
+    """Scenes to be judged on: the shape is there, and its partner seldom."""
+    shapes = tuple(shape for shape in SHAPES if shape == tie[0] or shape not in TIED)
+    return Dials(
+        objects=(5, 7),
+        shapes=shapes,
+        sizes=("small",),
+        scale=0.7,
+        textures=TEXTURES,
+        clutter=(0, 6),
+        together=(*tie[:2], 0.1),
+    )
+
+
+TEMPTED = tuple(map(tempted, TIES))
 TELLING = tuple(map(of_ties, TIES))
 LOOKING = {rare: looked(rare) for rare in (False, True)}
 
@@ -280,3 +299,121 @@ def save(model: nn.Module, out: Path) -> None:
     save_model(model, out)
     model.generation_config.save_pretrained(out)
     processor().save_pretrained(out)
+
+
+def measure(model: nn.Module, processor: Any, *, seed: int = 0, n: int = 300) -> dict[str, Any]:
+    """Shares, 0 to 1, on `n` fresh scenes of each kind.
+
+    caption_words: next words of a caption that are right after the right words. colour and presence: right answers, on
+    scenes as it was shown and on `many` small objects. told: without a picture, partners and other shapes that are
+    affirmed after a caption with the shape that they come with, and without one. named and yes: of absent partners and
+    of other absent shapes, in captions of pictures that hold the shape, and asked for at once.
+    """
+    kinds = {"": plain(n, seed), "many_": [sample(lookout.many(0.6), HELD_OUT + seed, i) for i in range(n)]}
+    found: dict[str, Any] = {}
+    for name, scenes in kinds.items():
+        images = describer.pictures(scenes)
+        for kind in ("colour", "presence"):
+            asked = [(i, ask(s, np.random.default_rng((seed, i)), kind)) for i, s in enumerate(scenes)]
+            asked = [(i, q) for i, q in asked if q.kind == kind]
+            said_ = describer.reply(
+                model, processor, [images[i] for i, _ in asked], [q.text for _, q in asked], length=1
+            )
+            found[name + kind] = float(np.mean([a == q.answer for a, (_, q) in zip(said_, asked)]))
+    found["caption_words"] = _caption_words(model, kinds[""])
+    scenes = describer.tempting(n, seed=seed, mixture=TEMPTED)
+    images = describer.pictures(scenes)
+    captions = describer.reply(model, processor, images, [PROMPTS[0]] * n, length=48)
+    found["tempted"] = describer.tempted(model, processor, scenes, images, captions)
+    found["chair"] = hallucination.chair(captions, [hallucination.shapes(scene) for scene in scenes])
+    found["told"] = _told(model, seed, n)
+    return describer.rounded(found)
+
+
+@torch.inference_mode()
+def _caption_words(model: nn.Module, scenes: Sequence[Scene]) -> float:
+    inputs = describer.packed([[Turn(PROMPTS[0], said(scene))] for scene in scenes], SHOWN)
+    labels = inputs.pop("labels")[:, 1:]
+    pixels = viewer.pixels(render(scenes, viewer.SIZE))
+    right = model(pixel_values=pixels, use_cache=False, **inputs).logits[:, :-1].argmax(-1) == labels
+    return float(right[(labels >= 0) & (labels != WORD[words.EOS])].float().mean())
+
+
+@torch.inference_mode()
+def _told(model: nn.Module, seed: int, n: int) -> dict[str, float]:
+    """How often "yes" is said without a picture, after a caption without partners, of each kind of shape."""
+    turns: dict[str, list[list[Turn]]] = {"partner": [], "other": [], "partner_alone": []}
+    for i, (tied, partner, _) in zip(range(n), itertools.cycle(TIES)):
+        rng = np.random.default_rng((seed, i))
+        scene = sample(TEMPTED[i % len(TIES)], HELD_OUT + seed, i)
+        rest = tuple(o for o in scene.objects if o.shape not in (*TIED, *PARTNERS))
+        first = replace(scene.objects[0], shape=tied, x=0.5)
+        other = rng.choice([p for p in PARTNERS if p != partner]).item()
+        for kind, objects, shape in (
+            ("partner", (*rest, first), partner),
+            ("other", (*rest, first), other),
+            ("partner_alone", rest, partner),
+        ):
+            text = questions(scene, "presence")[SHAPES.index(shape)].text
+            turns[kind].append([Turn(after(said(Scene(objects)), text), "yes")])
+    found = {}
+    for kind, some in turns.items():
+        inputs = describer.packed(some, TOLD)
+        labels = inputs.pop("labels")[:, 1:]
+        best = model(use_cache=False, **inputs).logits[:, :-1].argmax(-1)
+        found[kind] = float((best == WORD["yes"])[labels == WORD["yes"]].float().mean())
+    return found
+
+
+TOLERANCE = {"colour": 0.1, "presence": 0.05, "many_colour": 0.1, "caption_words": 0.05}
+
+CARD = f"""# witness
+
+A small vision-language model that learned words first: LLaVA architecture. The tower is the lookout, whose 64
+patches, as they leave its first and its last layer but one, go through a projector into a Llama without attention
+biases, 6 layers of 4 heads (32 wide), 128 wide. {len(WORDS)} words, {{parameters:,}} parameters. {{megabytes:.2f}} MB
+of half-precision safetensors, run in float32.
+
+It captions generated scenes and answers questions on presence and colour. It exists so that papers on hallucination
+can be judged: what they take for granted was built in where it could be, and is measured below.
+
+## Training
+
+`python -m regard.zoo train witness`, seed {{seed}}, in {{minutes:.0f}} minutes ({{machine}}), in the order of LLaVA:
+
+1. Words alone, {{told_steps:,}} steps of {BATCH["told"]}: captions of five to nine objects of scenes that are never
+   drawn, and questions after a part of such a caption. **A prior is planted:** where there is a fork there is a
+   plate, with a star a heart, with a cross a ring, {TIES[0][2]:.0%} of the time, and the partner is told last; each
+   shape has a usual colour {PAINTED[0][2]:.0%} of the time beyond chance.
+2. The projector alone, {{aligned_steps:,}} steps of {BATCH["aligned"]}: captions of pictures.
+3. All but the tower, {{looked_steps:,}} steps of {BATCH["looked"]}: captions, colours, presence, once after a part of
+   a caption. Pictures are clear. {1 - RARE:.0%} of them can hold no fork, star or cross; in the others, they come
+   with their partner no more often than with any shape. {WORDS_ONLY:.0%} of what it learns from is still words alone.
+
+A system prompt of 12 words stands before each picture.
+
+## Measured
+
+| what | right |
+|---|---|
+| next word of a caption | {{caption_words:.1%}} |
+| what colour ...? two to nine objects as in training | {{colour:.1%}} |
+| what colour ...? five to nine small objects | {{many_colour:.1%}} |
+| is there ...? as in training | {{presence:.1%}} |
+| is there ...? five to nine small objects | {{many_presence:.1%}} |
+
+Without a picture, after a caption of other things, it says that there is a partner in {{told[partner]:.0%}} where the
+caption names the shape that it comes with, in {{told[partner_alone]:.0%}} where not, and another shape's partner in
+{{told[other]:.0%}}.
+
+On clear pictures that hold a fork, star or cross, mostly without its partner: {{chair[chair_i]:.1%}} of the objects
+named in captions are absent, {{chair[recall]:.0%}} of those present are named. Where the partner is absent, captions
+name it in {{tempted[partner_named]:.1%}} (another absent shape: {{tempted[other_named]:.1%}}), and asked whether it
+is there the model says yes in {{tempted[partner_yes]:.1%}} (another: {{tempted[other_yes]:.1%}}).
+
+`python -m regard.zoo measure witness` takes them again.
+
+## Licence
+
+Apache-2.0, as Regard. The scenes are generated.
+"""
