@@ -99,7 +99,7 @@ class Run:
     cached: set[str] = field(default_factory=set)  # stacks whose positions a cache holds
     orders: list[Tensor] = field(default_factory=list)  # of which rows the cache's became copies, time after time
     rows: list[Tensor] | None = None  # of what was recorded after so many orders: the rows that came out, -1 for none
-    latest: list[Call] = field(default_factory=list)  # calls of the newest pass, while it may yet be cropped
+    latest: list[Call] = field(default_factory=list)  # the newest calls that may yet be cropped
     changes: int = 0  # of what was recorded before
 
     @property
@@ -306,7 +306,9 @@ class Recorder(Recording):
         if "query" in dims:
             tensor = tensor.narrow(dims.index("query"), 0, n)
         else:
-            call = next((c for c in run.latest if (c.site.stack, c.site.layer) == (stack, layer)), None)
+            at = stack, layer, place.query
+            kept = (c for c in run.latest if (c.site.stack, c.site.layer, c.query_positions) == at)
+            call = next(kept, None)
             found = None if call is None else self.statistics[name](call.of_queries(n))
             if found is None:
                 raise ValueError(
