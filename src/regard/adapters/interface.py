@@ -64,8 +64,9 @@ def read(asked: Asked, site: Site) -> Call:
     implementation, kwargs = asked.implementation, asked.keywords
     query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
     if implementation == "own":  # an adapter's: the module made its weights itself
-        own = partial(_own_rows, kwargs["weights"])
-        return Call(site, query, key, value, 1.0, causal=_is_causal(kwargs["weights"]), edits=(own,))
+        weights = kwargs["weights"]
+        mask = None if weights.dtype == torch.float16 else weights != 0
+        return Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=(partial(_own_rows, weights),))
     if implementation not in READABLE or not (mask is None or isinstance(mask, Tensor)):
         raise UnreachableAttention(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
     scale = kwargs.get("scaling")
