@@ -346,6 +346,7 @@ class Recorder(Recording):
                 f"num_beams=1, or run the sequence that it found through model(ids): its attention is the same"
             )
 
+    @torch.no_grad()
     def crop(self, run: Run, end: int) -> None:
         """Take back what was recorded at position `end` and after, as the cache did."""
         if self.sink is not None:
@@ -370,9 +371,8 @@ class Recorder(Recording):
         if "query" in dims:
             tensor = tensor.narrow(dims.index("query"), 0, n)
         else:
-            at = stack, layer, place.query
-            kept = (c for c in run.latest if (c.site.stack, c.site.layer, c.query_positions) == at)
-            call = next(kept, None)
+            at = stack, layer, place.query.start
+            call = next((c for c in run.latest if (c.site.stack, c.site.layer, c.query_start) == at), None)
             found = None if call is None else self.statistics[name](call.of_queries(n))
             if found is None:
                 raise ValueError(
