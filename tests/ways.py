@@ -6,6 +6,7 @@ import torch
 from transformers import AttentionInterface
 
 from regard import seam
+from regard.functions import innermost
 
 
 def first(output):
@@ -13,8 +14,10 @@ def first(output):
 
 
 def is_clean(model):
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return not seam._sessions and AttentionInterface.get_interface is seam._get_interface and hooks == 0
+    """Whether nothing of a session is left, on the model or in transformers."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    ours = [h for h in hooks if getattr(innermost(h), "__module__", "").startswith("regard")]
+    return not seam._sessions and AttentionInterface.get_interface is seam._get_interface and not ours
 
 
 def checkpoint(model):

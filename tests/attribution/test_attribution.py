@@ -17,6 +17,7 @@ from torch import nn
 
 import regard
 from regard import catalog
+from regard.attribution import salient_relevance
 from regard.attribution._maps import Map, maps
 from regard.attribution.normgrad import saliency
 from regard.attribution.salient_relevance import PATCH, STEP, context_aware
@@ -77,7 +78,8 @@ def test_contract(models, method, name):
         "gradients": [p.requires_grad for p in model.parameters()],
         "weights": copy.deepcopy(model.state_dict()),
     }
-    knobs = {"steps": {"viewer": 20}.get(name, 100)} if method == "integrated_gradients" else {}
+    knobs = {"integrated_gradients": {"steps": {"viewer": 20}.get(name, 100)}, "salient_relevance": {"longest": 64}}
+    knobs = knobs.get(method, {})
     refusal = ""
     try:
         found = regard.attribute(model, both, 1, method=method, **knobs)
@@ -300,6 +302,7 @@ def test_a_patch_stands_at_each_of_its_pixels(models):
 
 def test_context_aware_saliency_against_a_loop():
     picture = torch.rand(2, 14, 20, generator=torch.Generator().manual_seed(1))
+    picture[:, :, 7:] *= 0.1  # so that most of it is no focus
     corners = [(r, c) for r in range(0, 14 - PATCH + 1, STEP) for c in range(0, 20 - PATCH + 1, STEP)]
     # 14 rows leave one scale to compare: at 0.8 there are 11, at 0.5 there are 7
     levels = {1.0: picture}
@@ -336,14 +339,28 @@ def test_context_aware_saliency_against_a_loop():
     foci = np.argwhere(whole >= 0.8)
     expected = [[whole[r, c] * (1 - np.hypot(*(foci - [r, c]).T).min() / 20) for c in range(20)] for r in range(14)]
     assert len(corners) == 15
-    assert np.allclose(context_aware(picture, neighbours=5).numpy(), expected, atol=1e-5)
+    assert 0 < len(foci) < 14 * 20 / 2
+    assert np.allclose(context_aware(picture, neighbours=5, longest=20).numpy(), expected, atol=1e-5)
+
+
+def test_pictures_are_compared_at_one_size(monkeypatch):
+    sizes, cut = [], salient_relevance._patches
+    monkeypatch.setattr(
+        salient_relevance, "_patches", lambda level: (sizes.append(tuple(level.shape[1:])), cut(level))[1]
+    )
+    assert context_aware(torch.rand(1, 24, 48), longest=96).shape == (24, 48)
+    assert sizes[0] == (48, 96)
+    assert context_aware(torch.rand(1, 60, 120), longest=96).shape == (60, 120)
+    assert sizes.count((48, 96)) == 2
+    with pytest.raises(ValueError, match=r"8 x 64 pixels with longest=48 are \[6, 48\], less than a patch of 7"):
+        context_aware(torch.rand(1, 8, 64), longest=48)
 
 
 def test_context_aware_saliency_of_nothing_and_of_a_dot():
-    assert (context_aware(torch.full((3, 32, 32), 0.4)) == 0).all()
+    assert (context_aware(torch.full((3, 32, 32), 0.4), longest=64) == 0).all()
     picture = torch.zeros(1, 48, 48)
     picture[:, 30:36, 12:18] = 1
-    found = context_aware(picture)
+    found = context_aware(picture, longest=48)
     row, column = divmod(int(found.argmax()), 48)
     assert 26 <= row <= 39
     assert 8 <= column <= 21
@@ -419,7 +436,7 @@ def test_pictures_that_are_not_one_a_sample_are_not_taken_apart():
 
 
 def test_what_has_no_one_prediction_is_refused():
-    for name, match in (("bert", "every position"), ("clip", "no logits"), ("albert", "no logits")):
+    for name, match in (("bert", "every position"), ("albert", "no logits.*but embeddings")):
         with pytest.raises(ValueError, match=match):
             regard.attribute(*build(name), method="gradient_x_input")
     model, inputs = build("vit")

@@ -41,6 +41,55 @@ def test_parts_add_up_to_the_models_own_score(family):
     assert float(abs(found["relevance"]).min()) > 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_split_weights_are_a_softmax_of_relevant_scores_alone(family):
+    """By hand, on what the second layer is given where a head of the first is the source."""
+    model, inputs = perturbed(family)
+    seen = {}
+    one = module._Pairs
+
+    class Watched(one):
+        def inputs(self, call):
+            seen["given"] = call
+            return super().inputs(call)
+
+        def output(self, call, output):
+            given = super().output(call, output)
+            if call.site.layer == 1 and self.started:
+                seen["call"], seen["parts"] = seen["given"], given.chunk(2)
+            return given
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_Pairs", Watched)
+        module._split(model, inputs, margin, next(iter(_stacks(model))), [module.Source(0, 1)], None, 1, "split")
+    call, (relevant, rest) = seen["call"], seen["parts"]
+    groups = call.query.shape[1] // call.key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (call.key, call.value))
+    rows = len(call.query) // 2
+
+    def attend(query, key, value):
+        scores = query @ key.mT * call.scale
+        n = scores.shape[-1]
+        past = torch.ones(n, n, dtype=torch.bool).tril()
+        return (scores.masked_fill(~past, -torch.inf) if call.site.causal else scores).softmax(-1) @ value
+
+    assert torch.allclose(relevant, attend(*(t[:rows] for t in (call.query, key, value))), atol=1e-5)
+    whole = attend(*(t[:rows] + t[rows:] for t in (call.query, key, value)))
+    assert torch.allclose(relevant + rest, whole, atol=1e-5)
+
+
+def _stacks(model):
+    return {site.stack: None for site in regard.sites.find(model).values()}
+
+
+def test_rules_for_weights_differ_where_another_layer_looks_again(question):
+    split, whole = (cd_t(*question, weights=rule)["relevance"] for rule in ("split", "whole"))
+    assert split.sel(layer=2).values == pytest.approx(whole.sel(layer=2).values, abs=1e-4)  # nothing comes after
+    assert float(abs(split - whole).sel(layer=[0, 1]).max()) > 0.1
+    with pytest.raises(ValueError, match="'split' or 'whole', got 'none'"):
+        cd_t(*question, weights="none")
+
+
 def test_a_vision_transformer_too():
     model, inputs = perturbed("vit")
     found = cd_t(model, inputs, lambda logits: logits[:, 0] - logits[:, 1])
@@ -117,8 +166,8 @@ def test_a_heads_relevance_stands_where_it_writes(question):
         assert int(abs(found.sel(layer=layer, head=head)).argmax("token")) == found.sizes["token"] - 1
 
 
-def test_the_answer_comes_from_the_first_word(question):
-    found = attributions(*question)
+def test_what_is_copied_comes_from_the_first_word(question):
+    found = attributions(*question, weights="whole")
     assert found.dims == ("batch", "token")
     assert (found.argmax("token") == 1).all()
 
@@ -130,6 +179,9 @@ def test_circuits_are_faithful(question):
     assert faithfulness(*question, [*TELLING, WRONG]) > 0.9
     assert abs(faithfulness(*question, INDUCTIVE)) < 0.1
     assert faithfulness(*question, []) == 0
+    for wrong in ((9, 0), (0, 99), (0, -1)):
+        with pytest.raises(ValueError, match=f"no head {wrong[1]} in layer {wrong[0]}"):
+            faithfulness(*question, [wrong])
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "t5"])

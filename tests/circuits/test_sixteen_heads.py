@@ -50,6 +50,43 @@ def test_importance_is_the_mean_size_of_each_rows_derivative(gpt2):
     assert (normed / found).std("head").values == pytest.approx(0.0, abs=1e-5)
 
 
+def test_by_token_sizes_are_taken_before_the_sum_over_tokens(gpt2):
+    found = sixteen_heads(gpt2, losses, by="token", normalise=False)
+    step, slopes = 1e-5, []
+
+    class Gate:
+        def __init__(self, token, value):
+            self.token, self.value = token, value
+
+        def output(self, call, output):
+            if call.site.layer != 1:
+                return output
+            gates = torch.ones(output.shape[:3], dtype=output.dtype)
+            gates[:, 3, self.token] += self.value
+            return output * gates[..., None]
+
+    for token in range(IDS.shape[1]):
+        moved = []
+        for sign in (1, -1):
+            with torch.no_grad(), regard.intervene(gpt2, Gate(token, sign * step)):
+                moved.append(losses(gpt2))
+        slopes.append((moved[0] - moved[1]) / (2 * step))
+    expected = torch.stack(slopes).abs().sum(0).mean()
+    assert float(found.sel(layer=1, head=3)) == pytest.approx(float(expected), rel=1e-4)
+    by_row = torch.stack(slopes).sum(0).abs().mean()
+    assert float(sixteen_heads(gpt2, losses, normalise=False).sel(layer=1, head=3)) == pytest.approx(
+        float(by_row), rel=1e-4
+    )
+    with pytest.raises(ValueError, match="by 'row' or by 'token', got 'head'"):
+        sixteen_heads(gpt2, losses, by="head")
+
+
+def test_shares_of_heads_are_rounded_down_and_a_step_takes_one_at_least(gpt2):
+    assert greedy(gpt2, losses, by=0.3)["gone"].values.tolist() == [0, 2, 4, 6]  # 2.4, 4.8, 7.2 of 8; 2 stay
+    assert greedy(gpt2, losses, by=0.01)["gone"].values.tolist() == [*range(7)]
+    assert greedy(gpt2, losses, by=0.25, least=3)["gone"].values.tolist() == [0, 2]
+
+
 def test_ablation_is_the_loss_with_the_heads_output_at_zero(gpt2):
     found = ablation(gpt2, losses)
 
@@ -75,9 +112,9 @@ def test_planted_heads_matter_and_stay_to_the_last():
     best = importance.stack(at=("layer", "head")).sortby(importance.stack(at=("layer", "head")))["at"].values[-4:]
     assert set(best) == {*INDUCTIVE, WRONG}
     found = greedy(model, task.losses, by=0.25)
-    assert found["gone"].values.tolist() == [0, 5, 10, 15]
+    assert found["gone"].values.tolist() == [0, 4, 9, 13, 15]
     assert found["loss"].values[-1] < 0.5  # one head of each layer is left: the circuit
-    assert {(layer, head) for layer in range(3) for head in range(6)} - set(gone(found, 3)) == {*INDUCTIVE}
+    assert {(layer, head) for layer in range(3) for head in range(6)} - set(gone(found, 4)) == {*INDUCTIVE}
     without = ablation(model, task.losses)["without"]
     assert float(without.sel(layer=WRONG[0], head=WRONG[1])) < 0 < float(without.sel(layer=MOVER[0], head=MOVER[1]))
     asked = ablation(model, _planted.questions(16).losses)["without"].stack(at=("layer", "head"))

@@ -39,6 +39,25 @@ def test_windows_by_hand():
     assert found[8, 13] == pytest.approx(1 / 36)  # at 11.05: columns 24 to 29
 
 
+def test_a_border_belongs_to_the_ring_outside_it_and_the_last_ring_reaches_the_corners():
+    """The same rings: the fovea ends 2 places from the middle, which is place 8, and the last ring has windows of 8."""
+    x = torch.zeros(1, 1, 32, 32)
+    x[0, 0, 16, 19] = 1  # in the window of 4 of place 10, columns 19 to 22, not in that of 2
+    assert eccentric_pool(x, slope=0.5, fovea=4, ring=4)[0, 0, 8, 10] == pytest.approx(1 / 16)
+    x = torch.zeros(1, 1, 32, 32)
+    x[0, 0, 4, 4] = 1  # one of 25 pixels in the window of 8 of the corner, cut at the picture's edge
+    found = eccentric_pool(x, slope=0.5, fovea=4, ring=4)[0, 0]
+    assert found[0, 0] == pytest.approx(1 / 25)
+    assert torch.equal(eccentric_pool(x, slope=0.5, fovea=40, ring=4), F.avg_pool2d(x, 2))  # a fovea beyond the picture
+
+
+def test_windows_grow_from_the_fovea_as_it_was_given_and_borders_are_whole_places():
+    x = torch.rand(1, 1, 24, 24)
+    wide = eccentric_pool(x, slope=0.5, fovea=5, ring=3)  # places: round(2.5) = 2, round(1.5) = 2; 2 + round(1.5) = 4
+    assert torch.allclose(wide[0, 0, 6, 8], x[0, 0, 11:15, 15:19].mean())
+    assert torch.allclose(wide[0, 0, 6, 7], x[0, 0, 12:14, 14:16].mean())
+
+
 def test_an_even_picture_stays_even():
     x = torch.full((1, 2, 40, 24), 3.0)
     assert torch.allclose(eccentric_pool(x, slope=0.4, fovea=3, ring=2), torch.tensor(3.0))
@@ -115,3 +134,18 @@ def test_the_index():
     assert asymmetry_index(3.0, 1.0) == -0.5
     assert asymmetry_index(-1.0, 2.0) == 1.0
     assert asymmetry_index(-1.0, 0.0) == 0.0
+
+
+def test_levels_count_by_their_maxima():
+    """Two levels as fine as the display, cued by one pixel: what they give is theirs times the cue's."""
+    one, other = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    one[0, 0, 1, 1], other[0, 0, 2, 3] = 3.0, 1.0
+
+    class Levels:
+        def features(self, picture, *, eccentric):
+            return [one, other] if eccentric else [torch.ones(1, 1, 1, 1)] * 2
+
+    found = priority(Levels(), torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 1, 1))[0]
+    assert found[1, 1] == pytest.approx(0.75)
+    assert found[2, 3] == pytest.approx(0.25)
+    assert found.count_nonzero() == 2

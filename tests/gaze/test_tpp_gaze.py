@@ -142,3 +142,47 @@ def test_it_learns_a_rhythm_that_places_do_not_tell():
         with torch.no_grad():
             found[timed] = float(net.log_likelihood(*rhythm(999))[1][:, 1:].mean())
     assert found[True] > found[False] + 0.4  # the entropy of the turn is log 2
+
+
+def test_temperature_multiplies_the_logarithms_of_the_spreads_of_places():
+    net = model(place_components=1)
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    net.place.bias.data[2:4] = torch.tensor([-0.5, 1.0])
+    place, duration = net(*drawn(1, 2), temperature=2.0)
+    assert place.variance[0, 0].detach().tolist() == pytest.approx([math.exp(-2), math.exp(4)], rel=1e-5)
+    _, plain = net(*drawn(1, 2))
+    assert torch.equal(duration.log_prob(torch.ones(1, 3)), plain.log_prob(torch.ones(1, 3)))
+
+
+def test_the_history_holds_places_and_standard_logarithms_of_durations():
+    net, seen = model(log_mean=-1.0, log_std=0.5), []
+    net.history.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    places, durations = drawn()
+    net(places, durations)
+    assert torch.equal(seen[0][..., :2], places)
+    assert torch.allclose(seen[0][..., 2], (durations.log() + 1) / 0.5)
+
+
+def test_spreads_beyond_their_limits_are_held_and_can_come_back():
+    net = model(place_components=1, duration_components=1)
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    net.place.bias.data[2:4] = torch.tensor([9.0, -9.0])
+    net.duration.bias.data[1] = 9.0
+    place, duration = net(*drawn(1, 1))
+    assert place.variance[0, 0].detach().tolist() == pytest.approx([math.exp(6), math.exp(-10)], rel=1e-5)
+    (place.variance.sum() + duration.base_dist.variance.sum()).backward()
+    assert (net.place.bias.grad[2:4] != 0).all()
+    assert net.duration.bias.grad[1] != 0
+
+
+def test_the_next_fixation_follows_what_was_drawn_and_not_what_was_moved_to_the_border():
+    net, seen = model(place_components=1), []
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    net.place.bias.data[2:4] = 2.0  # nearly all that is drawn lies outside
+    net.history.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    paths = net.sample(SIZE, 8, seconds=2.0, temperature=1.0)
+    assert float(seen[-1][..., :2].abs().max()) > 1
+    assert all((path.places >= 0).all() and (path.places <= SIZE).all() for path in paths)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import regard
-from regard import Call, Site
+from regard import Call, Site, Tokens
 from regard.interventions.act import act, helpful_heads, likelihood, sinks
 
 SITE = Site("layers.1.self_attn", "language_model", 1, causal=True, heads=1)
@@ -26,6 +26,18 @@ def test_sinks_are_by_the_mean_over_those_that_see_them():
     assert sinks(call(), threshold=0.1)[0, 0].tolist() == [False, True, False, False]
     assert sinks(call(), threshold=0.07)[0, 0].tolist() == [False, True, False, True]  # 0.06 and 0.08
     assert sinks(call(), threshold=0.37)[0, 0].tolist() == [False] * 4  # 1.1 / 3
+
+
+def test_padding_does_not_count_among_the_queries():
+    """Two tokens of padding, which see themselves and each other, before three: the second of these is a sink."""
+    weights = torch.zeros(1, 1, 5, 5)
+    weights[0, 0, :2, 0] = 1.0
+    weights[0, 0, 2:, 2:] = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.2, 0.0], [0.9, 0.08, 0.02]])
+    key = torch.eye(5)[None, None]
+    tokens = Tokens.plain("text", 1, 5).marked("pad", torch.arange(5)[None] < 2)
+    padded = Call(SITE, weights.clamp(min=1e-30).log(), key, key, 1.0, causal=True, tokens=tokens, query_tokens=tokens)
+    found = sinks(padded, threshold=0.1)[0, 0].tolist()
+    assert found == [False, False, False, True, False]  # (0.2 + 0.08) / 2; nothing of the padding is one
 
 
 def test_a_sink_keeps_beta_and_the_rest_takes_it_in_proportion():

@@ -13,7 +13,7 @@ import regard
 from regard.interventions._branch import Branch
 from regard.interventions.attention_buckets import attention_buckets, rebased, wave
 from regard.interventions.avisc import _Emptied, _Looking, avisc, blind_tokens
-from regard.interventions.hicd import Dispersed, _importance, _ranked, hicd, inducing_heads
+from regard.interventions.hicd import Dispersed, _chosen, _of_answers, _rank_score, hicd, inducing_heads
 
 DECODERS = [name for name in GENERATE if name not in ("t5", "bart", "whisper")]
 SEEING = ["llava", "qwen2_vl"]
@@ -278,40 +278,67 @@ def test_dispersed_heads_look_evenly_at_what_they_may_see(family):
 def test_heads_in_rank_by_hand():
     right, wrong = torch.tensor([[0.0, 2.0], [1.0, 4.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     # stretched: 0, 1/2, 1/4, 1 and 0, 1, 1, 1; with scale 1: 0, 0, -1/2, 1; without: 0, 1/2, 1/4, 1
-    assert _ranked(right, wrong, scale=1.0, share=0.25) == [(1, 1)]
-    assert _ranked(right, wrong, scale=0.0, share=0.5) == [(1, 1), (0, 1)]
-    assert _ranked(right, wrong, share=0.0) == [(1, 1)]
+    assert _chosen(_rank_score(right, wrong, scale=1.0), share=0.25) == [(1, 1)]
+    assert _chosen(_rank_score(right, wrong, scale=0.0), share=0.5) == [(1, 1), (0, 1)]
+    assert _chosen(_rank_score(right, wrong), share=0.0) == [(1, 1)]
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
 def test_importance_is_output_times_gradient(family):
     model, inputs = padded(family)
+    rows, n = inputs["input_ids"].shape
     labels = inputs["input_ids"].clone()
     labels[:, :-2] = -100
     told = {**inputs, "labels": labels}
-    found = _importance(model, told, lambda out: out.loss)
+    found = _of_answers(model, told)
     assert found.shape == (2, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
 
-    class Scale:  # all tokens of a head as one: |the sum over tokens| is what a common factor's slope gives
+    class Scale:
+        """A factor on what each head gives at each token, whose slope is output times gradient."""
+
         def __init__(self):
-            self.factor = nn.Parameter(torch.ones(2, 4))
+            self.factor = nn.Parameter(torch.ones(2, rows, 4, n))
 
         def output(self, call, output):
             if not call.site.causal:
                 return output
-            return output * self.factor[call.site.layer][None, :, None, None]
+            return output * self.factor[call.site.layer][..., None]
 
     scale = Scale()
     with regard.intervene(model, scale):
-        model(**told).loss.backward()
-    assert (found >= scale.factor.grad.abs() - 1e-5).all()
+        # answers are as long, so that the mean over all their tokens is that of the rows' means
+        (rows * model(**told).loss).backward()
+    sizes = scale.factor.grad.abs().sum((1, 3))
+    read = rows * n - 1 - rows  # one is padding, and the last of a row tells nothing
+    assert torch.allclose(found, sizes / torch.tensor([[read], [2.0 * rows]]), rtol=1e-3, atol=1e-7)
     assert (found > 0).all()
     model.zero_grad()
     heads = inducing_heads(model, told, {**inputs, "labels": labels.clamp(min=-100).roll(1, 1)}, share=0.25)
     assert len(heads) == 2
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="need labels"):
         inducing_heads(model, inputs, told)
+    with pytest.raises(ValueError, match="all -100"):
+        inducing_heads(model, told, {**inputs, "labels": torch.full_like(labels, -100)})
+
+
+@pytest.mark.parametrize(("head", "message"), [((9, 0), "no layer 9"), ((0, 9), "no head 9"), ((0, -1), "no head -1")])
+def test_heads_that_are_not_there_are_refused(head, message):
+    model, inputs = padded("llama")
+    with pytest.raises(ValueError, match=f"hicd: .*{message}"):
+        hicd(model, inputs, heads=[head]).branch.logits(inputs["input_ids"])
+
+
+def test_answers_count_row_by_row():
+    """Of a row with one answer and one with four, each counts alike: as the authors', one prompt at a time."""
+    model, inputs = padded("llama")
+    labels = inputs["input_ids"].clone()
+    labels[0, :-1], labels[1, :-4] = -100, -100
+    both = _of_answers(model, {**inputs, "labels": labels})
+    each = [_of_answers(model, {k: v[i : i + 1] for k, v in {**inputs, "labels": labels}.items()}) for i in (0, 1)]
+    n = [int(inputs["attention_mask"][i].sum()) - 1 for i in (0, 1)]
+    assert torch.allclose(both[0], (each[0][0] * n[0] + each[1][0] * n[1]) / sum(n), rtol=1e-4)
+    assert torch.allclose(both[1], (each[0][1] * 1 + each[1][1] * 4) / 5, rtol=1e-4)
 
 
 def test_hicd_finds_heads_where_it_is_given_none():

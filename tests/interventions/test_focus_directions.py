@@ -86,6 +86,23 @@ def test_learned_directions_draw_their_heads_and_no_others():
         assert away[layer, head] < plain[layer, head]
 
 
+def test_learning_goes_ten_times_through_the_examples_from_where_it_is_told():
+    model, inputs = families.build("llama")
+    some, steps = examples(inputs), []
+    start = {(1, 0): torch.full((8,), 0.5)}
+
+    class Count:
+        def inputs(self, call):
+            steps.append(call.site.layer)
+            return call
+
+    with regard.intervene(model, Count()):
+        still = learn_directions(model, some, [(1, 0)], start=start, rate=0.0)
+    assert torch.equal(still[1, 0], start[1, 0])
+    assert start[1, 0].requires_grad is False
+    assert steps.count(1) == 10
+
+
 def test_learning_is_the_same_by_seed():
     model, inputs = families.build("llama")
     some = examples(inputs) * 2

@@ -125,6 +125,23 @@ def test_a_picture_that_was_read_before_is_refused():
         model(inputs["input_ids"][:, -1:], past_key_values=cache)
 
 
+def test_a_token_at_the_threshold_is_no_sink():
+    tau = float(hugeness(torch.tensor(STATES[2])))
+    assert torch.equal(moved(var(tau=tau), WEIGHTS)[-1], torch.tensor(WEIGHTS))
+    assert not torch.equal(moved(var(tau=tau - 1e-3), WEIGHTS)[-1], torch.tensor(WEIGHTS))
+
+
+def test_dimensions_can_be_named():
+    """The first token is huge in the second dimension, the second patch in the first."""
+    only_first = moved(var(tau=1.3, p=0.5, dims=[0]), WEIGHTS)[-1]
+    assert torch.allclose(only_first, torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]))
+    assert torch.allclose(hugeness(torch.tensor([[3.0, 4.0]]), [0]), torch.tensor([3 / 12.5**0.5]))
+    model, _ = deep("llava")
+    for wrong in ([32], [-1], []):
+        with pytest.raises(ValueError, match="dimensions 0 to 31"):
+            var(dims=wrong).begin(model)
+
+
 def test_a_tau_out_of_reach_is_refused():
     model, _ = deep("llava")
     with pytest.raises(ValueError, match="tau=20 cannot be reached by hidden states of 32 numbers"):

@@ -29,6 +29,12 @@ def test_a_head_that_surges_without_the_picture_is_not():
     assert aware(far, torch.ones(1, 4)).tolist() == [[False, True, False, True]]  # far, but as loud with a picture
 
 
+def test_surges_are_of_squares():
+    far = torch.tensor([[1.0, 2.0, 3.0, 9.0]])  # 9 stands out: mean 3.75, standard deviation 3.6
+    surge = torch.tensor([[0.0, 2.0, 2.0, 3.0]])  # 3 is within 1.75 + 1.26; of the squares 9 is not within 4.25 + 3.69
+    assert aware(far, surge).tolist() == [[False, True, True, False]]
+
+
 @pytest.mark.parametrize(
     ("depth", "expected"), [(32, [1, *range(18, 32)]), (6, [1, 3, 4, 5]), (2, [1]), (1, [0]), (4, [1, 2, 3])]
 )

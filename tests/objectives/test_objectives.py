@@ -273,6 +273,10 @@ class TestAttentionAt:
         torch.testing.assert_close((weight * apart).sum(-1), step)
         torch.testing.assert_close(weight.flatten(1).norm(dim=1), step.flatten(1).norm(dim=1))
 
+    def test_a_step_the_other_way_is_refused(self):
+        with pytest.raises(ValueError, match="epsilon is a length, 0 or more, got"):
+            attention_at(self.model, self.loss, epsilon=-0.1)
+
     def test_no_step_at_epsilon_zero(self):
         twice = attention_at(self.model, self.loss, epsilon=0.0)
         torch.testing.assert_close(twice, 2 * self.loss())

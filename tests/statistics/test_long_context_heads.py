@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -60,6 +61,37 @@ def test_two_kinds_of_keys_by_hand():
     assert float(distant_mass(call, **knobs)) == pytest.approx(2 * math.cosh(1) / (2 + 2 * math.cosh(1)))
     foreseen = float(foreseen_mass(call, moments=moments, **knobs))
     assert foreseen == pytest.approx(2 * math.exp(0.5) / (2 + 2 * math.exp(0.5)))
+
+
+@pytest.mark.parametrize("start", [0, 60])
+def test_moments_are_those_of_the_keys_that_are_distant_to_each_query(start):
+    """By a loop over queries, more of them than are taken at once; two rows, one with padding; grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    n, n_sink, window, pads = 150, 3, 20, 5
+    key = torch.randn(2, 2, n, 4, generator=generator) + 2.0
+    query = torch.randn(2, 4, n - start, 4, generator=generator) / 2
+    tokens = Tokens.plain("text", 2, n)
+    tokens.roles[1, :pads] = ROLES.index("pad")
+    mask = torch.ones(2, 1, 1, n, dtype=torch.bool)
+    mask[1, ..., :pads] = False
+    past = torch.arange(start, n)[:, None] >= torch.arange(n)
+    call = call_of(query, key, mask=mask & past, query_start=start, tokens=tokens, causal=False)
+    found = foreseen_mass(call, n_sink=n_sink, window=window)
+    expected = torch.zeros_like(found)
+    for row, head, i in itertools.product(range(2), range(4), range(0, n - start, 7)):
+        q, keys = query[row, head, i], key[row, head // 2]
+        real = [j for j in range(start + i + 1) if not (row == 1 and j < pads)]
+        distant = [j for j in real if j >= n_sink and start + i - j >= window]
+        local = [j for j in real if j not in distant]
+        held = (keys[local] @ q).exp().sum()
+        if distant:
+            scores = keys[distant] @ q
+            afar = len(distant) * (scores.mean() + scores.var(correction=0) / 2).exp()
+            expected[row, head, i] = afar / (afar + held)
+    rows = range(0, n - start, 7)
+    found = found.nan_to_num()  # where padding asks, and sees nothing
+    assert torch.allclose(found[:, :, rows], expected[:, :, rows], atol=1e-4)
+    assert float(found.max()) > 0.5
 
 
 def test_gaussian_keys_are_foreseen():

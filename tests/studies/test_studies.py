@@ -108,6 +108,19 @@ class TestSparseDistributedMemory:
     def test_the_radii_of_the_paper(self):
         assert sdm.reference_radii(64, 1024) == {"memory": 5, "snr": 11, "critical": 15}
 
+    @pytest.mark.parametrize(("dim", "patterns"), [(64, 96), (64, 64), (16, 16), (32, 8), (4, 2)])
+    def test_radii_of_few_patterns(self, dim, patterns):
+        """With few there is no distance from which a read brings nothing nearer than chance is."""
+        radii = sdm.reference_radii(dim, patterns)
+        assert 1 <= radii["memory"] <= radii["snr"] <= radii["critical"] < dim / 2
+        fewer = sdm.reference_radii(dim, 2)["critical"]
+        assert fewer >= radii["critical"]
+
+    def test_radii_of_none_are_refused(self):
+        for dim, patterns in ((3, 8), (64, 1)):
+            with pytest.raises(ValueError, match="4 dimensions and 2 patterns or more"):
+                sdm.reference_radii(dim, patterns)
+
     def test_the_best_radius_for_signal_to_noise_by_the_papers_formula(self):
         from scipy.stats import binom
 

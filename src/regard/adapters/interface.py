@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Call, Site, UnreachableAttention
+from ..functions import arguments
 
 READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
@@ -82,7 +83,7 @@ def read(asked: Asked, site: Site) -> Call:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(query.dtype)  # eager functions add it, also where a model hands them a boolean one
         code = inspect.unwrap(asked.function)
-        honoured = inspect.signature(code).parameters
+        honoured = arguments(code)
         bias = bias if "position_bias" in honoured else None
         softcap = kwargs.get("softcap") if "softcap" in honoured else None
         sinks = kwargs.get("sinks") if "sinks" in honoured else None

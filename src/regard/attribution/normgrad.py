@@ -8,7 +8,8 @@ and NormGrad (conv1x1, norm) are members.
 
 Several layers are joined as in the authors' code, by the product of maps that each are stretched from 0 to 1, here its
 root, which ranks the same. Their loss is the negative score, and their terms are negated: signs are those of the score.
-Of a model with attention, and over tokens, ours reads layers as `grad_cam` does; the paper has convolutional networks.
+Their depthwise 3 x 3 convolution is left out. Of a model with attention, and over tokens, ours reads layers as
+`grad_cam` does; the paper has convolutional networks.
 """
 
 from __future__ import annotations

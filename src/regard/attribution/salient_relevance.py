@@ -6,8 +6,8 @@ after Goferman, Zelnik-Manor and Tal, Context-Aware Saliency Detection (CVPR 201
 
 The paper hands the sizes of the relevances of three channels on as a colour picture, compared in CIE Lab; here they are
 compared as they are. The authors' code of the second step is not public; Goferman's distances are brought into 0 to 1
-here by the largest that there can be, and the map by its own largest value before its foci are chosen. He scales every
-picture to 250 pixels; here smaller ones stay as they are, so that a patch is a larger part of them.
+here by the largest that there can be, and the map by its own largest value before its foci are chosen. As he does,
+every picture is scaled so that its longer side has 250 pixels: patches are 7 pixels wide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..prediction import Target, predict
 from .layerwise_relevance import relevance
 
 PATCH, STEP = 7, 3  # pixels; patches overlap by half
-LARGEST = 250  # pixels of the longer side that are compared
+LONGEST = 250  # pixels that the longer side is scaled to
 SCALES = (1.0, 0.8, 0.5, 0.3)
 AGAINST = (1.0, 0.5, 0.25)  # of its own scale, what a patch is compared with
 SMALLEST = 0.2  # scale below which nothing is compared
@@ -39,6 +39,7 @@ def salient_relevance(
     neighbours: int = 64,
     distance: float = 3.0,
     focus: float = 0.8,
+    longest: int = LONGEST,
 ) -> xr.DataArray:
     """How much the relevance of a pixel's surroundings stands out, 0 to 1. [batch, row, column]
 
@@ -47,23 +48,32 @@ def salient_relevance(
     with predict(model, inputs, target) as prediction:
         found = relevance(prediction).abs().cpu()
         stretched = found / found.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-        maps = [context_aware(one, neighbours=neighbours, distance=distance, focus=focus) for one in stretched]
+        knobs = {"neighbours": neighbours, "distance": distance, "focus": focus, "longest": longest}
+        maps = [context_aware(one, **knobs) for one in stretched]
         return prediction.labelled(torch.stack(maps), "salient_relevance")
 
 
 @torch.no_grad()
-def context_aware(picture: Tensor, *, neighbours: int = 64, distance: float = 3.0, focus: float = 0.8) -> Tensor:
+def context_aware(
+    picture: Tensor, *, neighbours: int = 64, distance: float = 3.0, focus: float = 0.8, longest: int = LONGEST
+) -> Tensor:
     """How much each pixel's patch differs from the patches that are most like it, 0 to 1. [row, column]
 
     picture: [channel, row, column], from 0 to 1
     neighbours: how many similar patches count. distance: how much less unlike a patch is that is far away. focus: the
-    saliency, of the largest, from which on a pixel draws attention to what is near it.
+    saliency, of the largest, from which on a pixel draws attention to what is near it. longest: pixels that the longer
+    side is scaled to, before patches are compared; fewer take less time, and make patches a larger part.
     """
     size = picture.shape[-2:]
     if min(size) < PATCH:
         raise ValueError(f"context-aware saliency needs {PATCH} x {PATCH} pixels at least, got {size[0]} x {size[1]}")
     picture = (picture - picture.mean()).double()  # distances of what is nearly alike are small differences
-    picture = _resized(picture, min(1.0, LARGEST / max(size)))
+    picture = _resized(picture, longest / max(size))
+    if min(picture.shape[-2:]) < PATCH:
+        raise ValueError(
+            f"context-aware saliency: {size[0]} x {size[1]} pixels with {longest=} are {list(picture.shape[-2:])}, "
+            f"less than a patch of {PATCH}"
+        )
     levels: dict[float, tuple[Tensor, Tensor, tuple[int, int]]] = {}
 
     def patches(scale: float) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -6,20 +6,21 @@ state is a pair, relevant + irrelevant:
 
 - a matrix multiplies both; its bias is shared out by the sizes of what it gave to each;
 - a norm scales both by the whole's deviation, and shares its shift out by the sizes of what it was given;
-- attention weights are the whole's; they mix both parts' values;
+- attention gives softmax(r q . r k) r v as relevant, and what is left of the whole's output as irrelevant;
 - an activation f gives f(r + i) - f(i) and f(i);
 - after feed-forward matrices and after layers, where the two have unlike signs the smaller is taken out of the larger.
 
-A head is made a source by setting its pair to (its output - its mean over a reference, that mean).
+A head is made a source by setting its pair to (its output - its mean over a reference, that mean), before the output
+projection.
+
+With weights="whole", the rule of the paper's first version and of its code until September 2024, attention weights are
+the whole's and mix both parts' values: then a head acts through what others copy, not through where they look.
+`regard.circuits.attention_decomposition` sees the latter.
 
 Ours: where both parts are 0 all of a bias is irrelevant (the code loses it). A product of two parts, as in gated
 feed-forward modules, which the paper does not have, gives (r + i)(r' + i') - i i' and i i', the rule for activations.
-The source is the head's output before the output projection; the code sets slices after it. `circuit` follows
-Algorithm 1 in outline (sources of the score, then sources of these, then greedy pruning); we had no text of its
-thresholds, so `take` and `least` are ours.
-
-Attention weights are taken as they are: a head that only tells another where to look brings nothing here.
-`regard.circuits.attention_decomposition` sees those.
+`circuit` follows Algorithm 1 in outline (sources of the score, then sources of these, then greedy pruning); we had no
+text of its thresholds, so `take` and `least` are ours.
 
 The pairs run through the model's own code as rows of one batch, and hooks apply the rules. Whether the parts add up to
 the model's own score is checked; models that compute something else on the way (T5's two stacks, experts, softcapped
@@ -32,7 +33,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import xarray as xr
@@ -41,12 +42,13 @@ from torch import Tensor, nn
 from ..call import Call, Site, UnreachableAttention
 from ..seam import intervene
 from ..sites import find
-from ._gates import Gates, Head, frozen, layout, table
+from ._gates import Gates, Head, frozen, layout, table, without
 from ._norms import hold, is_norm
 from ._parts import is_matrix
 
 Inputs = Mapping[str, Any]
 Score = Callable[[Tensor], Tensor]  # of logits [batch, ...], linear: [batch]
+Rule = Literal["split", "whole"]  # of attention weights
 _TOLERANCE = 1e-3  # of the score's size, for the parts to count as adding up
 
 
@@ -65,16 +67,18 @@ def cd_t(
     *,
     reference: Inputs | None = None,
     by_token: bool = False,
+    weights: Rule = "split",
     stack: str | None = None,
     at_once: int = 16,
 ) -> xr.Dataset:
-    """What each head brings to a score, along all paths with attention as it is. [layer, head] or [layer, head, token]
+    """What each head brings to a score, along all paths. [layer, head] or [layer, head, token]
 
     `relevance`, of either sign, and `rest`, means over rows; they add up to the attribute `score`, to rounding.
 
     inputs: of the model. score: linear in logits [batch, ...], such as the difference of two, for each row [batch].
     reference: inputs of as many tokens; a head counts as far as it departs from its mean over these. Without, from 0.
-    by_token: each token of a head's output for itself. at_once: sources in a pass, two rows of each for every row.
+    by_token: each token of a head's output for itself. weights: "split" lets a head act through what others look at,
+    "whole" leaves that as it is; see this module. at_once: sources in a pass, two rows of each for every row.
 
     Raises UnreachableAttention where relevance and rest do not add up to the model's own score; see this module.
 
@@ -95,7 +99,7 @@ def cd_t(
         for head in range(site.heads)
         for token in range(n_tokens)
     ]
-    split = _split(model, inputs, score, stack, sources, means, at_once)
+    split = _split(model, inputs, score, stack, sources, means, at_once, weights)
     found = {}
     for name, part in (("relevance", split.relevant), ("rest", split.rest)):
         means_of = part.mean(1)
@@ -108,7 +112,13 @@ def cd_t(
 
 
 def attributions(
-    model: nn.Module, inputs: Inputs, score: Score, *, stack: str | None = None, at_once: int = 16
+    model: nn.Module,
+    inputs: Inputs,
+    score: Score,
+    *,
+    weights: Rule = "split",
+    stack: str | None = None,
+    at_once: int = 16,
 ) -> xr.DataArray:
     """What each token brings to a score of its own row, of either sign. [batch, token]
 
@@ -116,7 +126,7 @@ def attributions(
     """
     stack, _, _ = _layout(model, inputs, stack)
     sources = [Source(token=token) for token in range(_n_tokens(inputs))]
-    split = _split(model, inputs, score, stack, sources, None, at_once)
+    split = _split(model, inputs, score, stack, sources, None, at_once, weights)
     return xr.DataArray(split.relevant.T.double().cpu().numpy(), dims=("batch", "token"), attrs={"stack": stack})
 
 
@@ -129,6 +139,7 @@ def circuit(
     take: int = 4,
     rounds: int = 3,
     least: float = 0.01,
+    weights: Rule = "split",
     stack: str | None = None,
     at_once: int = 16,
 ) -> list[Head]:
@@ -136,11 +147,12 @@ def circuit(
 
     take: heads that a round adds at most. rounds: how often to look for sources of what was found. least: a source
     gives this share of the largest one's at least; and in the end a head goes that changes faithfulness by less.
+    weights: as in `cd_t`.
     """
     stack, sites, _ = _layout(model, inputs, stack)
     means = None if reference is None else _means(model, reference, stack)
     heads = [(layer, head) for layer, site in sites.items() for head in range(site.heads)]
-    split = _split(model, inputs, score, stack, [Source(*head) for head in heads], means, at_once)
+    split = _split(model, inputs, score, stack, [Source(*head) for head in heads], means, at_once, weights)
     found: list[Head] = []
     given = split.relevant.mean(1).abs()
     for _ in range(rounds):
@@ -171,7 +183,7 @@ def faithfulness(
 ) -> float:
     """How much of a score these heads alone make: 1 as much as the model, 0 as little as no heads at all.
 
-    All other heads give their mean over the reference; without one, nothing.
+    All other heads give their mean over the reference; without one, nothing. ValueError for heads that are not there.
     """
     stack, sites, _ = _layout(model, inputs, stack)
     means = None if reference is None else _means(model, reference, stack)
@@ -255,9 +267,7 @@ def _faithful(
     found = []
     everything = [(layer, head) for layer, site in sites.items() for head in range(site.heads)]
     for kept in (heads, everything, ()):
-        gates = {layer: torch.zeros(site.heads) for layer, site in sites.items()}
-        for layer, head in kept:
-            gates[layer][head] = 1.0
+        gates = {layer: 1 - gate for layer, gate in without(sites, kept).items()}
         with frozen(model), intervene(model, _Only(stack, gates, means)):
             found.append(float(score(_logits(model(**inputs))).mean()))
     some, whole, none = found
@@ -273,7 +283,10 @@ def _split(
     sources: Sequence[Source],
     means: Means | None,
     at_once: int,
+    weights: Rule,
 ) -> _Split:
+    if weights not in Rule.__args__:
+        raise ValueError(f"weights are 'split' or 'whole', got {weights!r}")
     with frozen(model):
         own = score(_logits(model(**inputs)))
         if not isinstance(own, Tensor) or own.ndim != 1:
@@ -286,7 +299,7 @@ def _split(
         relevant, rest, told = [], [], []
         for start in range(0, len(sources), at_once):
             some = sources[start : start + at_once]
-            pairs = _Pairs(model, stack, some, len(own), means)
+            pairs = _Pairs(model, stack, some, len(own), means, weights)
             with pairs:
                 repeated = {
                     name: value.repeat(2 * len(some), *[1] * (value.ndim - 1)) if name in n_own else value
@@ -309,8 +322,11 @@ def _split(
 class _Pairs:
     """Hooks that make a model carry relevant parts in the first half of its rows, and the rest in the other half."""
 
-    def __init__(self, model: nn.Module, stack: str, sources: Sequence[Source], rows: int, means: Means | None) -> None:
+    def __init__(
+        self, model: nn.Module, stack: str, sources: Sequence[Source], rows: int, means: Means | None, weights: Rule
+    ) -> None:
         self.model, self.stack, self.sources, self.rows, self.means = model, stack, sources, rows, means
+        self.rule = weights
         self.started = False
         self.activated: Tensor | None = None
         self.gave: list[Tensor] = []  # by matrices, since the layer began
@@ -407,16 +423,25 @@ class _Pairs:
         self.activated = torch.cat([module.forward(relevant + rest) - rest_gives, rest_gives])
         return self.activated
 
+    def splits(self, call: Call) -> bool:
+        return self.rule == "split" and call.site.stack == self.stack
+
     def inputs(self, call: Call) -> Call:
         if not self.started:
             return call
-        wholes = (states.unflatten(0, (2, -1)).sum(0).repeat(2, 1, 1, 1) for states in (call.query, call.key))
-        return call.but(**dict(zip(("query", "key"), wholes)))
+        states = {name: getattr(call, name) for name in ("query", "key", "value")}
+        wholes = {name: part.unflatten(0, (2, -1)).sum(0) for name, part in states.items()}
+        if self.splits(call):  # relevant parts alone, and the wholes
+            return call.but(**{name: torch.cat([states[name].chunk(2)[0], whole]) for name, whole in wholes.items()})
+        return call.but(query=wholes["query"].repeat(2, 1, 1, 1), key=wholes["key"].repeat(2, 1, 1, 1))
 
     def output(self, call: Call, output: Tensor) -> Tensor:
         layer = call.site.layer
         if call.site.stack != self.stack:
             return output
+        if self.splits(call):
+            relevant, whole = output.chunk(2)
+            output = torch.cat([relevant, whole - relevant])
         relevant, rest = (part.clone() for part in output.unflatten(0, (2, len(self.sources), self.rows)))
         sizes = (part.flatten(-2).norm(dim=-1) for part in (relevant.transpose(-2, -1), relevant + rest))
         size, whole = sizes

@@ -4,7 +4,8 @@ Michel, Levy and Neubig, Are Sixteen Heads Really Better than One? (arXiv:1905.1
 before the output projection, is 1 or 0. `ablation` is section 3: without one head (3.2), and with all but one head of a
 layer gone (3.3). `sixteen_heads` is the importance of section 4.1, the mean over rows of |d loss / d gate|, divided by
 its l2 norm over the layer; `greedy` section 4.2, heads gone in that order, a tenth of all at a time; `prune` section
-4.4, a smaller model, which is faster.
+4.4, a smaller model, which is faster. The authors' code takes the absolute value at each token, before it sums these,
+which ranks heads otherwise: by="token".
 
 Ours: of each layer one head stays (`least`), since a layer without heads has no shape; `prune` finds each head's rows
 and columns by what flows, for any architecture whose heads have matrices of their own, and compares what it made with
@@ -18,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,14 +39,22 @@ _GROUP = ("num_key_value_groups",)
 _WIDTH = ("split_size", "all_head_size", "inner_dim")
 
 
-def sixteen_heads(model: nn.Module, loss: Loss, *, stack: str | None = None, normalise: bool = True) -> xr.DataArray:
+def sixteen_heads(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    by: Literal["row", "token"] = "row",
+    stack: str | None = None,
+    normalise: bool = True,
+) -> xr.DataArray:
     """How much the loss hangs on each head, 0 and up; higher matters more. [layer, head]
 
     The mean over rows of |d loss / d gate|, in what the loss is measured in; with `normalise` divided by its l2 norm
     over the layer, so that a layer's largest is at most 1. One forward and one backward pass.
 
-    loss: runs the model and gives the loss of each row, [batch]. stack: where heads of several stacks run.
-    Raises ValueError where the loss is not one a row.
+    loss: runs the model and gives the loss of each row, [batch]. by: "row" has a gate for each row, as the paper's
+    formula; "token" one for each token of a row, and adds up their sizes, as the authors' code. stack: where heads of
+    several stacks run. Raises ValueError where the loss is not one a row.
 
     >>> import torch, regard
     >>> model, tokenizer = regard.load("reader")
@@ -55,16 +64,33 @@ def sixteen_heads(model: nn.Module, loss: Loss, *, stack: str | None = None, nor
     >>> sixteen_heads(model, loss).shape
     (6, 8)
     """
+    if by not in ("row", "token"):
+        raise ValueError(f"importance is by 'row' or by 'token', got {by!r}")
     stack, sites, rows = layout(model, loss, stack)
-    gates = {layer: torch.ones(rows, site.heads, requires_grad=True) for layer, site in sites.items()}
-    with frozen(model), torch.enable_grad(), intervene(model, Gates(stack, gates)):
+    opened = _Open(stack)
+    with frozen(model), torch.enable_grad(), intervene(model, opened):
         total = losses(model, loss, rows).sum()
-        found = torch.autograd.grad(total, list(gates.values()), allow_unused=True)
+        found = torch.autograd.grad(total, [opened.gates[layer] for layer in sites], allow_unused=True)
     importance = {}
-    for (layer, gate), gradient in zip(gates.items(), found):
-        mean = torch.zeros(gate.shape[1]) if gradient is None else gradient.abs().mean(0)
+    for (layer, site), gradient in zip(sites.items(), found):
+        each = torch.zeros(rows, site.heads, 1) if gradient is None else gradient
+        each = each if by == "token" else each.sum(-1, keepdim=True)
+        mean = each.abs().sum(-1).mean(0)
         importance[layer] = mean / mean.norm().clamp(min=1e-30) if normalise else mean
     return table(importance, long_name="Importance of a head", stack=stack)
+
+
+class _Open:
+    """A gate of 1 on each head at each token, to be differentiated by. [batch, head, token]"""
+
+    def __init__(self, stack: str) -> None:
+        self.stack, self.gates = stack, {}
+
+    def output(self, call: Call, output: Tensor) -> Tensor:
+        if call.site.stack != self.stack:
+            return output
+        gate = output.new_ones(output.shape[:3]).requires_grad_()
+        return output * self.gates.setdefault(call.site.layer, gate)[..., None]
 
 
 class Masked:
@@ -113,7 +139,7 @@ def greedy(
     least: int = 1,
     stack: str | None = None,
 ) -> xr.Dataset:
-    """The mean loss as heads go, the least important first, a share `by` of all at a time. [step]
+    """The mean loss as heads go, the least important first, a share `by` of all at a time, rounded down. [step]
 
     `loss` and `gone`, the number of heads without, [step]; `leaves`, the step at which a head goes, [layer, head], NaN
     where it stays. Each layer keeps its `least` most important heads. `importance` is that of `sixteen_heads` where it
@@ -130,13 +156,15 @@ def greedy(
         for head in scores.argsort(kind="stable")[: max(site.heads - least, 0)]:
             ranked.append((float(scores[head]), (layer, int(head))))
     order = [head for _, head in sorted(ranked)]
-    size = math.ceil(by * sum(site.heads for site in sites.values()))
+    size = by * sum(site.heads for site in sites.values())
     leaves = {layer: torch.full((site.heads,), torch.nan) for layer, site in sites.items()}
     found, gone = [_mean(model, loss, stack, {})], [0]
     while gone[-1] < len(order):
-        for layer, head in order[gone[-1] : gone[-1] + size]:
+        # so many in all, of which a step takes one at least
+        until = min(max(math.floor(len(gone) * size + 1e-9), gone[-1] + 1), len(order))
+        for layer, head in order[gone[-1] : until]:
             leaves[layer][head] = len(found)
-        gone.append(min(gone[-1] + size, len(order)))
+        gone.append(until)
         found.append(_mean(model, loss, stack, without(sites, order[: gone[-1]])))
     return xr.Dataset(
         {"loss": ("step", found), "gone": ("step", gone), "leaves": table(leaves)}, attrs={"stack": stack}

@@ -2,9 +2,9 @@
 
 Zeng et al., PosIR: Position-Aware Heterogeneous Information Retrieval Benchmark (arXiv:2601.08363), and the authors'
 repository, for its metrics and bins. Relevance is tied to a span, so that place and length of a document can be told
-apart: results are taken within buckets of length, over twenty bins of the span's middle. The position sensitivity
-index is 1 - least / largest mean nDCG@10 of these bins. Saliency of a position is the length of the gradient of the
-similarity in the embedding of its token.
+apart: results are taken within buckets of length, over twenty bins of the span's middle, closed at their end. The
+position sensitivity index is 1 - least / largest mean nDCG@10 of these bins. Saliency of a position is the length of
+the gradient of the similarity in the embedding of its token.
 
     >>> import torch
     >>> from regard.evaluation.posir import PositionedQuery, posir
@@ -113,7 +113,7 @@ def posir(
     score = torch.where(rank <= depth, 1 / (1 + rank).log2(), 0).cpu().numpy()
     place = np.array([(q.start + q.stop) / 2 / len(corpus[q.document]) for q in queries])
     bucket = np.searchsorted(list(edges), [lengths[q.document] for q in queries])
-    position = np.minimum((place * bins).astype(int), bins - 1)
+    position = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], place)  # the lower one for what stands on an edge
     count, total = np.zeros((len(edges) + 1, bins)), np.zeros((len(edges) + 1, bins))
     np.add.at(count, (bucket, position), 1)
     np.add.at(total, (bucket, position), score)

@@ -9,7 +9,9 @@ the code: the model imitates a searcher, it does not find the target.
 Deviations. The paper learns a position encoding by gradient, on a grid, so that the cosine of two codes falls as a
 Gaussian of their distance; here `distance_codes` gives that Gaussian in closed form, at any place. Appearance comes as
 features, where the paper has a small convolutional network: bring one, or whatever is known of the objects. The
-target's own token cannot be chosen.
+target's own token cannot be chosen. The readout has no bias, which would move all scores but the end's alike. A path
+starts from features of 0 in the middle of the screen; theirs starts from a blank picture in the middle cell of their
+grid. They choose the model by how alike paths are to people's; here that is up to whoever trains it.
 """
 
 from __future__ import annotations

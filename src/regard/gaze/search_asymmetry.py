@@ -15,6 +15,7 @@ centre-surround sharpening of the final map is left out. The eye lands on the mi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -76,21 +77,27 @@ def eccentric_pool(x: Tensor, *, slope: float, fovea: float, ring: float, least:
     [batch, channel, row, column], rows and columns even.
 
     Within `fovea` pixels of the middle a window has `least` pixels a side; beyond, in rings `ring` pixels wide, slope
-    times the distance of the ring's outer border from the fovea more, rounded. What lies outside does not count.
+    times the distance of the ring's outer border from the fovea more, rounded. The last ring is the one that reaches
+    the nearest end of the longer side, and goes on to the corners. What lies outside does not count.
+
+    As in the authors' code, borders are whole places of what comes out, which are two pixels each, a place on a border
+    is outside it, and the middle is the place with as many before it as after it, or one more.
     """
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"eccentric_pool halves rows and columns, so they are even: got {list(x.shape[2:])}")
-    rows, columns = (torch.arange(n // 2, device=x.device) * 2 + 1 - n / 2 for n in x.shape[2:])
-    away = torch.hypot(rows[:, None], columns)
-    border = fovea + ring * torch.ceil((away - fovea).clamp(min=0) / ring)
-    side = least + torch.round(slope * (border - fovea)).long()
+    inner, step, half = round(fovea / 2), max(1, round(ring / 2)), max(x.shape[2:]) / 4  # in places
+    rings = max(1, math.ceil((half - inner) / step)) if inner <= half else 0
+    rows, columns = (torch.arange(n // 2, device=x.device) - n // 4 for n in x.shape[2:])
+    away = torch.hypot(rows[:, None].double(), columns.double())
+    at = ((away - inner).div(step, rounding_mode="floor") + 1).clamp(0, rings)
     found = x.new_zeros(*x.shape[:2], *away.shape)
     inside = torch.ones_like(x[:1, :1])
-    for window in side.unique().tolist():
+    for number in range(rings + 1):
+        window = least + (round(slope * (2 * (inner + number * step) - fovea)) if number else 0)
         before, after = (window - 2) // 2, window - 2 - (window - 2) // 2
         pads = (before, after, before, after)
         total, share = (F.avg_pool2d(F.pad(part, pads), window, stride=2) for part in (x, inside))
-        found = torch.where(side == window, total / share, found)
+        found = torch.where(at == number, total / share, found)
     return found
 
 

@@ -63,7 +63,7 @@ class TPPGaze(nn.Module):
         """
         context = self._context(places, durations, scene)
         where = self.place(context).unflatten(-1, (5, self.config.place_components))
-        spread = where[..., 2:4, :].clamp(-5, 3) * temperature
+        spread = _within(where[..., 2:4, :]) * temperature
         place = D.MixtureSameFamily(
             D.Categorical(logits=where[..., 4, :]),
             D.Independent(D.Normal(where[..., :2, :].tanh().mT, spread.exp().mT), 1),
@@ -71,7 +71,7 @@ class TPPGaze(nn.Module):
         if not self.config.timed:
             context = torch.zeros_like(context)
         mean, spread, weight = self.duration(context).unflatten(-1, (3, self.config.duration_components)).unbind(-2)
-        scaled = D.MixtureSameFamily(D.Categorical(logits=weight), D.Normal(mean, spread.clamp(-5, 3).exp()))
+        scaled = D.MixtureSameFamily(D.Categorical(logits=weight), D.Normal(mean, _within(spread).exp()))
         transforms = [D.AffineTransform(self.config.log_mean, self.config.log_std), D.ExpTransform()]
         return place, D.TransformedDistribution(scaled, transforms)
 
@@ -99,8 +99,9 @@ class TPPGaze(nn.Module):
     ) -> list[Scanpath]:
         """n scanpaths of the fixations that end within `seconds`, at most `longest`, and one at least.
 
-        size: of the screen in pixels; what is drawn outside it is moved to its border, as in the authors' code, whose
-        temperature is the default too: spreads below 1 get smaller. scene [scene]. The network is to be in evaluation
+        size: of the screen in pixels; what is drawn outside it is moved to its border in what is given, and stays where
+        it is in what the next fixation follows, as in the authors' code, whose temperature is the default too: spreads
+        below 1 get smaller. scene [scene]. The network is to be in evaluation
         mode. Torch's own random state stays as it is.
         """
         device = self.first.device
@@ -110,10 +111,10 @@ class TPPGaze(nn.Module):
             torch.manual_seed(seed)
             while places.shape[1] < longest and (places.shape[1] == 0 or bool((durations.sum(1) < seconds).any())):
                 place, duration = self(places, durations, pictures, temperature=temperature)
-                places = torch.cat([places, place.sample()[:, -1:].clamp(-1, 1)], 1)
+                places = torch.cat([places, place.sample()[:, -1:]], 1)
                 durations = torch.cat([durations, duration.sample()[:, -1:]], 1)
         lengths = (durations.cumsum(1) <= seconds).sum(1).clamp(min=1).tolist()
-        pixels = (places + 1) / 2 * torch.tensor(size, device=device)
+        pixels = (places.clamp(-1, 1) + 1) / 2 * torch.tensor(size, device=device)
         return [
             Scanpath(path[:length].double().cpu().numpy(), size, 1000 * of[:length].double().cpu().numpy())
             for path, of, length in zip(pixels, durations, lengths)
@@ -139,6 +140,11 @@ class TPPGaze(nn.Module):
         if self.picture is not None:
             state = torch.cat([state, self.picture(scene)[:, None].expand_as(state)], -1)
         return self.dropout(state)
+
+
+def _within(log_spread: Tensor) -> Tensor:
+    """Logarithms of spreads held from -5 to 3; gradients pass, so that what lies outside can come back."""
+    return log_spread + (log_spread.clamp(-5, 3) - log_spread).detach()
 
 
 def tensors(paths: Sequence[Scanpath]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ def require(model: nn.Module, method: str, wanted: Iterable[int], otherwise: str
     """ValueError, which names the method and what to do otherwise, where the language model lacks a layer."""
     if missing := set(wanted) - set(layers(model, method)):
         raise ValueError(f"{method}: {type(model).__name__} has no layer {min(missing)}: {otherwise}")
+
+
+def known(call: Call, heads: Collection[int], method: str) -> None:
+    """ValueError, which names the method, where a call has not all these heads."""
+    n = call.query.shape[1]
+    if missing := [head for head in heads if not 0 <= head < n]:
+        raise ValueError(f"{method}: {call.site} has {n} heads, and no head {missing[0]}")
 
 
 def image_ids(model: nn.Module, method: str) -> set[int]:

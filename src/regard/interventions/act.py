@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..call import Call
 from ..names import vocabulary
 from ..seam import intervene
-from ._method import STACK, Method, layers, require
+from ._method import STACK, Method, known, layers, require
 
 BETA, THRESHOLD = 0.4, 0.1
 
@@ -86,8 +86,7 @@ class act(Method):
         chosen = [head for at, head in self.heads if at == layer]
         if call.site.stack != STACK or not chosen or self.beta == 1:
             return False
-        if max(chosen) >= call.site.heads:
-            raise ValueError(f"act: {call.site} has {call.site.heads} heads, and no head {max(chosen)}")
+        known(call, chosen, "act")
         found = sinks(call, threshold=self.threshold)
         calibrated = torch.zeros(found.shape[1], dtype=torch.bool, device=found.device)
         calibrated[chosen] = True

@@ -1,8 +1,9 @@
 """Attentional vision calibration: what the few image tokens that soak up attention say is taken off the logits.
 
 Woo et al., Don't Miss the Forest for the Trees: Attentional Vision Calibration for Large Vision Language Models
-(arXiv:2405.17820), by the authors' code, with the defaults of their scripts for LLaVA-1.5; we had the code and the
-abstract, not the whole text.
+(arXiv:2405.17820), by the authors' code; we had the code and the abstract, not the whole text. `alpha` is the 2.5 of
+their script for AMBER with LLaVA-1.5; that for POPE has 1 (and 3 in a list), which is the default of their program.
+They draw the next token from what is left; here that is up to `generate`.
 
 Layers and blind tokens are found for each row of a batch; the authors' code has batches of one, and pools the layers'
 shares over the batch. Image tokens are emptied where they enter the first layer, which for a model that adds learned

@@ -3,7 +3,7 @@
 Zhu et al., Focus Directions Make Your Language Models Pay More Attention to Relevant Contexts (arXiv:2503.23306), by
 the authors' code. Contextual heads are those whose queries in the answer give most attention to the relevant part of
 the prompt. For each head an offset of its queries is learned, on queries and keys as the plain model makes them, that
-makes that attention largest: AdamW, one prompt a step, three times through all prompts, at a rate of 0.001, from
+makes that attention largest: AdamW, one prompt a step, ten times through all prompts, at a rate of 0.001, from
 numbers of standard deviation 0.01. `strength` (0.2) times this offset is then added to every query of the 20 most
 contextual heads, after the position embedding; nothing tells the model what is relevant.
 
@@ -103,7 +103,7 @@ class focus_directions(Method):
             own = {head: direction for (at, head), direction in self.directions.items() if at == layer}
             heads, dim = call.query.shape[1], call.query.shape[3]
             for head, direction in own.items():
-                if head >= heads or direction.shape != (dim,):
+                if not 0 <= head < heads or direction.shape != (dim,):
                     raise ValueError(
                         f"focus-directions: {call.site} has {heads} heads of {dim} numbers, and no head {head} for a "
                         f"direction {list(direction.shape)}: learn directions on this model"
@@ -143,17 +143,19 @@ def learn_directions(
     examples: Sequence[Example],
     heads: Sequence[tuple[int, int]],
     *,
-    epochs: int = 3,
+    epochs: int = 10,
     rate: float = 1e-3,
+    start: Directions | None = None,
     seed: int = 0,
 ) -> dict[tuple[int, int], Tensor]:
     """For each of `heads` the offset of its queries that makes answers attend to what is relevant, [dim].
 
     rate: AdamW's; the offsets move by about that much in each number a step, one step an example, so few examples want
-    a larger one than the paper's. The model's own weights stay as they are, and so does the course of its run: each
+    a larger one than the paper's. start: offsets to go on from; where there are none they are drawn by `seed`, which
+    also shuffles the examples. The model's own weights stay as they are, and so does the course of its run: each
     offset is learned as if it were alone.
     """
-    learner = _Learner(heads, rate, torch.Generator().manual_seed(seed))
+    learner = _Learner(heads, rate, torch.Generator().manual_seed(seed), start or {})
     shuffle = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for i in torch.randperm(len(examples), generator=shuffle).tolist():
@@ -166,8 +168,10 @@ def learn_directions(
 class _Learner:
     """Takes a step of the offsets of each layer as the model runs; changes nothing."""
 
-    def __init__(self, heads: Sequence[tuple[int, int]], rate: float, generator: torch.Generator) -> None:
-        self.heads, self.rate, self.generator = heads, rate, generator
+    def __init__(
+        self, heads: Sequence[tuple[int, int]], rate: float, generator: torch.Generator, start: Directions
+    ) -> None:
+        self.heads, self.rate, self.generator, self.start = heads, rate, generator, start
         self.directions: dict[tuple[int, int], Tensor] = {}
         self.optimisers: dict[int, torch.optim.Optimizer] = {}
         self.example: Example
@@ -179,8 +183,9 @@ class _Learner:
             return call
         if layer not in self.optimisers:
             made = 0.01 * torch.randn(len(own), call.query.shape[3], generator=self.generator)
-            for head, numbers in zip(own, made.to(call.query.device)):
-                self.directions[layer, head] = numbers.clone().requires_grad_()
+            for head, numbers in zip(own, made):
+                numbers = self.start.get((layer, head), numbers).to(call.query.device)
+                self.directions[layer, head] = numbers.detach().clone().requires_grad_()
             self.optimisers[layer] = torch.optim.AdamW([self.directions[layer, head] for head in own], lr=self.rate)
         answer, relevant = (where.to(call.query.device) for where in (self.example.answer, self.example.relevant))
         at = answer.any(0).nonzero()[:, 0]

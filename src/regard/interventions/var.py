@@ -2,21 +2,23 @@
 
 Kang, Kim, Kim and Hwang, See What You Are Told: Visual Attention Sink in Large Multimodal Models (arXiv:2503.03321),
 with the definitions of the authors' code. A token is a sink of a layer where one number of the hidden state that the
-layer reads is huge beside the others: phi = max |x| / rms(x) >= `tau`. Text that comes after the picture gives `p` of
+layer reads is huge beside the others: phi = max |x| / rms(x) > `tau`. Text that comes after the picture gives `p` of
 its attention to sinks, of picture and text, to the other image tokens, in proportion to what each has; in the heads
 that look at the picture, which is where at least `least` of the attention is on image tokens, and at least `rho` of
 that on those that are no sinks. The first two layers and the last are left alone.
 
 Deviations: the paper looks for huge numbers in two dimensions that it knows of each language model; here every
-dimension counts. `tau` is the paper's 20 in models at least 4096 wide; below, it is less in proportion to the square
-root of the width, as phi cannot exceed that root. We had the code, not the paper's text: there, 0.6 is the share that
-stays; quotations of the paper call it the share that is moved, as here. `rho` is the code's 0.5; quotations give 0.8
-for general tasks and 0.9 for ones about places.
+dimension counts, unless `dims` says which. The authors' code changes the last layer too: a flag that is to leave it
+alone is overwritten before it is read. `tau` is the paper's 20 in models at least 4096 wide; below, it is less in
+proportion to the square root of the width, as phi cannot exceed that root. We had the code, not the paper's text:
+there, 0.6 is the share that stays; quotations of the paper call it the share that is moved, as here. `rho` is the
+code's 0.5; quotations give 0.8 for general tasks and 0.9 for ones about places.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,7 +38,8 @@ class var(Method):
 
     p: share of the attention on sinks that is moved, 0 to 1; 0 changes nothing. tau: how huge the largest number of a
     sink's hidden state is, in root mean squares; None for the paper's, see above. rho: the least share of a head's
-    attention to the picture that is on no sink. least: the least share of its attention that is on the picture.
+    attention to the picture that is on no sink. least: the least share of its attention that is on the picture. dims:
+    of the hidden state, which may be huge; None for any.
 
     ValueError where the model reads no image tokens, or no hidden state of its width can reach `tau`.
 
@@ -55,6 +58,7 @@ class var(Method):
     tau: float | None = None
     rho: float = 0.5
     least: float = 0.2
+    dims: Sequence[int] | None = None
     _layers: set[int] = field(default_factory=set, init=False, repr=False)
     _start: int = field(default=0, init=False, repr=False)  # of the pass that runs
     _sinks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # by layer, [batch, token]
@@ -73,13 +77,15 @@ class var(Method):
                 f"var: tau={self.tau:g} cannot be reached by hidden states of {width} numbers, the largest of which is "
                 f"at most {math.sqrt(width):.1f} root mean squares; leave tau out for {threshold(width):.1f}"
             )
+        if self.dims is not None and not (self.dims and 0 <= min(self.dims) <= max(self.dims) < width):
+            raise ValueError(f"var: hidden states have dimensions 0 to {width - 1}, got dims={list(self.dims)}")
 
     def hidden(self, site: Site, hidden: Tensor) -> Tensor:
         layer = site.layer + 1
         generated = self._start > 0 and hidden.shape[1] == 1
         if site.stack == STACK and layer in self._layers and self.p and not generated:
             tau = threshold(hidden.shape[-1]) if self.tau is None else self.tau
-            found = hugeness(hidden) >= tau
+            found = hugeness(hidden, self.dims) > tau
             self._sinks[layer] = torch.cat([self._sinks[layer], found], dim=1) if self._start else found
         return hidden
 
@@ -122,10 +128,14 @@ def after(call: Call, image: Tensor, rows: range) -> Tensor:
     return query > (key * image).amax(1, keepdim=True)
 
 
-def hugeness(hidden: Tensor) -> Tensor:
-    """Largest number of each hidden state in root mean squares, 1 to the root of the width: phi. [batch, token]"""
+def hugeness(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """Largest number of each hidden state, of all or of some dimensions, in root mean squares: phi. [batch, token]
+
+    At most the root of the width.
+    """
     hidden = hidden.float()
-    return hidden.abs().amax(-1) / hidden.square().mean(-1).sqrt().clamp(min=1e-12)
+    among = hidden if dims is None else hidden[..., list(dims)]
+    return among.abs().amax(-1) / hidden.square().mean(-1).sqrt().clamp(min=1e-12)
 
 
 def threshold(width: int) -> float:

@@ -2,10 +2,10 @@
 
 He et al., Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence (arXiv:2412.13949), section 3
 and algorithm 1. The divergence of a head (equation 4) is how far its output at the last token of the prompt is from
-what it is when the picture is removed. Where both that and the output without the picture are more than a standard
-deviation above the layer's mean (equation 6), the head answers to the absence of the picture, and counts as 0. Heads
-above their layer's median are aware (equation 7): for this prompt, their outputs are `alpha` times as large, in the
-second layer and the last 14 of 32.
+what it is when the picture is removed. Where both that and the squared length of the output without the picture are
+more than a standard deviation above the layer's mean (equation 6), the head answers to the absence of the picture, and
+counts as 0. Heads above their layer's median are aware (equation 7): for this prompt, their outputs are `alpha` times
+as large, in the second layer and the last 14 of 32. No code of the authors was at hand to compare with.
 
 Both readings of the prompt run as one batch, with heads of earlier layers raised in both, so that heads are found layer
 by layer in a single pass, as the paper asks; that the reading without a picture is raised too, it does not say. That

@@ -5,6 +5,9 @@ bias = query_factor @ key_factor^T, is carried by a few more channels of queries
 attention does it. Exact factors for ALiBi and for squared distances, factors by singular values of a given bias, and
 factors learned from what the bias depends on (the paper's three kinds).
 
+ALiBi's bias is -slope * (i - j), as in Press et al.; the authors' example for it has factors of +slope * (i - j), the
+other sign.
+
 Deviations: scores are scale * query @ key + bias, so the queries' own channels are scaled before factors are appended.
 Half precision is computed in float32, since positions have no room in fewer digits.
 """

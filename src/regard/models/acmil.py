@@ -7,8 +7,8 @@ pushed apart by its cosine similarity; the bag is classified by the mean of the 
 are those of the paper and of the authors' code: 5 branches, 6 of the 10 highest scores hidden.
 
 One branch with nothing hidden is attention MIL as of Ilse et al. Deviations: bags come in batches, with a mask; of a
-bag with fewer than 10 instances the same share is hidden. The authors' code sets the number of top instances to the
-number of branches; here it is the paper's 10.
+bag with fewer than 10 instances the same share is hidden. How many top instances there are is a flag of the authors'
+code; the command of its readme has 10, as here. They train a bag at a time.
 """
 
 from __future__ import annotations

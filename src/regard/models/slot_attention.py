@@ -5,8 +5,9 @@ defaults of the authors' code: 3 rounds, softmax over slots, then a weighted mea
 residual MLP; an autoencoder of a CNN, positions on a grid, and a spatial broadcast decoder.
 
 Deviations: the authors' convolutions have 64 channels and four layers of width 5, and their decoder starts from 8 x 8
-and doubles; here channels, layers, width, stride and the decoder's start are knobs of `SlotConfig`. Slots
-start from PyTorch's initialisations.
+and doubles; here channels, layers, width, stride and the decoder's start are knobs of `SlotConfig`. Initial values, the
+epsilon of norms (1e-5; Keras has 1e-3) and the side on which transposed convolutions are cut (2 and 1 pixels; Keras
+cuts 1 and 2) are PyTorch's, which matters where the authors' weights are to be loaded.
 """
 
 from __future__ import annotations

@@ -10,7 +10,11 @@ together: every site, head and row, unless `where` and `queries` choose. For iAT
 score t and a weight a[t, k] for each, the perturbation of key t is the sum over k of a[t, k] d[t, k], and a is epsilon
 long along its gradient. Normalising d for each t by itself gives the perturbation of AT to the letter, since the
 gradient of a[t, k] is g[t] d[t, k]; here d is normalised over its row as a whole, so that keys whose scores stand out
-are moved more. The authors' code for iAT steps against the gradient, towards a smaller loss; this does not.
+are moved more. Negative epsilons, which would lower the loss, are refused.
+
+The authors' code for iAT does something else, which is not offered: its differences are between the sentences of a
+batch, at the same place, and as it starts from weights of 0, they do not reach the gradient. What is left is the step
+of AT with the other sign, towards a smaller loss.
 """
 
 from __future__ import annotations
@@ -38,12 +42,12 @@ def attention_at(
 ) -> Tensor:
     """The loss, plus `strength` times the loss under the worst change of attention scores. A scalar, with gradient.
 
-    loss: runs the model and gives its loss, the mean or the sum over examples; it is called twice. epsilon: how far
-    the scores of one example are moved, by the 2-norm. interpretable: Attention iAT instead of Attention AT. where:
-    which sites are changed; queries: which rows of them, such as `slice(0, 1)` for `[CLS]`. Rows keep what was masked
-    masked. It costs two runs of the model and a backward pass more than the loss alone, and holds the maps of what it
-    changes; dropout differs between the two runs. Raises ValueError where nothing is changed, or where `loss` runs a
-    layer more than once.
+    loss: runs the model and gives its loss, the mean or the sum over examples; it is called twice. epsilon: how far the
+    scores of one example are moved, by the 2-norm. interpretable: Attention iAT instead of Attention AT. where: which
+    sites are changed; queries: which rows of them, such as `slice(0, 1)` for `[CLS]`. Rows keep what was masked masked.
+    It costs two runs of the model and a backward pass more than the loss alone, and holds the maps of what it changes;
+    dropout differs between the two runs. Raises ValueError for a negative epsilon, where nothing is changed, or where
+    `loss` runs a layer more than once.
 
         attention_at(model, lambda: model(**batch).loss, epsilon=5.0).backward()
     """
@@ -80,6 +84,8 @@ def perturbation(
 
     Arguments as in `attention_at`. To measure how much a model stands: `with intervene(model, perturbation(...))`.
     """
+    if epsilon < 0:
+        raise ValueError(f"attention_at: epsilon is a length, 0 or more, got {epsilon}: below 0 the loss would fall")
     probe = _Probe(where, queries, interpretable)
     with torch.enable_grad(), intervene(model, probe):
         before = loss()

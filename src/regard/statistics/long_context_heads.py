@@ -8,10 +8,10 @@ distant ones is taken for n times the mean of exp(score) over Gaussian keys, exp
 scaled query, so that no distant key is visited.
 
 We worked from the abstract and the public reviews of the paper. The formula is theirs. Ours are: mean and covariance
-are those of keys as they are compared, after rotary embedding, a pair for each key head, of another text
-(`key_moments`) or, by default, of the call's own keys but the sinks; `threshold` is 0.6, where the paper sweeps it; a
-learned sink logit counts as local; in `judge` the criterion costs as much as visiting `dim` keys. Scores with a softcap
-or a position bias are not Gaussian where keys are, and are refused.
+are those of keys as they are compared, after rotary embedding, a pair for each key head, of all keys but the sinks of
+another text (`key_moments`) or, by default, of the keys of this call that are distant to the query; `threshold` is 0.6,
+where the paper sweeps it; a learned sink logit counts as local; in `judge` the criterion costs as much as visiting
+`dim` keys. Scores with a softcap or a position bias are not Gaussian where keys are, and are refused.
 
 Gaussian keys stand for scores that are sums of many small parts. A query that looks near by a few strong
 frequencies of a rotary embedding is foreseen to look afar: keys on a circle reach less far than Gaussian ones.
@@ -34,6 +34,7 @@ from ..recording import statistic
 from ..seam import record
 
 N_SINK, WINDOW, THRESHOLD = 16, 1024, 0.6
+STEP = 64  # queries for which sums over keys are taken once
 
 
 class Moments(NamedTuple):
@@ -90,18 +91,21 @@ def foreseen_mass(
 ) -> Tensor | None:
     """What `distant_mass` will be, by the local keys and two moments of the distant ones. [batch, head, query]
 
-    moments: from `key_moments`; None for those of this call's own keys. ValueError for scores with a softcap or a
-    position bias.
+    moments: from `key_moments`; None for those of the query's own distant keys, by running sums. ValueError for
+    scores with a softcap or a position bias.
     """
     if not _reads_back(call):
         return None
     _refuse(call)
-    mean, covariance = _moments(call.key, _beyond_sinks(call, n_sink)) if moments is None else _known(moments, call)
     n_group = call.query.shape[1] // call.key.shape[1]
     scaled = (call.query * call.scale).unflatten(1, (-1, n_group))  # [batch, kv_head, group, query, dim]
-    mean, covariance = (t.to(scaled)[:, :, None] for t in (mean, covariance))
-    spread = ((scaled @ covariance) * scaled).sum(-1)
-    log_mean = ((scaled @ mean[..., None])[..., 0] + spread / 2).flatten(1, 2)
+    if moments is None:
+        mean, variance = _of_distant(scaled, call, n_sink, window)
+    else:
+        known = _known(moments, call)
+        first, second = (t.to(scaled)[:, :, None] for t in known)
+        mean, variance = (scaled @ first[..., None])[..., 0], ((scaled @ second) * scaled).sum(-1)
+    log_mean = (mean + variance / 2).flatten(1, 2)
     parts = []
     for rows in call.weights.spans():
         local, seen = _local(call, rows, n_sink, window), call.weights.seen(rows.start, rows.stop)
@@ -223,6 +227,40 @@ def _local(call: Call, rows: range, n_sink: int, window: int) -> Tensor:
     query = torch.arange(rows.start, rows.stop, device=device)[:, None] + call.query_start
     key = torch.arange(call.key.shape[2], device=device) + call.key_start
     return (key < n_sink) | (query - key < window)
+
+
+def _of_distant(scaled: Tensor, call: Call, n_sink: int, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each query's scores with its distant keys. Both [batch, kv_head, group, query]
+
+    scaled: queries [batch, kv_head, group, query, dim]. Sums over keys that are distant to all of some queries, and the
+    few that are to the later of these only, one by one.
+    """
+    chosen = _beyond_sinks(call, n_sink)
+    among = chosen[:, None, :, None].to(call.key)
+    middle = (call.key * among).sum(2, keepdim=True) / among.sum(2, keepdim=True).clamp(min=1)
+    key = ((call.key - middle) * among).to(scaled)  # variances are differences of squares: taken around the middle
+    n_key, n_query = key.shape[2], scaled.shape[3]
+    total = key.new_zeros(*key.shape[:2], key.shape[-1])
+    square = key.new_zeros(*key.shape[:2], key.shape[-1], key.shape[-1])
+    number, held = chosen.new_zeros(len(key), dtype=torch.long), 0
+    means, variances = [], []
+    for a in range(0, n_query, STEP):
+        rows = torch.arange(a, min(a + STEP, n_query), device=key.device)
+        ends = (rows + call.query_start - window - call.key_start + 1).clamp(0, n_key)  # of what is distant to each
+        first, last = int(ends[0]), int(ends[-1])
+        more = key[:, :, held:first]
+        total, square = total + more.sum(2), square + more.mT @ more
+        number, held = number + chosen[:, held:first].sum(1), first
+        query = scaled[..., rows, :]
+        later = (torch.arange(first, last, device=key.device) < ends[:, None]) & chosen[:, None, first:last]
+        scores = (query @ key[:, :, None, first:last].mT) * later[:, None, None]
+        count = (number[:, None] + later.sum(-1))[:, None, None].clamp(min=1)  # [batch, 1, 1, rows]
+        mean = ((query @ total[:, :, None, :, None])[..., 0] + scores.sum(-1)) / count
+        mean_square = (((query @ square[:, :, None]) * query).sum(-1) + scores.square().sum(-1)) / count
+        means.append(mean)
+        variances.append((mean_square - mean.square()).clamp(min=0))
+    away = (scaled @ middle.to(scaled)[:, :, None].mT)[..., 0]
+    return torch.cat(means, -1) + away, torch.cat(variances, -1)
 
 
 def _beyond_sinks(call: Call, n_sink: int) -> Tensor:

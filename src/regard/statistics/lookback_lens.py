@@ -7,7 +7,7 @@ detector trusts most is kept, and so on to the end. Numbers are those of the pap
 (voidism/Lookback-Lens): chunks of 8 tokens, 8 candidates, temperature 0.9, nucleus 0.95, at most 256 new tokens.
 
 Deviations: the cache is kept and extended, where the authors' code is a changed `generate`; a candidate that ends
-within its chunk is judged by its tokens up to the end.
+within its chunk is judged by its tokens up to the end. Annotated spans that the code joins over gaps are spans each.
 """
 
 from __future__ import annotations

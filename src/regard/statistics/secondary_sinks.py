@@ -10,14 +10,15 @@ cosine of its hidden state with the first token's is above 0.9. The first such l
 number its lifetime, and the pair its level. The module that makes it is the feed-forward module of the onset layer:
 the cosine of what that gives with the primary sink's direction, and its norm, are what the paper looks at.
 
-Deviations. The first token that is no padding is the primary sink; the code takes, in chats, the one of the first
-three tokens with the largest norm. Of the first layer, what its feed-forward module adds counts as growth, so that a
-sink may begin there; in the code it cannot. (Where a norm stands between, as in Gemma 2, that is not what is added.)
-A primary sink whose norm never falls lasts to the end; the code cuts at its least growth. Kinds follow the abstract: a
-primary sink begins in the same layer as the first token's, a secondary one later; the code calls a sink primary that
-misses at most 15 layers. As there, those that live fewer than 5 layers are left out. What is compared is the hidden
-state that a layer gives, also for the last one, where transformers' `hidden_states` are those after the last norm. The
-score of a sink is ours: see `sink_score`.
+Deviations. The first token that is no padding is the primary sink; the code takes, in chats, the one of the first three
+tokens with the largest norm. Of the first layer, what its feed-forward module adds counts as growth, so that a sink may
+begin there; in the code it cannot. (Where a norm stands between, as in Gemma 2, that is not what is added.) A primary
+sink whose norm never falls lasts to the end; the code cuts at its least growth. Kinds follow the abstract: a primary
+sink begins in the same layer as the first token's, a secondary one later; the code calls a sink primary that misses at
+most 15 layers. As there, those that live fewer than 5 layers are left out. Parts of the feed-forward module are
+compared in the code with the first token's same part; here what it gives, with that token's hidden state. What is
+compared is the hidden state that a layer gives, also for the last one, where transformers' `hidden_states` are those
+after the last norm. The score of a sink is ours: see `sink_score`.
 """
 
 from __future__ import annotations

@@ -96,11 +96,15 @@ def reference_radii(dim: int, patterns: int, *, recall: float = 0.5) -> dict[str
     """Hamming radii best for memory (most patterns stored), snr, and critical (most noise in the query).
 
     recall: probability that a read without noise gives the whole pattern, which the first asks for. The critical
-    distance is the largest from which a read brings a query nearer to its pattern.
+    distance is the largest, up to half of the dimensions, from which a read brings a query nearer to its pattern; of
+    radii that have it alike, as with few patterns, the one with the clearest read there counts. ValueError for fewer
+    than 4 dimensions or 2 patterns.
 
     >>> reference_radii(64, 1024)  # a head of GPT-2 and its context: section 2 of the paper
     {'memory': 5, 'snr': 11, 'critical': 15}
     """
+    if dim < 4 or patterns < 2:
+        raise ValueError(f"a memory has 4 dimensions and 2 patterns or more, got {dim=}, {patterns=}")
     radii, normal, neurons = range(1, dim // 2), NormalDist(), 2.0**dim
     z = normal.inv_cdf(recall ** (1 / dim))
 
@@ -109,10 +113,11 @@ def reference_radii(dim: int, patterns: int, *, recall: float = 0.5) -> dict[str
         crosstalk = signal**2 / neurons
         return ((signal / z) ** 2 - signal) / (crosstalk + crosstalk**2)
 
-    def critical(radius: int) -> int:
+    def critical(radius: int) -> tuple[int, float]:
         noise = signal_to_noise(dim, radius, patterns)
-        nearer = [dim * normal.cdf(-noise[apart]) < apart for apart in range(1, dim + 1)]
-        return nearer.index(False)
+        nearer = [dim * normal.cdf(-noise[apart]) < apart for apart in range(1, dim // 2 + 1)]
+        far = nearer.index(False) if False in nearer else len(nearer)
+        return far, noise[far]
 
     return {
         "memory": max(radii, key=capacity),

@@ -1,0 +1,16 @@
+"""A converted attention of Llama's kind: norms route."""
+
+from regard.mechanisms.moh import moh
+
+from .. import Case, Source
+from ._llama import attention, run
+
+SOURCE = Source("authors", "SkyworkAI/MoH, MoH-LLaMA3 LlamaAttention")
+
+
+def compare(case: Case):
+    settings = case.settings
+    sizes = {name: settings[name] for name in ("heads", "kv_heads", "rope_theta")}
+    model, config = attention(case.weights, **sizes)
+    moh(model, active=settings["active"], shared=settings["shared"])
+    return {"output": run(model, config, case["hidden"], causal=settings["causal"])}
