@@ -1,9 +1,9 @@
 """`python -m tests.mutants [KEY ...]`: are methods' tests such that a small change of the method makes one fail?
 
-Of each file some changes are drawn, by a seed: a sign, an operator, a comparison, a number, sum for mean. The
-changed file stands in a copy of the package, which is what is imported (that is checked), and the row's tests run: those
-of its room that name it, and its values made by others. A change that no test sees is printed, with its line. Some of
-these change nothing that could be seen; the others want a test.
+Of each file some changes are drawn, by a seed: a sign, an operator, a comparison, a number, sum for mean. The changed
+file stands in a copy of the package, which is what is imported (that is checked), and the row's tests run: those of its
+room that name it, and its values made by others. A change that no test sees is printed, with its line. Some of these
+change nothing that could be seen; the others want a test.
 """
 
 from __future__ import annotations
