@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: look test oldest conformance mutants lint docs bench zoo sanitize clean
+.PHONY: look test fuzz oldest conformance mutants lint docs bench zoo sanitize clean
 
 look: $(VENV)/installed
 	$(VENV)/bin/regard look
 
+# A process for each core, with one thread each: files of tests are shared out whole, so that each loads its models once
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+
+# Models run in drawn ways under drawn sessions, against their own maps: make fuzz MINUTES=60 SEED=1
+fuzz: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz --minutes $(or $(MINUTES),2) --seed $(or $(SEED),0)
 
 # Every architecture in transformers' registry: ten minutes on two cores
 conformance: $(VENV)/installed-test

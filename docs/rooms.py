@@ -1,8 +1,10 @@
-"""A page for each room: its files' docstrings, and the papers behind them, made when the site is built."""
+"""Made when the site is built: a page for each room, and the report on the home page."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -12,7 +14,7 @@ from mkdocs.structure.files import File, Files
 import regard
 from regard import catalog
 
-CLAIMS = Path(__file__).parent / "claims.md"
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness"
 NOT_ROOMS = {"adapters", "claims", "cli", "data", "kernels", "profile", "zoo"}
 
 
@@ -29,14 +31,14 @@ def files(room: str) -> list[str]:
 
 def page(room: str) -> str:
     """Markdown of a room."""
-    told = set(re.findall(r"^## (\S+)$", CLAIMS.read_text(), re.MULTILINE))
     papers = {row.object.partition(":")[0]: row for row in catalog.rows().values() if row.object}
     parts = [f"# {room.capitalize()}", _docstrings(f"regard.{room}", "members: false")]
     for name in files(room):
         parts.append(f"## {name}")
         if row := papers.get(f"regard.{room}.{name}"):
-            claim = f" · [what its claim found](../claims.md#{row.key})" if row.key in told else ""
-            parts.append(f"[{row.title}]({row.link}){claim}")
+            parts.append(
+                f"[{row.title}]({row.link}) · [how it is called, and what its claim found](../papers/{row.key}.md)"
+            )
         parts.append(_docstrings(f"regard.{room}.{name}"))
     return "\n\n".join(parts) + "\n"
 
@@ -52,6 +54,15 @@ def on_config(config: MkDocsConfig) -> None:
     config.nav.insert(titles.index("Reference") + 1, {"Rooms": pages})
 
 
+def report() -> str:
+    """What `regard look` writes of the bundled reader and a sentence."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "regard", "look", "reader", "--text", TEXT, "--out", folder]
+        subprocess.run(command, check=True, capture_output=True)
+        return (Path(folder) / "report.html").read_text(encoding="utf-8")
+
+
 def on_files(files: Files, config: MkDocsConfig) -> None:
+    files.append(File.generated(config, "assets/reader.html", content=report()))
     for room in rooms():
         files.append(File.generated(config, f"rooms/{room}.md", content=page(room)))

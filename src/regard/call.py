@@ -28,6 +28,7 @@ class Site:
     causal: bool = False
     heads: int = 0
     kv_heads: int = 0
+    also: tuple[int, ...] = ()  # further layers that the same module is, by its other names
 
     def __str__(self) -> str:
         return f"{self.stack} layer {self.layer} ({self.name})"
@@ -54,6 +55,7 @@ class Call:
     key_start: int = 0
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
+    earlier: Tokens | None = None  # what stood before `key_start`, and has left a sliding cache
     edits: tuple[Edit, ...] = ()  # what interventions make of the weights, in this order
     dropout: float = 0.0  # of the weights, where the output is made here
     own_output: Tensor | None = None  # [batch, head, query, dim], where the model computed it
@@ -79,6 +81,16 @@ class Call:
     @property
     def key_positions(self) -> range:
         return range(self.key_start, self.key_start + self.key.shape[2])
+
+    def of_queries(self, n: int) -> Call:
+        """The same of the first `n` queries alone."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1 else tensor[..., :n, :]
+
+        cuts = {name: cut(getattr(self, name)) for name in ("query", "mask", "bias", "sinks", "own_output")}
+        tokens = None if self.query_tokens is None else self.query_tokens[:n]
+        return replace(self, **cuts, query_tokens=tokens)  # type: ignore[arg-type]
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""

@@ -18,11 +18,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .extras import needs
-from .files import written_aside
+from .extras import needs, shortened
+from .files import MARK, refuse_foreign, replaced, written_aside
 
 _FOLDER = Path(__file__).parent / "catalog"
+SHIPPED = _FOLDER / "found.json"
 SCALES = ("small", "real", "large")
+_PLOTS = {".svg": "Creator", ".png": "Software"}  # where their metadata say who made them
+DENSE = 400  # points of a plot, above which they are drawn as pixels
 VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 
 
@@ -50,7 +53,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """`not built`, `broken`, `built`, or what the last run of its claim on this machine found."""
+        """`not built`, `broken`, `built`, or what the last run of its claim found: see `runs`."""
         if not self.object:
             return "not built"
         try:
@@ -67,7 +70,7 @@ class Row:
 
     @property
     def found(self) -> list[Run]:
-        """The last run of its claim on this machine, at each scale."""
+        """The last run of its claim at each scale: see `runs`."""
         return list(runs().get(self.key, {}).values())
 
     @property
@@ -127,6 +130,7 @@ class Finding:
     draw: Callable[[Any], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "premises", tuple(self.premises))
         if not all(premise.met for premise in self.premises):
             object.__setattr__(self, "holds", None)
 
@@ -171,14 +175,14 @@ def tagged(*wanted: str) -> list[Row]:
     """Rows that carry all of these tags."""
     for tag in wanted:
         if tag not in tags():
-            raise KeyError(f"no tag {tag!r}{_near(tag, tags())}; `regard papers tags` lists all {len(tags())}")
+            raise KeyError(f"no tag {_near(tag, tags())}; `regard papers tags` lists all {len(tags())}")
     return [found for found in rows().values() if set(wanted) <= set(found.tags)]
 
 
 def chosen(
     among: Sequence[Row], *, verdict: str | None = None, premise: str | None = None, parity: str | None = None
 ) -> list[Row]:
-    """Those rows whose last run here had this verdict, and whose premises were then `met` or `unmet`.
+    """Those rows whose last run had this verdict, and whose premises were then `met` or `unmet`.
 
     parity: how `Row.parity` begins.
     """
@@ -204,7 +208,7 @@ def row(key: str) -> Row:
     try:
         return rows()[key]
     except KeyError:
-        raise KeyError(f"no paper {key!r}{_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
+        raise KeyError(f"no paper {_near(key, rows())}; `regard papers` lists all {len(rows())}") from None
 
 
 def search(words: str) -> list[Row]:
@@ -232,9 +236,7 @@ def method(room: str, name: str) -> Any:
     """The method of this name: `name` in `regard/<room>/<name>.py`, whatever else there is left alone."""
     found = _namesake(room, name) if name in _files(room) else None
     if found is None:
-        raise KeyError(
-            f"no method {name!r} in {room}{_near(name, methods(room))}; there are {', '.join(methods(room))}"
-        )
+        raise KeyError(f"no method {_near(name, methods(room), f' in {room}')}; there are {', '.join(methods(room))}")
     return found
 
 
@@ -251,7 +253,7 @@ def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
     found: Any = _namesake("statistics", name) if name in _files("statistics") else None
     if not hasattr(found, "spec"):
-        raise KeyError(f"no statistic {name!r}{_near(name, statistics())}; there are {', '.join(statistics())}")
+        raise KeyError(f"no statistic {_near(name, statistics())}; there are {', '.join(statistics())}")
     return found
 
 
@@ -271,15 +273,19 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
         raise NotImplementedError(f"{key!r} has no claim yet; when built, it will check: {found.expects}")
     if scale not in found.scales:
         raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
+    if plot is not None:
+        if plot.suffix not in _PLOTS:
+            raise ValueError(f"{plot}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
+        refuse_foreign(plot)
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
     made = Run(finding, scale, time.time())
     path = _runs_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = runs()
+    known = here()
     with written_aside(path) as draft:
-        draft.write_text(_written({**known, key: {**known.get(key, {}), scale: made}}))
+        draft.write_text(written({**known, key: {**known.get(key, {}), scale: made}}))
     if plot is not None:
         _plot(finding, plot)
     return finding
@@ -287,13 +293,22 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
 
 def _plot(finding: Finding, path: Path) -> None:
     with needs("plots", "claims"):
+        import matplotlib
+        from matplotlib.collections import Collection
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     if finding.draw is None:
         return
     figure = Figure(figsize=(8, 4), layout="constrained")
     finding.draw(figure)
+    for drawn in figure.findobj(lambda one: isinstance(one, Collection | Line2D)):
+        points = drawn.get_offsets() if isinstance(drawn, Collection) else drawn.get_xdata()
+        drawn.set_rasterized(len(points) > DENSE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    same = {"svg.hashsalt": path.stem, "svg.fonttype": "none"}  # the same picture makes the same file, letters as such
+    metadata = {_PLOTS[path.suffix]: MARK} | ({"Date": None} if path.suffix == ".svg" else {})
+    with matplotlib.rc_context(same), replaced(path) as draft:
+        figure.savefig(draft, format=path.suffix[1:], dpi=110, metadata=metadata)
 
 
 def claimed() -> list[str]:
@@ -303,12 +318,25 @@ def claimed() -> list[str]:
 
 def remembered(key: str, *, scale: str, seed: int) -> Finding | None:
     """What the last run of a claim on this machine at this scale found, if it was of this seed."""
-    last = runs().get(key, {}).get(scale)
+    last = here().get(key, {}).get(scale)
     return last.finding if last and last.finding.seed == seed else None
 
 
 def runs() -> dict[str, dict[str, Run]]:
-    """The last run of each claim on this machine, by key and scale."""
+    """The last run of each claim, by key and scale: on this machine, or else where this version was made."""
+    found = shipped()
+    for key, at in here().items():
+        found[key] = {**found.get(key, {}), **at}
+    return found
+
+
+def shipped() -> dict[str, dict[str, Run]]:
+    """What came out where this version was made."""
+    return _read(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.exists() else {}
+
+
+def here() -> dict[str, dict[str, Run]]:
+    """What came out on this machine."""
     try:
         return _read(_runs_file().read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -323,12 +351,15 @@ def _read(text: str) -> dict[str, dict[str, Run]]:
     return {key: {scale: run(scale, kept) for scale, kept in at.items()} for key, at in json.loads(text).items()}
 
 
-def _written(found: dict[str, dict[str, Run]]) -> str:
+def written(found: dict[str, dict[str, Run]]) -> str:
+    """As `_read` reads it."""
+
     def kept(run: Run) -> dict[str, Any]:
         entry = {name: getattr(run.finding, name) for name in ("holds", "measured", "expected", "seed", "seconds")}
         return {**entry, "premises": [asdict(p) for p in run.finding.premises], "when": run.when}
 
-    return json.dumps({key: {scale: kept(run) for scale, run in at.items()} for key, at in found.items()}, indent=1)
+    entries = {key: {scale: kept(run) for scale, run in at.items()} for key, at in found.items()}
+    return json.dumps(entries, indent=1, default=lambda number: number.item())  # numpy's and torch's
 
 
 def _runs_file() -> Path:
@@ -336,6 +367,7 @@ def _runs_file() -> Path:
     return Path(home) / "claims.json"
 
 
-def _near(name: str, among: Any) -> str:
+def _near(name: str, among: Any, where: str = "") -> str:
+    """What was given, and what may have been meant."""
     close = difflib.get_close_matches(name, among, n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"{shortened(name)!r}{where}" + (f" (did you mean {' or '.join(close)}?)" if close else "")

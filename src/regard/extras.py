@@ -1,6 +1,8 @@
-"""Packages that only some uses need."""
+"""Packages that only some uses need, and how errors quote what was given."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class needs:
@@ -22,3 +24,18 @@ class needs:
             raise ValueError(
                 f'{self.what}: the package {package} is missing; pip install "regard[{self.extra}]"'
             ) from error
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first of many names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most + 1 else ""
+    return ", ".join(names[:most] if more else names) + more
+
+
+def shortened(given: object, most: int = 80) -> str:
+    """What was given as an error may quote it: of a long text the beginning, the end, and how long it is."""
+    text = str(given)
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 30]}...{text[-10:]} ({len(text):,} characters)"

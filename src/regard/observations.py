@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from .padding import evenly, real, visible
+
 ENOUGH = 8  # positions that a rule must apply to
 OFTEN = 0.5
-SINK_SHARE, SINK_TIMES = 0.1, 3.0  # of all attention, and times what even attention would give a key of its place
+SINK_SHARE, SINK_TIMES = 0.1, 3.0  # of a layer's attention, and times what even attention gives a key of its place
+MOST_SINKS = 3
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ def observe(tree: xr.DataTree) -> list[Observation]:
     found: list[Observation] = []
     for stack, node in tree.children.items():
         dataset = node.to_dataset()
-        if "top_keys" in dataset and dataset.attrs.get("kind") == "self":
+        if {"top_keys", "rows"} & set(dataset) and dataset.attrs.get("kind") == "self":
             found += _rules(stack, dataset)
-        if "received" in dataset and dataset.attrs.get("kind") == "self":
+        if "received" in dataset:
             found += _sinks(stack, dataset)
         if "mass" in dataset:
             found += _picture(stack, dataset)
@@ -61,26 +64,24 @@ def _rules(stack: str, dataset: xr.Dataset) -> list[Observation]:
 
 def rule_hits(dataset: xr.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each rule: where the largest weight obeys it [batch, layer, head, query], where it applies [batch, query]."""
-    top = dataset["top_keys"].transpose("batch", "layer", "head", "query", "rank").values[..., 0]
-    at = dataset["query"].values
+    top, at = _largest(dataset), dataset["query"].values
     batch = top.shape[0]
-    roles = dataset["query_role"].values if "query_role" in dataset.coords else np.full((batch, len(at)), "other")
-    real = roles != "pad"
-    first = np.where(real.any(1), at[np.argmax(real, axis=1)], at[0])[:, None]
+    there = np.broadcast_to(real(dataset, "query").values, (batch, len(at)))
+    first = np.where(there.any(1), at[np.argmax(there, axis=1)], at[0])[:, None]
     here = np.broadcast_to(at, (batch, len(at)))
 
     def hits(key: np.ndarray, applies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (top == key[:, None, None]) & applies[:, None, None], applies
 
-    if (roles == "image").any():  # pictures have no order to speak of
-        return {"its own position": hits(here, real)}
+    if "query_role" in dataset.coords and (dataset["query_role"] == "image").any():  # pictures have no order
+        return {"its own position": hits(here, there)}
     rules = {
-        "the previous token": hits(here - 1, real & (here > first + 1)),
-        "the first token": hits(np.broadcast_to(first, here.shape), real & (here > first + 1)),
-        "itself": hits(here, real & (here > first + 1)),
+        "the previous token": hits(here - 1, there & (here > first + 1)),
+        "the first token": hits(np.broadcast_to(first, here.shape), there & (here > first + 1)),
+        "itself": hits(here, there & (here > first + 1)),
     }
     if "query_token" in dataset.coords:
-        after, same, repeated = _earlier(dataset["query_token"].values, at, real)
+        after, same, repeated = _earlier(np.atleast_2d(dataset["query_token"].values), at, there)
         for name, keys in {
             "what followed an earlier copy of the token (induction)": after,
             "an earlier copy of the token": same,
@@ -90,19 +91,31 @@ def rule_hits(dataset: xr.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return rules
 
 
-def _earlier(texts: np.ndarray, at: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _largest(dataset: xr.Dataset) -> np.ndarray:
+    """Position of the key that each query looks at most, -1 where there is none. [batch, layer, head, query]"""
+    if "top_keys" in dataset:
+        return dataset["top_keys"].transpose("batch", "layer", "head", "query", "rank").values[..., 0]
+    rows = dataset["rows"].transpose("batch", "layer", "head", "query", "key").values
+    found, at = np.full(rows.shape[:4], -1), dataset["key"].values
+    for head in np.ndindex(rows.shape[:3]):  # a head at a time: a copy of all would be as large again
+        weights = np.nan_to_num(rows[head])
+        found[head] = np.where(weights.any(-1), at[weights.argmax(-1)], -1)
+    return found
+
+
+def _earlier(texts: np.ndarray, at: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions after, and of, earlier copies of each token [batch, query, copies] (-2: none), and where there are any.
 
     A copy right before does not count: what followed it is the token itself. Nor do positions where copies fill more
     than a quarter of what can be seen: there a rule says little.
     """
     keys: list[list[list[int]]] = []
-    for row, use in zip(texts, real):
+    for row, use in zip(texts, there):
         seen: dict[str, list[int]] = {}
         keys.append([])
-        for i, token in enumerate(row):
+        for i, (token, length) in enumerate(zip(row, np.cumsum(use))):
             copies = [j for j in seen.get(token, []) if j < i - 1] if use[i] else []
-            keys[-1].append(copies if 4 * len(copies) <= i + 1 else [])
+            keys[-1].append(copies if 4 * len(copies) <= length else [])
             if use[i]:
                 seen.setdefault(token, []).append(i)
     width = max((len(k) for row in keys for k in row), default=0) or 1
@@ -113,30 +126,45 @@ def _earlier(texts: np.ndarray, at: np.ndarray, real: np.ndarray) -> tuple[np.nd
     return np.where(same >= 0, same + 1, -2), same, same[..., 0] >= 0
 
 
+def sinks(dataset: xr.Dataset) -> xr.Dataset:
+    """How far each key is a sink, of a stack with "received"; the one rule for all that speaks of sinks.
+
+    share [batch, layer, key]: of all attention of the layer, mean over its heads. times [batch, layer, key]: `share`
+    over what even attention would give a key of its place, among as many queries and as much padding. found
+    [batch, key]: where in some layer share is `SINK_SHARE` or more and times is `SINK_TIMES` or more; nowhere in texts
+    of less than `ENOUGH` tokens. Padding is NaN, and never found.
+    """
+    received = dataset["received"].transpose("batch", "layer", "head", "key").mean("head", dtype=float)
+    asked, even = real(dataset, "query").sum("query"), evenly(dataset)
+    share = (received / asked.where(asked > 0)).where(even.notnull()).transpose("batch", "layer", "key")
+    times = (received / even.where(even > 0)).transpose("batch", "layer", "key")
+    found = ((share >= SINK_SHARE) & (times >= SINK_TIMES)).any("layer") & (asked >= ENOUGH)
+    return xr.Dataset({"share": share, "times": times, "found": found.transpose("batch", "key")})
+
+
 def _sinks(stack: str, dataset: xr.Dataset) -> list[Observation]:
-    received = dataset["received"].transpose("batch", "layer", "head", "key", ...).values.mean((0, 2), dtype=float)
-    n = dataset.sizes["query"]
-    if n < ENOUGH or dataset.sizes["key"] != n or not np.isfinite(received).any():
-        return []
-    even = np.ones(n)
-    if dataset.attrs.get("causal"):  # query i would spread over i + 1 keys
-        even = np.cumsum(1 / np.arange(n, 0, -1))[::-1]
-    layers, overall = dataset["layer"].values, np.nanmean(received, axis=0)
-    found = []
-    for key in np.argsort(-overall)[:3]:
-        if overall[key] < SINK_SHARE * n or overall[key] < SINK_TIMES * even[key]:
-            continue
-        by_layer = received[:, key] / n
-        top = int(np.nanargmax(by_layer))
-        what = "the first token" if key == 0 else f"token {int(dataset['key'].values[key])}"
-        if "key_token" in dataset.coords and str(dataset["key_token"].values[0, key]).strip():
-            what += f" ({str(dataset['key_token'].values[0, key]).strip()!r})"
+    """Of a batch: tokens that are a sink in most of its texts, counted from each text's first."""
+    judged, there = sinks(dataset), real(dataset, "key").values
+    # Texts padded on the left begin later: column r is the r-th token of each text.
+    order = np.argsort(~there, axis=1, kind="stable")
+    found, lasts = np.take_along_axis(judged["found"].values, order, 1), there.sum(1)
+    share = np.take_along_axis(judged["share"].values, order[:, None], 2)
+    often = found.sum(0) * 2 > (np.arange(there.shape[1]) < lasts[:, None]).sum(0)
+    layers, out = dataset["layer"].values, []
+    for place in np.flatnonzero(often):
+        by_layer = np.nanmean(share[:, :, place], axis=0)
+        overall, top = float(np.nanmean(by_layer)), int(np.nanargmax(by_layer))
+        what = _place(dataset, order[0, place], first=place == 0)
+        if "key_token" in dataset.coords:
+            texts = np.atleast_2d(dataset["key_token"].values)
+            words = {str(row[at[place]]).strip() for row, at, last in zip(texts, order, lasts) if place < last}
+            what += f" ({words.pop()!r})" if len(words) == 1 and words != {""} else ""
         text = (
-            f"{_name(stack)}: {overall[key] / n:.0%} of all attention goes to {what}, most in layer {int(layers[top])} "
+            f"{_name(stack)}: {overall:.0%} of all attention goes to {what}, most in layer {int(layers[top])} "
             f"({by_layer[top]:.0%})."
         )
-        found.append(Observation(text, stack, int(layers[top]), None, float(overall[key] / n)))
-    return found
+        out.append(Observation(text, stack, int(layers[top]), None, overall))
+    return sorted(out, key=lambda one: -one.score)[:MOST_SINKS]
 
 
 def _picture(stack: str, dataset: xr.Dataset) -> list[Observation]:
@@ -144,11 +172,11 @@ def _picture(stack: str, dataset: xr.Dataset) -> list[Observation]:
     if "image" not in dataset["role"].values or not dataset.attrs.get("causal") or "key_role" not in dataset.coords:
         return []
     patches = dataset["key_role"] == "image"
-    asks = (dataset["query_role"] != "pad") & (dataset["query"] > dataset["key"].where(patches).max("key"))
+    asks = real(dataset, "query") & (dataset["query"] > dataset["key"].where(patches).max("key"))
     if not bool(asks.any()):
         return []
     share = dataset["mass"].sel(role="image").where(asks).mean(("batch", "query")).transpose("layer", "head")
-    even = float((patches.sum("key") / (dataset["query"] + 1)).where(asks).mean())
+    even = float((patches.sum("key") / visible(dataset)).where(asks).mean())
     layer, head = np.unravel_index(np.nanargmax(share.values), share.shape)
     most, number = float(share[layer, head]), int(dataset["layer"].values[layer])
     if most < min(1.25 * even, 0.5 + even / 2):
@@ -158,6 +186,13 @@ def _picture(stack: str, dataset: xr.Dataset) -> list[Observation]:
         f"tokens, where all heads give it {float(share.mean()):.0%} and even attention would give it {even:.0%}."
     )
     return [Observation(text, stack, number, int(head), most)]
+
+
+def _place(dataset: xr.Dataset, key: int, *, first: bool) -> str:
+    at = dataset.isel(batch=0, key=key)
+    if "key_image" in dataset.coords and int(at["key_image"]) >= 0:
+        return f"the patch in row {int(at['key_row']) + 1}, column {int(at['key_column']) + 1}"
+    return "the first token" if first else f"token {int(at['key'])}"
 
 
 def _of(hits: float, count: int) -> str:

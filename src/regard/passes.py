@@ -1,145 +1,493 @@
-"""Following a model's forward passes: where in its sequence each call stands, and what its tokens are."""
+"""Following a model's forward passes: which run each call belongs to, and where in its sequence it stands.
+
+A pass is known by its outermost call, a sequence by its cache. What is not known is left open: no role but `other`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .adapters import caches, checkpoints, generation, transforms
+from .adapters.caches import Rows
+from .adapters.generation import Generation
 from .call import Call, Site, UnreachableAttention
 from .functions import bound
-from .names import Names
+from .names import Names, shows
+from .recording import Recorder, Run
+from .sites import links
 from .tokens import Tokens
-
-_BESIDE = "<text encoder>"  # stands for a stack that is not the model's own
 
 
 @dataclass
+class _Turn:
+    """One time that an attention module runs."""
+
+    layer: int
+    seen: int = 0  # queries so far: of a packed batch, one piece comes after the other
+
+
+@dataclass(eq=False)
 class _Entry:
-    """A model, or a model inside it, that is running: what it was given."""
+    """A model, or a model inside it, that is running."""
 
     name: str
-    inputs: dict[str, Any]
-    start: int = 0  # positions that were in its cache before
+    module: nn.Module
+    inputs: Mapping[str, Any]
+    frame: FrameType | None  # of its call; None: it runs as long as it is listed
+    within: _Entry | None  # the one that called it
+    source: _Entry = field(init=False)  # the innermost that was given ids, pictures or frames, not embeddings
+    cache: Any = None
+    start: int = 0  # positions that the cache held before
+    again: bool = False  # for a checkpoint's gradient
+    turns: dict[nn.Module, _Turn] = field(default_factory=dict)
+    layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
+    runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
+    known: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)  # fields of calls alike
+
+    def copy(self) -> _Entry:
+        """The same from here on, for a checkpoint's gradient."""
+        turns = {module: replace(turn) for module, turn in self.turns.items()}
+        layers = {stack: set(ran) for stack, ran in self.layers.items()}
+        copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
+        copied.source = self.source
+        return copied
+
+    def outwards(self) -> Iterator[_Entry]:
+        entry: _Entry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.within
+
+
+class _Given(NamedTuple):
+    """The states that a model gave on, and what stands at their positions."""
+
+    states: weakref.ref[Tensor]
+    tokens: Tokens
+    run: Run
+
+    def rows(self, states: Tensor) -> Tensor | None:
+        """Which of these rows others are copies of; None where one is of none."""
+        mine = self.states()
+        if states is mine:
+            return torch.arange(len(states))
+        if mine is None or (mine.shape[1:], mine.dtype, mine.device) != (states.shape[1:], states.dtype, states.device):
+            return None
+        found = [next((i for i, row in enumerate(mine) if torch.equal(row, state)), -1) for state in states]
+        return None if -1 in found else torch.tensor(found)
 
 
 class Passes:
-    """What the running model was given, pass by pass."""
+    """What the running model was given, pass by pass. One thread's."""
 
     def __init__(
-        self, model: nn.Module, sites: dict[nn.Module, Site], processor: Any, roles: Sequence[str] | None
+        self,
+        model: nn.Module,
+        sites: dict[nn.Module, Site],
+        recorder: Recorder | None,
+        roles: Sequence[str] | None,
+        changes: bool,
     ) -> None:
-        self.sites, self.names = sites, Names(model, processor, roles)
-        self.count = 0  # forward passes so far
+        self.model, self.sites, self.recorder, self.changes = model, sites, recorder, changes
+        self.names = Names(model, None if recorder is None else recorder.processor, roles)
+        self.modules = set(model.modules())
+        self.thread = threading.get_ident()
+        self.crosses = any(site.cross for site in sites.values())
+        self.selfs = {site.stack for site in sites.values() if not site.cross}
+        self.links = {link for site in sites.values() for link in links(model, site.name)}
+        self.served: dict[tuple[Any, ...], Site] = {}  # a site as the layers that it has been
         self.entries: list[_Entry] = []  # running now, outermost first
-        self.turns: dict[nn.Module, tuple[int, int, int]] = {}  # of a site: pass, runs in it, queries in this run
-        self.tokens: dict[str, Tokens] = {}  # by stack, as far as its sequence has come; the newest last
-        self.extended: dict[str, int] = {}  # last pass of a stack's tokens
-        self.key_stack: dict[str, str] = {}  # whose tokens a cross stack's keys are
+        self.run: Run | None = None  # of the outermost call, as soon as it attends
+        self.ran: dict[str, Tokens] = {}  # stacks of the outermost call
+        self.open: Run | None = None  # of parts that ran by themselves: what they are for may follow
+        self.held: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()  # by the cache that holds it
+        self.given: list[_Given] = []
+        self.newest: dict[str, Tensor] = {}  # kept, as copies of them may be all that a decoder is given
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A model, or a model inside it, starts to run; gives its cache, if it has one."""
-        while self.entries and not f"{name}.".startswith(self.entries[-1].name + "." * bool(self.entries[-1].name)):
-            self.entries.pop()  # left over from a pass that failed
-        if not self.entries:
-            self.count += 1
-        entry = _Entry(name, bound(module, args, kwargs))
+    # What the hooks tell
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A model, or a model inside it, starts to run."""
+        self._own_thread()
+        inputs = bound(module, args, kwargs)
+        within = self._innermost()
+        if within is None:
+            transforms.refuse(inputs.values())
+            self._unchanged()
+            self.run, self.ran = None, {}
+        entry = _Entry(name, module, inputs, sys._getframe(1), within)
+        given = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None
+        entry.source = entry if given or within is None else within.source
+        entry.again = within is not None and within.again
+        entry.cache = caches.of(inputs.get("past_key_values"))
+        if within is not None and entry.source is not entry:
+            entry.cache = within.cache if entry.cache is None else entry.cache
+        if entry.cache is not None:
+            same = within is not None and within.cache is entry.cache
+            entry.start = within.start if same else int(entry.cache.get_seq_length())  # type: ignore[union-attr]
         self.entries.append(entry)
-        self.names.given(name, entry.inputs)
-        cache = entry.inputs.get("past_key_values")
-        if cache is None or not hasattr(cache, "get_seq_length"):
-            return None
-        entry.start = int(cache.get_seq_length())
-        return cache
+        if not entry.again:
+            self.names.given(name, inputs)
 
-    def leave(self, *_: Any) -> None:
-        if self.entries:
-            self.entries.pop()
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """It has run; one that fails says nothing, and is found by its frame."""
+        while self.entries:
+            entry = self.entries.pop()
+            if entry.module is module:
+                break
+        else:
+            return
+        if entry.runs and not entry.again:
+            run = list(entry.runs.values())[-1]
+            cache = caches.of(_cache_in(output))
+            if cache is not None and cache is not entry.cache:  # made inside
+                self.held[cache] = run
+                run.cached |= entry.runs.keys()
+            self._gave(entry, output)
 
     def turn(self, module: nn.Module, *_: Any) -> None:
         """An attention module starts to run."""
-        last, runs, _seen = self.turns.get(module, (0, 0, 0))
-        self.turns[module] = (self.count, runs + 1 if last == self.count else 0, 0)
+        self._own_thread()
+        entry, site = self._innermost(), self.sites[module]
+        if entry is not None:
+            layer = self._layer(entry, site)
+            entry.turns[module] = _Turn(layer)
+            entry.layers.setdefault(site.stack, set()).add(layer)
 
     def check_seen(self, module: nn.Module, *_: Any) -> None:
-        if self.entries and self.turns[module][2] == 0:
+        if self.entries and (turn := self.entries[-1].turns.get(module)) is not None and turn.seen == 0:
             raise UnreachableAttention(f"{self.sites[module].name} ran without calling AttentionInterface")
+
+    def attended(self, module: nn.Module, call: Call) -> Run | None:
+        """It has attended; the run that this belongs to, unless it is none or was seen before."""
+        if not self.entries:
+            return None
+        entry, stack = self.entries[-1], call.site.stack
+        entry.turns[module].seen += call.query.shape[2]
+        run = entry.runs[stack]
+        run.ends[stack, call.site.layer] = call.query_positions.stop
+        if entry.again:
+            return None
+        if self.recorder is not None and self.recorder.sums and entry.cache is not None and self._tried(call):
+            run.latest.append(call)
+        return run
+
+    @staticmethod
+    def _tried(call: Call) -> bool:
+        """Whether some of these queries may be taken back: a long prompt would be much to keep in case."""
+        now = generation.now()
+        return call.query.shape[2] > 1 and (call.query_start > 0 or (now is not None and now.assisted))
+
+    # Layers
 
     def site(self, module: nn.Module) -> Site:
         """The site, as the layer that it now serves as: one module may be several, as in ALBERT."""
-        return self._nth(module, self.turns.get(module, (0, 0, 0))[1])
+        entry, site = self._innermost(), self.sites[module]
+        self._refuse_unknown(entry)
+        turn = None if entry is None else entry.turns.get(module)
+        return site if turn is None else replace(site, layer=turn.layer)
 
     def coming(self, module: nn.Module) -> Site:
         """The site, as the layer that it will serve as when it next runs."""
-        last, runs, _ = self.turns.get(module, (0, 0, 0))
-        return self._nth(module, runs + 1 if last == self.count else 0)
+        entry, site = self._innermost(), self.sites[module]
+        self._refuse_unknown(entry)
+        return site if entry is None else replace(site, layer=self._layer(entry, site))
 
-    def _nth(self, module: nn.Module, runs: int) -> Site:
-        site = self.sites[module]
-        return replace(site, layer=site.layer + runs * sum(s.stack == site.stack for s in self.sites.values()))
+    @staticmethod
+    def _layer(entry: _Entry, site: Site) -> int:
+        """The first of its numbers that no layer of this pass has had yet; after them all, the next one."""
+        ran = entry.layers.get(site.stack, ())
+        return next((layer for layer in (site.layer, *site.also) if layer not in ran), max(ran, default=-1) + 1)
+
+    # Calls
+
+    @property
+    def here(self) -> bool:
+        """Whether the model is this thread's."""
+        return threading.get_ident() == self.thread
+
+    @property
+    def recording(self) -> bool:
+        """Whether a model runs, for the first time."""
+        return bool(self.entries) and not self.entries[-1].again
 
     def where(self, module: nn.Module, call: Call) -> dict[str, Any]:
         """Site, positions and tokens of a call, as fields of it."""
-        site = self.sites[module]
-        if not self.entries:  # a module run by itself, or again for a checkpoint's gradient
-            return {"site": replace(site, heads=call.query.shape[1], kv_heads=call.key.shape[1])}
-        _, _, seen = self.turns.get(module, (self.count, 0, 0))
-        n_query, n_key = call.query.shape[2], call.key.shape[2]
+        site, entry = self.sites[module], self._innermost()
+        heads, kv_heads = call.query.shape[1], call.key.shape[1]
+        if entry is None:  # a module run by itself
+            self._refuse_unknown(entry)
+            return {"site": replace(site, heads=heads, kv_heads=kv_heads)}
+        if (turn := entry.turns.get(module)) is None:  # not by the call that runs hooks
+            turn = entry.turns[module] = _Turn(self._layer(entry, site))
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
-        site = replace(self.site(module), heads=call.query.shape[1], kv_heads=call.key.shape[1], causal=causal)
-        source = self._source()
-        start = max(e.start for e in self.entries[source:]) + seen
+        serves = module, turn.layer, heads, kv_heads, causal
+        if serves not in self.served:
+            changes = {"layer": turn.layer, "heads": heads, "kv_heads": kv_heads, "causal": causal}
+            self.served[serves] = replace(site, **changes)
+        site = self.served[serves]
+        alike = (site.stack, turn.seen, *call.query.shape[:3:2], *call.key.shape[:3:2])
+        if (known := entry.known.get(alike)) is None:
+            known = entry.known[alike] = self._known(entry, replace(call, site=site), turn.seen)
+        return {"site": site, **known}
+
+    def _known(self, entry: _Entry, call: Call, seen: int) -> dict[str, Any]:
+        """Positions and tokens, which are the same for all layers of a stack."""
+        stack, n_query, n_key = call.site.stack, call.query.shape[2], call.key.shape[2]
+        start = entry.start + seen
+        call = replace(call, query_start=start)
+        if stack not in entry.runs:
+            entry.runs[stack] = self._begun(entry, call)
+        run = entry.runs[stack]
+        own = self._own(entry, run, call)
+        if not call.site.cross:
+            self.ran[stack] = own
         # A sliding cache holds the newest keys only; a packed sequence comes in pieces that see only themselves.
-        key_start = 0 if site.cross else (seen or max(0, start + n_query - n_key))
-        context: dict[str, Any] = {"site": site, "query_start": start, "key_start": key_start}
-        own = self._extend(call.but(**context), self.entries[source])
-        keys = self._keys_of(site, call) if site.cross else own
-        if keys is not None:
-            if len(keys) < key_start + n_key:  # a static cache is longer than what it holds
-                keys = keys.then(Tokens.plain("pad", len(keys.roles), key_start + n_key - len(keys)))
-            context["tokens"] = keys[key_start : key_start + n_key].to(call.query.device)
-        return context | {"query_tokens": own[start : start + n_query].to(call.query.device)}
+        key_start = 0 if call.site.cross else (seen or max(0, start + n_query - n_key))
+        earlier = own[:key_start] if key_start and not seen else None
+        if call.site.cross:
+            keys = run.keys[stack] = self._keys(entry, run, call)
+        elif entry.cache is None and n_key != n_query and not seen:  # pooled, or of another kind altogether
+            keys, key_start, earlier = Tokens.plain("other", len(call.key), n_key), 0, None
+        else:
+            keys = own
+        if len(keys) < key_start + n_key:  # a static cache is longer than what it holds
+            keys = keys.then(Tokens.plain("pad", len(keys.ids), key_start + n_key - len(keys)))
+        device = call.query.device
+        return {
+            "query_start": start,
+            "key_start": key_start,
+            "tokens": keys[key_start : key_start + n_key].to(device),
+            "query_tokens": own[start : start + n_query].to(device),
+            "earlier": earlier,
+        }
 
-    def _source(self) -> int:
-        """Which running model was given what the innermost one works on: ids, pictures or frames, not embeddings."""
-        for i in reversed(range(len(self.entries))):
-            inputs = self.entries[i].inputs
-            if inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None:
-                return i
-        return 0
-
-    def _extend(self, call: Call, source: _Entry) -> Tokens:
+    def _own(self, entry: _Entry, run: Run, call: Call) -> Tokens:
         """Tokens of the stack's sequence, up to the last query of this call."""
-        stack, batch = call.site.stack, call.query.shape[0]
-        known = self.tokens.get(stack)
-        if known is None or len(known.roles) != batch or (call.query_start == 0 and self.extended[stack] != self.count):
-            known = Tokens.plain("other", batch, call.query_start)
-        missing = call.query_positions.stop - len(known)
-        if missing > 0:
-            known = known.then(self.names.new(call, source.name, source.inputs, missing, known))
-        self.tokens.pop(stack, None)  # the newest stands last
-        self.tokens[stack], self.extended[stack] = known, self.count
+        stack, batch, start, n = call.site.stack, len(call.query), call.query_start, call.query.shape[2]
+        known = run.tokens.get(stack)
+        if known is not None and (len(known.ids) != batch or (start == 0 and len(known) != n)):
+            known = None  # a layer of another width, as in a pyramid
+        decoding = self._decoding(entry)
+        if known is None:
+            known = self.names.before(call, entry.source.inputs, decoding)
+        if len(known) < start:
+            known = known.then(Tokens.plain("other", batch, start - len(known)))
+        if start + n > len(known):
+            late = replace(call, query_start=len(known))
+            source, missing = entry.source, start + n - len(known)
+            known = known.then(self.names.new(late, source.name, source.inputs, missing, decoding))
+        if len(known) >= len(run.tokens.get(stack, ())):
+            run.tokens[stack] = known
         return known
 
-    def _keys_of(self, site: Site, call: Call) -> Tokens | None:
-        """Tokens of the sequence that cross attention looks at: the newest other stack of this length."""
-        self.tokens.pop(_BESIDE, None)
-        if (words := self.names.words(call, self.entries[self._source()].inputs)) is not None:
-            self.tokens[_BESIDE], self.key_stack[site.stack] = words, _BESIDE
-            return words
-        for stack, tokens in reversed(self.tokens.items()):
-            if stack != site.stack and len(tokens) == call.key.shape[2] and len(tokens.roles) == len(call.key):
-                self.key_stack[site.stack] = stack
-                return tokens
-        self.key_stack.pop(site.stack, None)
-        return None
+    def _keys(self, entry: _Entry, run: Run, call: Call) -> Tokens:
+        """Tokens of the sequence that cross attention looks at."""
+        known = self.names.words(call, entry.source.inputs) or self._looked_at(entry, run, call)
+        if known is not None and (len(known.ids), len(known)) != (len(call.key), call.key.shape[2]):
+            known = None
+        masks = (e.inputs.get("encoder_attention_mask") for e in entry.outwards())
+        return self.names.keys(call, known, next((m for m in masks if m is not None), None))
 
-    def advance(self, module: nn.Module, n_query: int) -> None:
-        last, runs, seen = self.turns.get(module, (self.count, 0, 0))
-        self.turns[module] = (last, runs, seen + n_query)
+    def _looked_at(self, entry: _Entry, run: Run, call: Call) -> Tokens | None:
+        """What the cache holds of it; or of the states that the model was given; or the one other stack of this pass
+        that has so many positions, where the states were made in it."""
+        if entry.cache is not None and entry.start:
+            return run.keys.get(call.site.stack)
+        for states in filter(lambda s: s is not None, (_states(e.inputs) for e in entry.outwards())):
+            for given in reversed(self.given):
+                if (rows := given.rows(states)) is not None:
+                    return given.tokens.of_rows(rows)
+        shape, own = (len(call.key), call.key.shape[2]), call.site.stack.removesuffix("_cross")
+        alike = [t for stack, t in self.ran.items() if stack != own and (len(t.ids), len(t)) == shape]
+        return alike[0] if len(alike) == 1 and self._outside() is None else None
+
+    def _outside(self) -> Tensor | None:
+        """Another model's states, where the outermost call was given them."""
+        return _states(self.entries[0].inputs)
+
+    def _gave(self, entry: _Entry, output: Any) -> None:
+        """Remember what a model gave on, in case that a decoder is given it."""
+        states = output if isinstance(output, Tensor) else _first(output)
+        if not self.crosses or not isinstance(states, Tensor) or states.ndim != 3:
+            return
+        for stack, run in entry.runs.items():
+            tokens = run.tokens.get(stack)
+            if tokens is not None and tokens.ids.shape == states.shape[:2] and stack in self.selfs:
+                self.newest[entry.name] = states
+                self.given = [given for given in self.given if given.states() is not None]
+                self.given.append(_Given(weakref.ref(states), tokens, run))
+                return
+
+    # Runs
+
+    def _begun(self, entry: _Entry, call: Call) -> Run:
+        """The run that the calls of a stack belong to, from its first call in this model on."""
+        if entry.again:
+            return Run()
+        stack, mine = call.site.stack, self._mine(entry)
+        run = None if entry.cache is None else self.held.get(entry.cache)
+        if run is None or not entry.start or run.batch != len(call.query):
+            run = self._joined(entry, (stack, call.site.layer), mine) or Run()
+        elif run is not self.run:
+            self._shorten(run, entry.start)  # by code that does not say so
+        if entry.cache is not None:
+            self.held[entry.cache] = run
+            run.cached.add(stack)
+            if mine is not None and caches.of(mine.cache) is entry.cache:
+                mine.orders.setdefault(self, len(run.orders))
+        if mine is not None:
+            mine.runs.setdefault(self, run)
+        if run is not self.run:
+            run.latest.clear()
+        self.run, self.open = run, None if self.entries[0].module is self.model else run
+        return run
+
+    def _joined(self, entry: _Entry, key: tuple[str, int], mine: Generation | None) -> Run | None:
+        """The run of a new sequence, where it has one: that of this pass, or of this call of `generate`; of the states
+        that it was given; of parts that have run by themselves."""
+        found, outside = self.run, self._outside()
+        if found is None and mine is not None:
+            found = mine.runs.get(self)
+        if found is None and outside is not None:
+            found = next((given.run for given in reversed(self.given) if given.rows(outside) is not None), None)
+        if found is None and outside is None and generation.now() is None and not entry.start:
+            found = self.open
+        return found if found is not None and key not in found.ends else None
+
+    def _mine(self, entry: _Entry) -> Generation | None:
+        """The call of `generate` that this model runs for."""
+        now = generation.now()
+        if now is None or not (now.model in self.modules or any(m is self.model for m in now.model.modules())):
+            return None
+        cache = caches.of(now.cache)
+        return now if cache is None or entry.cache is None or cache is entry.cache else None
+
+    def _decoding(self, entry: _Entry) -> Generation | None:
+        """The call of `generate` whose sequence this model is given."""
+        mine = self._mine(entry)
+        if mine is None or mine.prompt is None or entry.start:
+            return mine
+        if (cache := caches.of(mine.cache)) is not None:
+            return mine if cache is entry.cache else None
+        ids, n = entry.source.inputs.get("input_ids"), mine.prompt.shape[1]
+        whole = isinstance(ids, Tensor) and torch.equal(ids[:, :n].cpu(), mine.prompt)
+        return mine if whole else None
+
+    def heard(self, cache: Any, rows: Rows | None) -> None:
+        """A cache has other rows, or fewer positions, than before."""
+        run = None if cache is None else self.held.get(cache)
+        if run is None or run.batch is None:
+            return
+        if rows is None:
+            self._shorten(run, int(cache.get_seq_length()))
+            return
+        order = rows(run.batch)
+        if self.recorder is not None and not torch.equal(order, torch.arange(run.batch)):
+            self.recorder.refuse_order()
+        run.reorder(order)
+
+    def _shorten(self, run: Run, end: int) -> None:
+        if any(len(run.tokens.get(stack, ())) > end for stack in run.cached):
+            if self.recorder is not None:
+                self.recorder.crop(run, end)
+            run.crop(end)
+
+    def came_out(self, generation: Generation) -> None:
+        """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
+        run = self.held.pop(caches.of(generation.cache), None)
+        if run is not None:
+            run.choose(generation.beams, generation.orders[self], generation.begins, generation.made)
+
+    # A checkpoint's gradient
+
+    def stand(self) -> _Entry | None:
+        """How things stand, for a part of a model that will run again from here."""
+        entry = self._innermost()
+        return None if entry is None else entry.copy()
+
+    @contextmanager
+    def repeated(self, stand: _Entry) -> Iterator[None]:
+        """Once more from there. Of a GPU, the gradient has a thread of its own."""
+        before = self.entries, self.thread
+        self.entries, self.thread = [stand.copy()], threading.get_ident()
+        try:
+            yield
+        finally:
+            self.entries, self.thread = before
+
+    # What cannot be followed
+
+    def _innermost(self) -> _Entry | None:
+        """The innermost model that runs. Whatever an interrupt has ended is left out, as its hooks were."""
+        while self.entries and not _runs(self.entries[-1].frame):
+            self.entries.pop()
+        return self.entries[-1] if self.entries else None
+
+    def _own_thread(self) -> None:
+        if not self.here:
+            raise RuntimeError(
+                f"{type(self.model).__name__} runs in another thread than the one that opened the block of record or "
+                f"intervene: a session is one thread's; open it in the thread that runs the model"
+            )
+
+    def _unchanged(self) -> None:
+        for holder, name, module in self.links:
+            if holder._modules.get(name) is not module:
+                raise UnreachableAttention(
+                    f"{name!r} of {type(holder).__name__}, which holds attention, was replaced inside the block of "
+                    f"record or intervene; open the block after the change"
+                )
+
+    def _refuse_unknown(self, entry: _Entry | None) -> None:
+        if entry is None and self.changes and checkpoints.in_backward():
+            raise RuntimeError(
+                f"a part of {type(self.model).__name__} runs again for its gradient, and where in the model's pass is "
+                f"not known, so interventions would not be the same as in the pass: run forward and backward inside "
+                f"one block, with torch.utils.checkpoint, or turn gradient checkpointing off"
+            )
+
+
+def _runs(frame: FrameType | None) -> bool:
+    """Whether a frame is being executed: one that has ended can be cleared."""
+    try:
+        if frame is not None:
+            frame.clear()
+    except RuntimeError:
+        return True
+    return frame is None
+
+
+def _states(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The states of another model that a model was given."""
+    for name in ("encoder_hidden_states", "encoder_outputs"):
+        states = inputs.get(name)
+        states = states if isinstance(states, Tensor) else _first(states)
+        if isinstance(states, Tensor) and states.ndim == 3:
+            return states
+    return None
+
+
+def _first(output: Any) -> Any:
+    """The first of several outputs, as a tuple or a mapping holds them."""
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(iter(values), None) if isinstance(values, (tuple, list, ValuesView)) else None
+
+
+def _cache_in(output: Any) -> Any:
+    if isinstance(output, (tuple, list)):
+        return next((value for value in output if caches.of(value) is not None), None)
+    return getattr(output, "past_key_values", None)
 
 
 def _looks_causal(call: Call) -> bool:
@@ -147,6 +495,6 @@ def _looks_causal(call: Call) -> bool:
     mask = call.mask
     if mask is None or call.query.shape[2] < 2 or mask.shape[-2] != mask.shape[-1]:
         return call.causal
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = shows(mask)
     pairs = (seen[..., i, i - 1] & ~seen[..., i - 1, i] for i in (1, -1))
     return any(bool(pair.any()) for pair in pairs)

@@ -7,8 +7,10 @@ are needed. Blocks, all in C order:
   causal row ends with the query's own position), or the largest weights of each row as planes: by rank one plane of
   weights and one for each byte of the key's index, each (head, query).
 - a variable: 16 or 8 bits between its lowest and highest number, the last code being NaN;
-  (batch, layer, head, role, query or key).
+  (batch, layer, head, role, query or key), where not all fit of `pooled` neighbours together.
 - the means of every variable over all but (batch, layer, head): float32.
+
+Padding has no row and no number, so that what is said of a sample is what would be said of its text alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ import xarray as xr
 from markupsafe import Markup
 from PIL import Image
 
-from .files import written_aside
+from .data import media
+from .extras import listed
+from .files import MARK, replaced
+from .observations import SINK_SHARE, SINK_TIMES, sinks
+from .padding import real, unpadded
 from .statistics.rollout import rollout
 
 if TYPE_CHECKING:
@@ -43,7 +49,10 @@ if TYPE_CHECKING:
 BUDGET = 12_000_000
 LARGEST_PICTURE = 512  # pixels, longest side
 MOST_KEYS = 64  # of a row, where not every row fits
+MOST_SINKS = 8
 ROLLOUT_SHARE = 0.1  # of the budget, at most
+STATISTICS_SHARE = 0.5
+MOST_POOLED = 64  # neighbours in one number
 STRUCTURE = {"rows", "top_keys", "top_weights"}
 ROW = ("batch", "layer", "head", "query", "key")
 TOP = ("batch", "layer", "head", "query", "rank")
@@ -60,7 +69,8 @@ def write(
     """Write the report of a recording as one html file of at most `budget` bytes; returns its path.
 
     A picture belongs to the patches whose `key_image` is its place in `pictures`. Where not every weight fits, each row
-    keeps as many of its largest weights as do, and the page says how many; ValueError when not even one does.
+    keeps as many of its largest weights as do, or the stack keeps none, and the page says so. Statistics of long texts
+    are kept as means of neighbouring positions. ValueError where the budget holds not even that.
 
     >>> import os, tempfile
     >>> import regard
@@ -83,16 +93,16 @@ def write(
     page = _Page(tree, stacks, findings, [_picture(one) for one in pictures])
     for stack in stacks:
         stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
-    coarse = 4 * sum(map(len, blocks)) / 3 > budget / 3
-    for stack in stacks:
-        stack.add_statistics(blocks, bits=8 if coarse else 16)
+    _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
     _fit(stacks, blocks, lambda: len(page.html(blocks)), budget)
     html = page.html(blocks)
     if len(html) > budget:
         raise ValueError(_too_large(len(html), budget))
     try:
-        with written_aside(path) as draft:
+        with replaced(path) as draft:
             draft.write_bytes(html)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     return path
@@ -100,9 +110,13 @@ def write(
 
 def _too_large(size: int, budget: int) -> str:
     return (
-        f"report: {size:,} bytes with one key a row, over budget={budget:,}. Raise budget=, or record fewer layers, "
+        f"report: {size:,} bytes without any weights, over budget={budget:,}. Raise budget=, or record fewer layers, "
         "fewer statistics or a shorter text"
     )
+
+
+def _wrong_attribute(of: str, name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"report: the attribute {name} of {of} is {value!r:.60}; it needs {expected}")
 
 
 def _nodes(tree: xr.DataTree) -> dict[str, xr.DataTree]:
@@ -136,16 +150,31 @@ def _fit(stacks: list[_Stack], blocks: list[bytes], fixed: Any, budget: int) -> 
         for name, ranks in list(growing.items()):
             size = ranks.next_size()
             if size is None or size > room:
-                if not ranks.k:
-                    short = (size or 0) - room
-                    raise ValueError(_too_large(budget + max(short, 1) * 4 // 3, budget))
                 del growing[name]
             else:
                 ranks.take()
                 room -= size
     for ranks in kept:
+        if not ranks.k:
+            ranks.stack.leave_out_weights()
+            continue
         ranks.stack.weights |= {"k": ranks.k, "blocks": ranks.stack.place(blocks, ranks.packed())}
         ranks.stack.note_error(ranks.k)
+
+
+def _add_statistics(stacks: list[_Stack], blocks: list[bytes], room: float) -> None:
+    """Append the variables' blocks, in 16 bits, in 8, or as means of 2, 4, ... neighbours, as they fit."""
+    bits, pooled = 16, 1
+    while True:
+        packed = [stack.pack_statistics(bits=bits, pooled=pooled) for stack in stacks]
+        size = 4 * sum(len(one) for parts in packed for _, one in parts) / 3
+        if size <= room or pooled >= MOST_POOLED:
+            break
+        bits, pooled = (8, 1) if bits == 16 else (8, 2 * pooled)
+    for parts in packed:
+        for variable, block in parts:
+            variable.header["block"] = len(blocks)
+            blocks.append(block)
 
 
 def _deflate(data: bytes) -> bytes:
@@ -171,6 +200,15 @@ def _mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def _pooled(values: np.ndarray, n: int) -> np.ndarray:
+    """Means of each `n` neighbours along the last axis, the last of fewer."""
+    if n == 1:
+        return values
+    short = -values.shape[-1] % n
+    wide = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, short)], constant_values=np.nan)
+    return _mean(wide.reshape(*wide.shape[:-1], -1, n), (wide.ndim,)).astype(np.float32)
+
+
 @dataclass
 class _Variable:
     name: str
@@ -188,7 +226,7 @@ class _Stack:
     def __init__(self, name: str, node: xr.DataTree, blocks: list[bytes]) -> None:
         data = node.to_dataset()
         self.name, self.left_out, self.notices, self.error = name, [], [], 0.0
-        self.data = data if "batch" in data.dims else data.expand_dims("batch")
+        self.data = unpadded(data if "batch" in data.dims else data.expand_dims("batch"))
         self.kind = str(data.attrs.get("kind", "self"))
         self.causal = bool(data.attrs.get("causal", False))
         self.samples = self.data.sizes["batch"]
@@ -200,6 +238,7 @@ class _Stack:
         self.variables = list(self._variables())
         if not any(one.along == "key" for one in self.variables):
             self.variables += self._received()
+        self.sinks = self._sinks()
         self.rollout: dict[str, Any] = {}
         atlas = []
         for variable in self.variables:
@@ -223,12 +262,14 @@ class _Stack:
             return (
                 self._side(other)
                 if known
-                else {"position": [], "token": [[]] * self.samples, "role": [[]] * self.samples}
+                else {"position": [], "token": [[]] * self.samples, "role": [[]] * self.samples, "ids": False}
             )
         position = self._labels(side)
         side_of = {"position": position}
         for part, otherwise in (("token", [f" {x}" for x in position]), ("role", ["text"] * len(position))):
             side_of[part] = [[str(x) for x in row] for row in self._coordinate(f"{side}_{part}", side, otherwise)]
+        # Without a processor tokens are ids, which would run into one another.
+        side_of["ids"] = all(not token or token.isdigit() for row in side_of["token"] for token in row)
         if f"{side}_image" in self.data.coords:
             for part in ("image", "row", "column"):
                 rows = self._coordinate(f"{side}_{part}", side, [-1] * len(position))
@@ -306,6 +347,9 @@ class _Stack:
             if values.dtype.kind not in "fiub":
                 self.left_out.append(f"{name} of {self.name}, which holds no real numbers")
                 continue
+            if not values.notnull().any():
+                self.left_out.append(f"{name} of {self.name}, which is not defined there")
+                continue
             order = ["batch", "layer", "head", *(["role"] if "role" in rest else []), *along]
             roles = [str(x) for x in values["role"].values] if "role" in rest else None
             yield _Variable(
@@ -334,6 +378,34 @@ class _Stack:
                 f"{about} Only of each row’s largest weights.",
             )
         return [_Variable("rows", label, values, "key", None, {"about": about})]
+
+    def _sinks(self) -> list[list[dict[str, Any]]] | None:
+        """Of each sample, the keys that are sinks, most attention first; where there is none, what comes closest."""
+        received = [self.data["received"]] if "received" in self.data else [x.values for x in self._received()]
+        if not received or not {"query", "key"} <= set(self.data.dims):
+            return None
+        dims = ("batch", "layer", "head", "key")
+        values = received[0] if isinstance(received[0], np.ndarray) else self._array("received", dims)
+        bare = self.data.drop_vars(set(self.data.data_vars))
+        judged = sinks(bare.assign(received=(dims, values)))
+        overall = judged["share"].mean("layer").transpose("batch", "key").values
+        closest = np.nan_to_num(judged["times"].where(judged["share"] >= SINK_SHARE).max("layer").values)
+        out = []
+        for b in range(self.samples):
+            keys = np.flatnonzero(judged["found"].values[b])
+            keys = keys[np.argsort(-overall[b, keys], kind="stable")][:MOST_SINKS]
+            found = [True] * len(keys)
+            if not len(keys) and np.isfinite(overall[b]).any():
+                best = closest[b].argmax() if closest[b].any() else np.nanargmax(overall[b])
+                keys, found = np.array([best]), [False]
+            parts = {name: judged[name].values[b][:, keys].T for name in ("share", "times")}
+            out.append(
+                [
+                    {"key": int(key), "found": there, **{name: _numbers(part[i]) for name, part in parts.items()}}
+                    for i, (key, there) in enumerate(zip(keys, found))
+                ]
+            )
+        return out
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
@@ -376,9 +448,12 @@ class _Stack:
         blocks.extend(packed)
         return np.reshape(numbers, (self.samples, len(self.layers))).tolist()
 
-    def add_statistics(self, blocks: list[bytes], *, bits: int) -> None:
+    def pack_statistics(self, *, bits: int, pooled: int) -> list[tuple[_Variable, bytes]]:
+        packed = []
         for variable in self.variables:
             values = np.where(np.isfinite(variable.values), variable.values, np.nan)
+            if variable.along:
+                values = _pooled(values, pooled)
             known = values[~np.isnan(values)]
             low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
             none = 2**bits - 1
@@ -388,12 +463,13 @@ class _Stack:
                 "label": variable.label,
                 "units": str(variable.attrs.get("units", "")),
                 "about": str(variable.attrs.get("about", "")),
-                "range": None if limits is None else [float(x) for x in np.ravel(limits)],
+                "range": None if limits is None else self._range(variable.name, limits),
                 "along": variable.along,
                 "roles": variable.roles,
                 "low": low,
                 "high": high,
                 "bits": bits,
+                "pooled": pooled,
                 "block": None,
             }
             if variable.along:
@@ -401,8 +477,24 @@ class _Stack:
                 codes = np.where(np.isnan(values), none, np.rint(np.nan_to_num(scaled))).astype(
                     "<u2" if bits == 16 else "u1"
                 )
-                variable.header["block"] = len(blocks)
-                blocks.append(_deflate(codes.tobytes()))
+                packed.append((variable, _deflate(codes.tobytes())))
+        return packed
+
+    def _range(self, name: str, limits: Any) -> list[float]:
+        try:
+            low, high = (float(x) for x in np.ravel(limits))
+        except (ValueError, TypeError):
+            low = high = np.nan
+        if not np.isfinite([low, high]).all():
+            raise _wrong_attribute(f"{name} of {self.name}", "range", limits, "two numbers")
+        return [low, high]
+
+    def leave_out_weights(self) -> None:
+        self.weights = {}
+        self.notices.append(
+            "Weights are not shown: not even the largest of each row fits into this page. Its numbers are whole. "
+            "Record fewer layers or a shorter text, or give the report a larger budget."
+        )
 
     def dense(self, room: int) -> list[bytes] | None:
         """Every row, a block for each sample and layer, or None where that takes more than `room` bytes."""
@@ -430,7 +522,8 @@ class _Stack:
             return
         packed = []
         inside = np.arange(self.rows.shape[-1]) < self.lengths[:, None]
-        for rolled in rollout(self.data).values[:, -1]:
+        there = real(self.data, "query").values[..., None]
+        for rolled in rollout(self.data).values[:, -1] * there:  # padding passes on what it has: no row of a text
             codes = _codes(rolled)
             self.error = max(self.error, _error(rolled, codes))
             packed.append(_deflate(codes[inside].tobytes()))
@@ -453,7 +546,10 @@ class _Stack:
 
     def header(self) -> dict[str, Any]:
         grids = self.data.attrs.get("grids", [])
-        grids = json.loads(grids) if isinstance(grids, str) else grids
+        try:
+            grids = [[int(x), int(y)] for x, y in (json.loads(grids) if isinstance(grids, str) else grids)]
+        except (ValueError, TypeError, RecursionError):
+            raise _wrong_attribute(self.name, "grids", grids, "pairs of rows and columns") from None
         return {
             "name": self.name,
             "kind": self.kind,
@@ -462,7 +558,7 @@ class _Stack:
             "layers": self.layers,
             "heads": self.heads,
             "sites": [str(x) for x in np.ravel(self.data.attrs.get("sites", []))],
-            "grids": [[int(x) for x in grid] for grid in grids],
+            "grids": grids,
             "kinds": self._kinds(),
             "query": self.query,
             "key": self.key,
@@ -471,7 +567,25 @@ class _Stack:
             "weights": self.weights or None,
             "rollout": self.rollout,
             "notices": self.notices,
+            "sinks": self.sinks,
+            "unread": self._unread(),
         }
+
+    def _unread(self) -> list[str] | None:
+        """Of each sample, the token that was generated last: it was never run, so it is neither query nor key."""
+        last = self.data.attrs.get("unread")
+        last = [last] if isinstance(last, str) else last
+        if not isinstance(last, (list, tuple, np.ndarray, type(None))):
+            raise _wrong_attribute(self.name, "unread", last, "a text for each sample")
+        return None if last is None or len(last) != self.samples else [str(x) for x in last]
+
+    def tokens(self) -> int:
+        """Of the longest sample, padding not counted; of cross attention, those that look."""
+        side = "key" if self.kind == "self" else "query"
+        if not self.query["position"] and not self.key["position"]:
+            return 0
+        side = side if side in self.data.dims else {"query": "key", "key": "query"}[side]
+        return int(real(self.data, side).sum(side).max())
 
     def _kinds(self) -> list[list[str]] | None:
         """What an atlas says of each head, in words."""
@@ -537,11 +651,7 @@ def _picture(image: Image.Image) -> dict[str, Any]:
         raise TypeError(
             f"report: pictures holds a {type(image).__name__}; give PIL images (Image.fromarray, Image.open)"
         )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        ground = Image.new("RGBA", image.size, "white")
-        ground.alpha_composite(image.convert("RGBA"))
-        image = ground
-    image = image.convert("RGB")
+    image = media.picture(image, "report: a picture")
     image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     drawn = {}
     for kind, knobs in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
@@ -575,6 +685,7 @@ class _Page:
             "pictures": self.pictures,
             "starts": [stack.start(self.findings) for stack in self.stacks],
             "start": list(known).index(first),
+            "sink": {"share": SINK_SHARE, "times": SINK_TIMES},
         }
         model = str(attrs.get("model") or attrs.get("architecture") or "A recording")
         policy = (
@@ -582,6 +693,7 @@ class _Page:
             "base-uri 'none'; form-action 'none'"
         )
         html = self.template.render(
+            mark=MARK,
             policy=Markup(policy),  # made of constants and digests
             title=f"{model}: where it looks",
             style=Markup(self.style),
@@ -605,15 +717,19 @@ class _Page:
             facts.append(str(attrs["architecture"]))
         for stack in self.stacks:
             size = f"{len(stack.layers)} layers × {len(stack.heads)} heads"
-            count = len((stack.key if stack.kind == "self" else stack.query)["position"])
-            tokens = f"{count} tokens, " if count else ""
+            count = stack.tokens()
+            several = f"{stack.samples} samples of at most " if stack.samples > 1 else ""
+            tokens = f"{several}{count} tokens, " if count else ""
             facts.append((f"{stack.name.replace('_', ' ')}: " if len(self.stacks) > 1 else "") + tokens + size)
         if attrs.get("attention") or attrs.get("dtype"):
             facts.append(" ".join(str(attrs[name]) for name in ("attention", "dtype") if attrs.get(name)))
         if attrs.get("created"):
             facts.append(_date(str(attrs["created"])))
         if attrs.get("seconds") is not None:
-            facts.append(f"recorded in {float(attrs['seconds']):.3g} s")
+            try:
+                facts.append(f"recorded in {float(attrs['seconds']):.3g} s")
+            except (ValueError, TypeError):
+                raise _wrong_attribute("the tree", "seconds", attrs["seconds"], "a number") from None
         return facts
 
     def _notices(self) -> list[str]:
@@ -625,7 +741,7 @@ class _Page:
         unreached = self.attrs.get("unreached", [])
         unreached = [unreached] if isinstance(unreached, str) else [str(x) for x in np.ravel(unreached)]
         if any(unreached):
-            notices.append(f"Not read, though they attend: {', '.join(unreached)}. Nothing on this page includes them.")
+            notices.append(f"Not read, though they attend: {listed(unreached)}. Nothing on this page includes them.")
         if self.attrs.get("note"):
             notices.append(str(self.attrs["note"]))
         return notices
@@ -647,7 +763,7 @@ class _Page:
     def _precision(self) -> str:
         bits = {variable.header.get("bits") for stack in self.stacks for variable in stack.variables}
         words = []
-        if any(stack.holds_weights for stack in self.stacks):
+        if any(stack.weights for stack in self.stacks):
             error = max(stack.error for stack in self.stacks)
             words.append(
                 "Weights are kept in 8 bits on a square-root scale: none shown is off by more than "
@@ -657,6 +773,9 @@ class _Page:
             words.append(
                 f"Other numbers are kept in {number} bits: off by at most {50 / (2**number - 2):.1g}% of their range."
             )
+        pooled = max((x.header.get("pooled", 1) for stack in self.stacks for x in stack.variables), default=1)
+        if pooled > 1:
+            words.append(f"Along the tokens each stands for the mean of {pooled} neighbours.")
         return " ".join(words)
 
 
@@ -681,6 +800,11 @@ def _bundle(view: Any) -> str:
 
 def _digest(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """Four digits; None where there is no number."""
+    return [float(f"{x:.4g}") if np.isfinite(x) else None for x in values.tolist()]
 
 
 def _json(value: Any) -> str:

@@ -12,7 +12,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
-from .adapters import interface
+from .adapters import caches, checkpoints, generation, interface
 from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
+from .hooks import attach
 from .kernels import Reduction
 from .passes import Passes
-from .recording import Recorder, Sink
+from .recording import Recorder, Run, Sink
+from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
@@ -155,20 +157,8 @@ class _Session:
                     f"{site.name} runs with attn_implementation={used!r}, which Regard cannot read exactly; "
                     f"call model.set_attn_implementation('sdpa') (or 'eager') first"
                 )
-        # A recorder is as long as its runs are many, so at first it is false.
-        self.passes = Passes(model, self.sites, None if recorder is None else recorder.processor, roles)
-        self.seen_in: dict[tuple[str, int], int] = {}  # last pass of a stack's layer
-        self.caches: list[Any] = []
-
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = self.passes.enter(name, module, args, kwargs)
-        if cache is not None and self.recorder is not None and not any(cache is c for c in self.caches):
-            cache.reorder_cache = _refuse_beams
-            self.caches.append(cache)
-
-    def free_caches(self) -> None:
-        for cache in self.caches:
-            cache.__dict__.pop("reorder_cache", None)
+        self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
+        self.closed = False
 
     def change(self, call: Call) -> Call:
         for thing in self.interventions:
@@ -186,27 +176,12 @@ class _Session:
         call.weights.expected = {r for r in expected if known or not isinstance(r.knob, str)}
 
     @torch.no_grad()
-    def see(self, call: Call) -> None:
+    def see(self, call: Call, run: Run) -> None:
         recorder = self.recorder
         assert recorder is not None
-        key = (call.site.stack, call.site.layer)
-        again = self.seen_in.get(key) not in (None, self.passes.count)
-        self.seen_in[key] = self.passes.count
-        if not recorder.runs or (again and call.query_start == 0 and key in recorder.runs[-1].ends):
-            recorder.begin()
-        run = recorder.runs[-1]
-        end = run.ends.get(key, call.query_start)
-        if end != call.query_start:
-            raise ValueError(
-                f"{call.site}: this call starts at position {call.query_start}, the one before ended at {end}. "
-                f"Decoding that steps back (assisted, speculative) cannot be recorded; run the sequence that it found "
-                f"through model(ids) instead: the attention is the same"
-            )
-        run.ends[key] = call.query_positions.stop
+        if not run.sites:
+            recorder.begin(run)
         run.sites.setdefault(call.site.stack, {})[call.site.layer] = call.site
-        run.tokens[call.site.stack] = self.passes.tokens[call.site.stack]
-        if (keyed := self.passes.key_stack.get(call.site.stack)) is not None:
-            run.key_stack[call.site.stack], run.tokens[keyed] = keyed, self.passes.tokens[keyed]
         self.expect(call)
         for name, function in recorder.statistics.items():
             call.weights.asked = set()
@@ -216,22 +191,26 @@ class _Session:
 
 @contextmanager
 def _open(session: _Session) -> Iterator[None]:
+    passes = session.passes
     with ExitStack() as undo:
-        undo.callback(_close)
-        # A compiled model would not look the function up again; inside a session it runs uncompiled.
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(_watching())
+        undo.enter_context(caches.heard(passes.heard))
         for name, module in session.model.named_modules():
             if module is session.model or isinstance(module, PreTrainedModel):
-                enter = partial(session.enter, name)
-                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                undo.callback(module.register_forward_hook(session.passes.leave, always_call=True).remove)
+                attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
+                attach(undo, module.register_forward_hook, passes.leave)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
-            undo.callback(reader.register_forward_hook(session.passes.names.read, with_kwargs=True).remove)
-        for module in session.sites:
-            undo.callback(module.register_forward_pre_hook(session.passes.turn).remove)
+            attach(undo, reader.register_forward_hook, passes.names.read, with_kwargs=True)
+        for module, site in session.sites.items():
+            if any(other.passes.thread != passes.thread for other in _sessions.get(module, ())):
+                raise RuntimeError(
+                    f"{site.name} is in a block of record or intervene that another thread opened: a model with a "
+                    f"session is one thread's; give each thread a model of its own"
+                )
+            attach(undo, module.register_forward_pre_hook, passes.turn)
             if sites.calls_interface(module):
-                undo.callback(module.register_forward_hook(session.passes.check_seen).remove)
+                attach(undo, module.register_forward_hook, passes.check_seen)
             elif module not in _sessions:
                 undo.enter_context(adapters.watch(module, _route))
             _sessions.setdefault(module, []).append(session)
@@ -239,14 +218,15 @@ def _open(session: _Session) -> Iterator[None]:
         for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
             for part, module in find(session).items() if editors else ():
-                undo.callback(part.register_forward_hook(partial(_edit_states, session, hook, editors, module)).remove)
+                attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
             for part, module in _blocks(session).items():
                 edit = partial(_edit_given, session, editors, module)
-                undo.callback(part.register_forward_pre_hook(edit, with_kwargs=True).remove)
-        undo.callback(session.free_caches)
-        AttentionInterface.get_interface = _look_up  # type: ignore[method-assign]
-        yield
+                attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
+        try:
+            yield
+        finally:
+            session.closed = True
 
 
 def _forget(module: nn.Module, session: _Session) -> None:
@@ -255,9 +235,39 @@ def _forget(module: nn.Module, session: _Session) -> None:
         del _sessions[module]
 
 
-def _close() -> None:
-    if not _sessions:
-        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+@shared
+@contextmanager
+def _watching() -> Iterator[None]:
+    """What is changed outside of models while any session is open."""
+    with ExitStack() as undo:
+        # A compiled model would not look the function up again; inside a session it runs uncompiled.
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(generation.watched())
+        undo.enter_context(caches.watched())
+        undo.enter_context(checkpoints.watched(_stand))
+        AttentionInterface.get_interface = _look_up  # type: ignore[method-assign]
+        undo.callback(setattr, AttentionInterface, "get_interface", _get_interface)
+        yield
+
+
+def _stand() -> Callable[[], AbstractContextManager[None]] | None:
+    """How to run a part of a model again under the sessions that see it now."""
+    sessions = {session: None for of_module in tuple(_sessions.values()) for session in of_module}
+    stands = [(s, stand) for s in sessions if s.passes.here and (stand := s.passes.stand()) is not None]
+    return partial(_repeated, stands) if stands else None
+
+
+@contextmanager
+def _repeated(stands: Sequence[tuple[_Session, Any]]) -> Iterator[None]:
+    with ExitStack() as undo:
+        for session, stand in stands:
+            if session.closed and session.interventions:
+                raise RuntimeError(
+                    f"a part of {type(session.model).__name__} runs again for its gradient, but the block of intervene "
+                    f"that it ran in has ended; run backward inside the block, or turn gradient checkpointing off"
+                )
+            undo.enter_context(session.passes.repeated(stand))
+        yield
 
 
 def _look_up(self: AttentionInterface, implementation: str | None, default: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,7 +305,8 @@ def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], g
     """The call as the interventions of each session, outermost first, leave it."""
     call = given
     for session, context in zip(sessions, contexts):
-        call = session.change(call.but(**context))
+        if session.interventions:
+            call = session.change(call.but(**context))
     own = bool(given.edits)  # an adapter's: the module computes its weights by itself
     if own and not (_untouched(call, given) and call.query is given.query and call.key is given.key):
         raise UnreachableAttention(
@@ -345,14 +356,13 @@ def _edited(sessions: Sequence[_Session], seen: Sequence[Call], output: Tensor) 
 
 def _shown(sessions: Sequence[_Session], seen: Sequence[Call], module: nn.Module) -> None:
     for session, call in zip(sessions, seen):
-        if session.passes.entries:
-            if session.recorder is not None:
-                session.see(call)
-            session.passes.advance(module, call.query.shape[2])
+        run = session.passes.attended(module, call)
+        if run is not None and session.recorder is not None:
+            session.see(call, run)
 
 
 def _fuses(sessions: Sequence[_Session], call: Call) -> bool:
-    recording = any(session.recorder is not None and session.passes.entries for session in sessions)
+    recording = any(session.recorder is not None and session.passes.recording for session in sessions)
     return recording and not any(session.own_output for session in sessions) and kernels.fuses(call.operands)
 
 
@@ -420,10 +430,3 @@ def _mlps(session: _Session) -> dict[nn.Module, nn.Module]:
             )
         found[several[0]] = module
     return found
-
-
-def _refuse_beams(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "beam search swaps the rows of a batch between steps, so steps cannot be joined; record with num_beams=1, or "
-        "run the sequence that it found through model(ids): its attention is the same"
-    )

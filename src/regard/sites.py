@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,7 +34,10 @@ def find(model: nn.Module) -> dict[nn.Module, Site]:
     prefix = getattr(getattr(model, "_orig_mod", model), "base_model_prefix", "")
     templates: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
     for name, module in modules:
-        templates[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)].append((name, module))
+        templates[_template(name)].append((name, module))
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in _all_names(getattr(model, "_orig_mod", model)):
+        names[module].append(name)
 
     found: dict[nn.Module, Site] = {}
     taken: dict[str, set[int]] = defaultdict(set)
@@ -42,15 +46,15 @@ def find(model: nn.Module) -> dict[nn.Module, Site]:
         cross = all(_CROSS.search(tail) or getattr(m, "is_cross_attention", False) for _, m in members)
         says = [m.is_causal for _, m in members if hasattr(m, "is_causal")]
         causal = any(says) if says else _decodes(model)
-        layers = _layers([name for name, _ in members])
+        layers, others = _layers([name for name, _ in members]), _shared_layers(members, names)
         stack = _stack(template, prefix, causal) + ("_cross" if cross else "")
         if taken[stack] & set(layers):
             stack = f"{stack}.{tail.removeprefix(f'{stack}.')}"
         if taken[stack] & set(layers):
             stack = template.replace(".*", "").strip(".")
         taken[stack] |= set(layers)
-        for (name, module), layer in zip(members, layers):
-            found[module] = Site(name, stack, layer, cross)
+        for (name, module), layer, also in zip(members, layers, others):
+            found[module] = Site(name, stack, layer, cross, also=also)
     order = {module: i for i, (_, module) in enumerate(modules)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
@@ -114,6 +118,39 @@ def _stack(template: str, prefix: str, causal: bool) -> str:
         parts = parts[1:]
     parts = [p for p in parts if p not in _GENERIC]
     return parts[0] if parts else ("language_model" if causal else "encoder")
+
+
+def links(model: nn.Module, name: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The way to a module: what holds what, by which name, from the outermost on."""
+    found, holder = [], getattr(model, "_orig_mod", model)
+    for part in name.split(".") if name else ():
+        found.append((holder, part, holder._modules[part]))
+        holder = holder._modules[part]
+    return found
+
+
+def _shared_layers(members: list[tuple[str, nn.Module]], names: dict[nn.Module, list[str]]) -> list[tuple[int, ...]]:
+    """The layers that each module is by its other names too, as where a list holds one layer several times."""
+    alike = [[n for n in names[module] if n != name and _template(n) == _template(name)] for name, module in members]
+    first, others = [name for name, _ in members], [n for known in alike for n in known]
+    numbers = dict(zip([*first, *others], _layers([*first, *others])))
+    if [numbers[name] for name in first] != _layers(first):  # these names do not tell
+        return [()] * len(members)
+    return [tuple(sorted(numbers[n] for n in known)) for known in alike]
+
+
+def _all_names(
+    module: nn.Module, name: str = "", within: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """All modules, each by all of its names."""
+    yield name, module
+    for part, inner in module._modules.items():
+        if inner is not None and inner is not module and not any(inner is m for m in within):
+            yield from _all_names(inner, f"{name}.{part}" if name else part, (*within, module))
+
+
+def _template(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def _layers(names: list[str]) -> list[int]:

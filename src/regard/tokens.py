@@ -39,6 +39,10 @@ class Tokens:
     def __getitem__(self, at: slice) -> Tokens:
         return replace(self, roles=self.roles[:, at], ids=self.ids[:, at], places=self.places[:, at])
 
+    def of_rows(self, rows: Tensor) -> Tokens:
+        """The same of these rows of the batch."""
+        return replace(self, roles=self.roles[rows], ids=self.ids[rows], places=self.places[rows])
+
     def then(self, more: Tokens) -> Tokens:
         """These positions followed by `more`."""
         both = {

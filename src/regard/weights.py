@@ -20,6 +20,11 @@ class Weights:
 
     Every method is exact: equal to the same reduction of the dense softmax map to float32 rounding. Rows with every
     key masked hold what the model itself used: zeros behind a boolean mask, equal weights behind a finite additive one.
+
+    A query *sees* a key where mask, bias and causal order leave the key weight. What is added to scores hides a key by
+    what it leaves, whatever number it is: were all scores of a row alike, the weight of a hidden key would lie below
+    the smallest normal float32 (e^-87 of the row's largest). A row whose every score is lowered by so much is padding,
+    and sees nothing.
     """
 
     def __init__(
@@ -94,10 +99,11 @@ class Weights:
         return self._reduce("squares")
 
     def visible(self, keys: str | Tensor | None = None) -> Tensor:
-        """How many keys, or keys of a set as in `mass`, each query may look at at all. [batch, head, query]
+        """How many keys, or keys of a set as in `mass`, each query sees (see `Weights`). [batch, head, query]
 
         0 for padding that sees nothing, also where a finite mask left it equal weights. A module that an adapter reads
-        does not say what it masked: there every key counts.
+        does not say what it masked: there a key is hidden where its weight is 0, and in float16, whose weights may
+        round to 0, none is.
         """
         chosen = self._knob(keys, "key")
         if isinstance(chosen, str):
@@ -105,7 +111,7 @@ class Weights:
         return kernels.visible(self._operands, chosen).expand(self._operands.query.shape[:3])
 
     def seen(self, a: int, b: int) -> Tensor:
-        """Which keys the queries a to b may look at at all, as `visible` counts them. [batch|1, head|1, b-a, key]"""
+        """Which keys the queries a to b see, as `visible` counts them. [batch|1, head|1, b-a, key]"""
         return kernels.seen(self._operands, a, b)
 
     def at(self, keys: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard.cli import app
-from regard.cli.explain import AGAINST, FOR, PLAIN, _colour, _page, _quarters
+from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _page, _quarters
 from regard.data.scenes import Object, Scene, render
 
 SCENE = Scene((Object("star", "red", "large", 0.25, 0.5), Object("fork", "blue", "large", 0.75, 0.5)))
@@ -100,13 +100,13 @@ def test_quarters_add_up():
     values = np.arange(64.0).reshape(8, 8)
     sums, places = _quarters(values)
     assert sums.sum() == values.sum()
-    assert (sums[0], places[0]) == (0 + 1 + 8 + 9, ("0-1", "0-1"))
-    assert (sums[-1], places[-1]) == (54 + 55 + 62 + 63, ("6-7", "6-7"))
+    assert (sums[0], places[0]) == (0 + 1 + 8 + 9, ["0-1", "0-1"])
+    assert (sums[-1], places[-1]) == (54 + 55 + 62 + 63, ["6-7", "6-7"])
 
 
 def test_a_page_of_nothing_important():
     found = xr.DataArray(np.zeros(2), {"text": ("token", ["<b>", "\n"])}, ("token",))
-    page = _page(found, None, "title", "about").decode()
+    page = _page([Part("words", found)], "title", "about").decode()
     assert page.count(f"background: rgb{PLAIN}") == 2
     assert "↵" in page
     assert "<b>" not in page

@@ -324,6 +324,64 @@ def test_a_torn_record_costs_no_other(reading, tmp_path):
     assert resumed[0] == 20
 
 
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\xff" * 64, b"\0" * 5, b"\x10" + b"\0" * 200, os.urandom(300)])
+def test_what_follows_the_last_whole_record_is_cut_and_said(reading, tmp_path, tail):
+    texts, out, told = sentences(20), tmp_path / "a.zarr", []
+    with pytest.raises(Stop):
+        profile(*reading, texts, "entropy", out=out, batch=2, progress=stop_after(10))
+    log = tmp_path / "a.zarr.state" / "journal.0"
+    log.write_bytes(log.read_bytes() + tail)
+    found = profile(*reading, texts, "entropy", out=out, batch=2, progress=told.append)
+    assert (told[0].resumed, told[0].cut) == (10, len(tail))
+    same(found.tree, profile(*reading, texts, "entropy", batch=2).tree, exactly=True)
+
+
+def test_a_damaged_record_costs_what_follows_it(reading, tmp_path):
+    texts, out, told = sentences(20), tmp_path / "a.zarr", []
+    with pytest.raises(Stop):
+        profile(*reading, texts, "entropy", out=out, batch=2, progress=stop_after(10))
+    log = tmp_path / "a.zarr.state" / "journal.0"
+    raw = bytearray(log.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    log.write_bytes(raw)
+    found = profile(*reading, texts, "entropy", out=out, batch=2, progress=lambda p: told.append((p.resumed, p.cut)))
+    assert 0 < told[0][0] < 10
+    assert told[0][1] > len(raw) / 3
+    same(found.tree, profile(*reading, texts, "entropy", batch=2).tree, exactly=True)
+
+
+def test_a_damaged_snapshot_is_named(reading, tmp_path, monkeypatch):
+    texts, out = sentences(40), tmp_path / "a.zarr"
+    monkeypatch.setattr(journals, "SNAPSHOT_BYTES", 3000)
+    with pytest.raises(Stop):
+        profile(*reading, texts, "entropy", out=out, batch=2, progress=stop_after(30))
+    (snapshot,) = (tmp_path / "a.zarr.state").glob("snapshot.*")
+    raw = bytearray(snapshot.read_bytes())
+    raw[-20] ^= 1
+    snapshot.write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"{snapshot.name} is damaged.*delete .*a\.zarr\.state"):
+        profile(*reading, texts, "entropy", out=out, batch=2)
+
+
+@pytest.mark.parametrize("origin", ["", "[]", "5", "null", "{", "[" * 100_000, '"text"'])
+def test_an_origin_that_says_nothing_is_named(reading, tmp_path, origin):
+    out = tmp_path / "a.zarr"
+    with pytest.raises(Stop):
+        profile(*reading, sentences(9), "entropy", out=out, batch=2, progress=stop_after(4))
+    (tmp_path / "a.zarr.state" / "origin.json").write_text(origin)
+    with pytest.raises(ValueError, match=r"origin\.json .*delete .*a\.zarr\.state"):
+        profile(*reading, sentences(9), "entropy", out=out, batch=2)
+
+
+def test_what_lies_in_the_state_of_a_profile_stays(reading, tmp_path):
+    out = tmp_path / "a.zarr"
+    with pytest.raises(Stop):
+        profile(*reading, sentences(9), "entropy", out=out, batch=2, progress=stop_after(4))
+    (tmp_path / "a.zarr.state" / "notes.txt").write_text("mine")
+    profile(*reading, sentences(9), "entropy", out=out, batch=2)
+    assert [p.name for p in (tmp_path / "a.zarr.state").iterdir()] == ["notes.txt"]
+
+
 def test_what_changed_is_refused_and_named(reading, folders, tmp_path):
     model, tokenizer = reading
     data, out = tmp_path / "texts.txt", tmp_path / "a.zarr"
@@ -381,6 +439,66 @@ def test_two_at_once_are_refused(reading, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
+
+
+def test_all_rows_are_read_from_one_column(tmp_path):
+    """Never from another where it is missing; named or not, in files and in Python."""
+
+    def rows(*rows, field=None):
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        with pytest.raises(ValueError, match=r"a\.jsonl, line ") as caught:
+            list(read(tmp_path / "a.jsonl", field))
+        said = str(caught.value)
+        with pytest.raises(ValueError, match="field") as caught:
+            list(as_items(rows, field))
+        assert said.endswith(str(caught.value)[len("item 1") :])
+        return said
+
+    assert "line 2: no field text; it has id" in rows({"text": "a"}, {"id": 5})
+    assert "line 2: which field to read? It has id" in rows({"text": "a", "id": "1"}, {"id": "2"})
+    assert "line 3: which field to read? It has id, text" in rows({"id": "1"}, {"id": "2"}, {"id": "3", "text": "c"})
+    assert "line 2: which field to read? It has more, body" in rows({"body": "a"}, {"more": "b", "body": "b"})
+    assert "line 2, field text: expected a text or a picture, got None" in rows(
+        {"text": "a"}, {"text": None, "id": "b"}
+    )
+    assert "line 2: no field body; it has text" in rows({"body": "a", "text": "b"}, {"text": "c"}, field="body")
+
+
+def test_texts_that_no_tokenizer_reads_are_named(reading, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d of one"}')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2, field text: the text is not Unicode at character 6"):
+        list(read(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="item 1: the text is not Unicode"):
+        profile(*reading, ["fine", "\ud83d"], "entropy")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: JSON that cannot be read"):
+        list(read(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ' + "9" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: JSON that cannot be read"):
+        list(read(tmp_path / "a.jsonl"))
+
+
+def test_cells_may_be_long_and_columns_unnamed(tmp_path):
+    (tmp_path / "a.csv").write_text(",text\n0," + "a" * 200_000 + "\n\n1,b\n")
+    assert [len(item.text) for item in read(tmp_path / "a.csv", "text")] == [200_000, 1]
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 1: two columns are named 'text'"):
+        list(read(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("text,n\na,1\nb\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: not as many cells as the 2 columns"):
+        list(read(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("held", ["", "[]", '{"splits": 5}', "{}"])
+def test_broken_data_sets_are_named(tmp_path, held):
+    (tmp_path / "dataset_dict.json").write_text(held)
+    with pytest.raises(ValueError, match=r"dataset_dict\.json"):
+        read(tmp_path)
+    (tmp_path / "dataset_dict.json").unlink()
+    (tmp_path / "dataset_info.json").write_text(held)
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="not a whole data set"):
+        list(read(tmp_path))
 
 
 def test_each_kind_of_file(tmp_path):

@@ -57,20 +57,8 @@ def test_every_row_is_there_and_whole():
 
 def test_no_key_stands_twice():
     folder = Path(catalog.__file__).parent / "catalog"
-    tables = [path for path in folder.glob("*.toml") if path.stem not in ("tags", "parity")]
-    keys = [key for path in tables for key in tomllib.loads(path.read_text())]
+    keys = [key for room in ROOMS for key in tomllib.loads((folder / f"{room}.toml").read_text())]
     assert len(keys) == len(set(keys)) == sum(ROOMS.values())
-
-
-def test_parity_is_of_built_rows_and_said_in_words():
-    assert {catalog.row(key).object != "" for key in catalog.parities()} == {True}
-    one = catalog.Parity("authors", "X, f", 5e-7, True, 2)
-    assert str(one) == "equal to the authors' code within 5e-07, 2 cases (X, f)"
-    other = catalog.Parity("reimplementation", "Y", 0.3, False, 1)
-    assert str(other) == "differs from a reimplementation by 3e-01, 1 case (Y)"
-    assert catalog.row("moba").parity.startswith("equal to the authors' code within ")
-    assert catalog.row("power").parity == "not compared: no code was at hand"
-    assert dataclasses.replace(catalog.row("power"), object="").parity == "not compared"
 
 
 def test_built_rows_import_and_have_a_claim():
@@ -84,6 +72,7 @@ def test_built_rows_import_and_have_a_claim():
 
 def test_status_is_computed(monkeypatch, tmp_path):
     monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
+    monkeypatch.setattr(catalog, "SHIPPED", tmp_path / "nothing.json")
     row = catalog.row("lookback-lens")
     assert dataclasses.replace(row, object="regard.nowhere:nothing").status == "broken"
     built = dataclasses.replace(row, object="regard.statistics.entropy:entropy")
@@ -165,7 +154,7 @@ def test_a_premise_that_is_not_met_decides(monkeypatch, tmp_path):
     assert "the claim of mine has no scale 'large'; it has small, real" in refused.output
 
 
-def test_many_claims_make_a_page(monkeypatch, tmp_path):
+def test_many_claims(monkeypatch, tmp_path):
     """One that breaks does not keep the others from running, and does not go unnoticed."""
 
     def broken(*, scale, seed):
@@ -186,21 +175,47 @@ def test_many_claims_make_a_page(monkeypatch, tmp_path):
         rows[name] = catalog.Row(name, "studies", "Title", link, "a", "w", "e", (), "regard.statistics.mass:mass", name)
     monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
     monkeypatch.setattr(catalog, "rows", lambda: rows)
-    page = tmp_path / "docs" / "claims.md"
-    page.parent.mkdir()
-    done = run("reproduce", "--all", "--write", str(page))
+    plots = tmp_path / "plots"
+    done = run("reproduce", "--all", "--plot", str(plots))
     assert done.exit_code == 1
     assert "no luck" in done.output
-    text = page.read_text()
-    assert "1 held, 0 did not hold, 0 cannot be told at this scale; 1 broke: bad" in text
-    assert "![What was measured](assets/claims/good.svg)" in text
-    assert (page.parent / "assets" / "claims" / "good.svg").exists()
+    assert "1 held, 0 did not hold, 0 cannot tell; broke: bad" in done.output
+    first = (plots / "good.svg").read_bytes()
+    assert run("reproduce", "good", "--plot", str(plots)).exit_code == 0
+    assert (plots / "good.svg").read_bytes() == first  # the same picture, the same file
     monkeypatch.setattr(sys.modules["good"], "claim", broken)
-    assert run("reproduce", "--all", "--write", str(page), "--resume").exit_code == 1  # the good one is remembered
-    assert "1 held, 0 did not hold" in page.read_text()
-    assert "2 broke" in run("reproduce", "--all", "--write", str(page)).output + page.read_text()
+    resumed = run("reproduce", "--all", "--resume")
+    assert resumed.exit_code == 1
+    assert "1 held" in resumed.output  # the good one is remembered
+    assert "broke: good, bad" in run("reproduce", "--all").output
     assert run("reproduce", "good", "--all").exit_code == 2
     assert run("reproduce").exit_code == 2
+    nothing = run("reproduce", "--all", "--scale", "real")  # no claim has this scale
+    assert "0 held" in nothing.output
+
+
+def test_a_plot_of_many_points_is_pixels(tmp_path):
+    def draw(figure):
+        left, right = figure.subplots(1, 2)
+        left.scatter(range(5000), range(5000))
+        right.plot(range(5000), "o")
+
+    catalog._plot(catalog.Finding(True, "m", "e", 0, draw=draw), tmp_path / "many.svg")
+    assert (tmp_path / "many.svg").stat().st_size < 60_000
+
+
+def test_what_ran_here_comes_before_what_was_shipped(monkeypatch, tmp_path):
+    monkeypatch.setenv("REGARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(catalog, "SHIPPED", tmp_path / "found.json")
+    made = {scale: catalog.Run(catalog.Finding(True, scale, "e", 0), scale, 1.0) for scale in ("small", "real")}
+    (tmp_path / "found.json").write_text(catalog.written({"moba": made}))
+    assert catalog.row("moba").status == "held"
+    assert catalog.remembered("moba", scale="small", seed=0) is None  # it did not run here
+    (tmp_path / "cache").mkdir()
+    own = {"small": catalog.Run(catalog.Finding(False, "own", "e", 0), "small", 2.0)}
+    (tmp_path / "cache" / "claims.json").write_text(catalog.written({"moba": own}))
+    assert [run.finding.measured for run in catalog.row("moba").found] == ["own", "real"]
+    assert catalog.row("moba").status == "did not hold"
 
 
 def test_search():

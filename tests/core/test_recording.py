@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from conftest import words
 from families import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import regard
+from regard.statistics.top_keys import top_keys
 
 
 @pytest.fixture
@@ -128,3 +134,376 @@ def test_heads_of_unlike_layers_are_nan_where_missing():
     assert not np.isnan(entropy.sel(layer=3)).any()
     assert np.isnan(entropy.sel(layer=7, head=[2, 3])).all()
     assert not np.isnan(entropy.sel(layer=7, head=[0, 1])).any()
+
+
+# ------------------------------------------------------------------------------------------- what a statistic may give
+
+
+def stat(dims: str, give):
+    """A statistic with these axes."""
+
+    @regard.statistic(dims, title="x")
+    def gives(call):
+        return give(call)
+
+    return gives
+
+
+def entropy(call):
+    return call.weights.entropy()
+
+
+def recorded(steps: int = 0, model_and_inputs=None, **statistics):
+    model, inputs = model_and_inputs or build("llama")
+    with torch.no_grad(), regard.record(model, **statistics) as found:
+        if steps:
+            model.generate(inputs["input_ids"][:, :5], max_new_tokens=steps + 1, do_sample=False, eos_token_id=None)
+        else:
+            model(input_ids=inputs["input_ids"])
+    return found.tree["language_model"]
+
+
+KINDS = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool]
+KINDS += [torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.sampled_from(["query", "key", ""]))
+def test_no_dtype_changes_what_is_recorded(kinds, axis):
+    """Numbers that every type holds, of another type at each call: they come back as they were, beside the entropy."""
+    count = [0]
+
+    def ones(call):
+        count[0] += 1
+        shape = [*call.query.shape[:2], *([{"query": call.query, "key": call.key}[axis].shape[2]] if axis else [])]
+        return torch.ones(shape).to(kinds[count[0] % len(kinds)])
+
+    node = recorded(steps=2, ones=stat(f"batch head {axis}", ones), plain=stat("batch head query", entropy))
+    alone = recorded(steps=2, plain=stat("batch head query", entropy))
+    assert node["plain"].identical(alone["plain"])
+    values = node["ones"].values
+    if axis == "key":  # 5 keys are seen three times, one twice, one once
+        assert (values == [3, 3, 3, 3, 3, 2, 1]).all()
+    else:
+        assert (values == 1).all()
+    assert values.shape[-1 if axis else 2] == {"query": 7, "key": 7, "": 3}[axis]
+    assert values.dtype.kind in "fib"
+
+
+def test_whole_numbers_first_and_fractions_later():
+    node = recorded(
+        half=stat(
+            "batch head", lambda c: torch.ones(2, 4, dtype=torch.int32) if not c.site.layer else torch.full((2, 4), 0.5)
+        )
+    )
+    assert node["half"].sel(layer=0).values.tolist() == [[1.0] * 4] * 2
+    assert node["half"].sel(layer=1).values.tolist() == [[0.5] * 4] * 2
+
+
+def test_what_is_not_there():
+    """An early query has no weight on keys of a later step: NaN, -1 for integers, False for booleans."""
+    above = stat("batch head query key", lambda c: c.weights.dense() > 2)
+    whole = stat("batch head query key", lambda c: torch.full_like(c.weights.dense(), 7).to(torch.uint8))
+    node = recorded(steps=1, above=above, whole=whole, rows=stat("batch head query key", lambda c: c.weights.dense()))
+    missing = np.isnan(node["rows"].values)
+    assert missing.any()
+    assert missing[0, 0, 0].sum() == 5  # one key more than five queries know of
+    assert not node["above"].values.any()
+    assert node["above"].dtype == bool
+    assert (node["whole"].values == np.where(missing, -1, 7)).all()
+
+
+def test_nan_and_infinity_stay():
+    def odd(call):
+        first = call.query_start == 0
+        return torch.full((2, 4, call.key.shape[2]), float("nan" if first and call.site.layer else "inf"))
+
+    values = recorded(steps=1, odd=stat("batch head key", odd))["odd"].values
+    assert np.isposinf(values[:, 0]).all()
+    assert np.isnan(values[:, 1, :, :5]).all()
+    assert np.isposinf(values[:, 1, :, 5]).all()
+
+
+def test_a_call_that_is_left_out_moves_no_other():
+    late = stat(
+        "batch", lambda c: None if c.site.layer == 0 and c.query_start == 5 else torch.full((2,), 1.0 * c.query_start)
+    )
+    rare = stat("batch", lambda c: torch.ones(2) if c.query_start == 6 else None)
+    node = recorded(steps=3, late=late, rare=rare)
+    assert node["late"].dims == ("batch", "layer", "step")
+    np.testing.assert_equal(node["late"].values[0], [[0, np.nan, 6, 7], [0, 5, 6, 7]])
+    np.testing.assert_equal(node["rare"].values[1], [[np.nan, np.nan, 1, np.nan]] * 2)
+
+
+def test_axes_of_different_lengths_are_filled():
+    node = recorded(one=partial(top_keys, k=1), three=partial(top_keys, k=3))
+    assert (node["one"].values[..., 0] == node["three"].values[..., 0]).all()
+    assert (node["one"].values[..., 1:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("dims", "give", "why"),
+    [
+        ("batch head query", lambda c: c.weights.entropy()[:1], r"\[batch=2 head=4 query=12\], but gave \[1, 4, 12\]"),
+        ("batch head query", lambda c: c.weights.entropy()[:1, :, 2:], r"gave \[1, 4, 10\] at language_model layer 0"),
+        ("batch head key", lambda c: c.weights.received()[:, :3], r"key=12\], but gave \[2, 3, 12\]"),
+        ("batch head query", lambda c: c.weights.entropy().transpose(1, 2), r"gave \[2, 12, 4\]"),
+        ("batch head role", lambda c: torch.ones(2, 4, 3), "role=11"),
+        ("batch head", lambda c: torch.ones(2, 4, dtype=torch.complex64), "gave torch.complex64"),
+        ("batch head", lambda c: torch.ones(2, 4, dtype=torch.uint64), "gave torch.uint64"),
+        ("batch head", lambda c: 3.0, "gave a float"),
+        ("batch head", lambda c: torch.ones(2, 4).to_sparse(), "dense tensor"),
+    ],
+)
+def test_what_a_spec_does_not_say_is_refused_at_once(dims, give, why):
+    model, inputs = build("llama")
+    with pytest.raises((ValueError, TypeError), match=f"'odd'.*{why}"), regard.record(model, odd=stat(dims, give)):
+        model(**inputs)
+    with torch.no_grad(), regard.record(model, "entropy") as recording:  # the model is as it was
+        model(**inputs)
+    assert np.isfinite(recording.tree["language_model"]["entropy"]).all()
+
+
+NAMES = ["batch", "layer", "head", "query", "key", "role", "step", "key_token", "query_row", "item", "quantile", "rank"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a/b", "..", ".a", "", "zarr.json", "__a", "a b", "\ud800", "a" * 100])
+def test_names_that_would_take_a_place_are_refused(name):
+    model, _ = build("llama")
+    named = {name: stat("batch head query", entropy), "best": top_keys}
+    with pytest.raises(ValueError, match="cannot be named"), regard.record(model, **named):
+        pass
+
+
+@pytest.mark.parametrize("dims", ["batch batch", "batch layer", "batch head step", "batch item"])
+def test_axes_that_no_call_has_are_refused(dims):
+    model, _ = build("llama")
+    with pytest.raises(ValueError, match="declares the axis"), regard.record(model, odd=stat(dims, entropy)):
+        pass
+
+
+def test_roles_of_queries_stay_too():
+    """A statistic that tells queries by their role, in cross attention: its keys have other roles."""
+    model, inputs = build("t5")
+    roles = regard.tokens.ROLES
+
+    def asking(call):
+        found = torch.zeros(*call.query.shape[:2], len(roles))
+        found[..., roles.index("generated")] = 1
+        return found
+
+    with torch.no_grad(), regard.record(model, asking=stat("batch head role", asking)) as found:
+        model(**inputs)
+    node = found.tree["decoder_cross"]["asking"]
+    assert (node.sel(role="generated") == 1).all()
+
+
+# -------------------------------------------------------------------------------- what happens between and after calls
+
+
+def test_what_a_statistic_gave_and_changes_later_stays():
+    """It keeps one tensor, gives it at each call, and counts in it."""
+
+    class Count:
+        def __init__(self):
+            self.seen = torch.zeros(2)
+
+        def __call__(self, call):
+            self.seen += 1
+            return self.seen
+
+    count = regard.statistic("batch", title="x")(Count)
+    assert recorded(count=count)["count"].values.tolist() == [[1, 2], [1, 2]]
+
+
+def test_a_look_inside_the_block_changes_nothing():
+    model, inputs = build("llama")
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt), regard.record(model, "entropy", "received") as peeked:
+        model(**inputs)
+        assert not peeked.tree.attrs["partial"]
+        raise KeyboardInterrupt
+    assert peeked.partial
+    assert peeked.tree.attrs["partial"]
+    with torch.no_grad(), regard.record(model, "entropy", "received") as whole:
+        model(**inputs)
+    for name in ("entropy", "received"):
+        assert peeked.tree["language_model"][name].identical(whole.tree["language_model"][name])
+
+
+def test_only_the_run_that_was_cut_is_partial(tmp_path):
+    model, inputs = build("llama")
+    calls = [0]
+
+    def raises(call):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise RuntimeError("no more")
+
+    raising = regard.record(model, "entropy", raises=stat("batch", raises))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no more"), raising as found:
+        model(**inputs)
+        model(**inputs)
+    assert [tree.attrs["partial"] for tree in found] == [False, True]
+    assert found[0]["language_model"].sizes["layer"] == 2
+    again = regard.open(found.save(tmp_path / "a.zarr"))
+    assert [tree.attrs["partial"] for tree in again] == [False, True]
+
+
+def test_a_sink_that_raises_leaves_the_model_as_it_was():
+    model, inputs = build("llama")
+
+    def sink(name, call, seen):
+        raise RuntimeError("full")
+
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with pytest.raises(RuntimeError, match="full"), regard.record(model, "entropy", sink=sink) as found:
+            model(**inputs)
+        assert (model(**inputs).logits == before).all()
+    with pytest.raises(ValueError, match="went to the sink"):
+        _ = found.tree
+
+
+# -------------------------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    model, inputs = build("llama")
+    with torch.no_grad(), regard.record(model, "entropy", "received", processor=words()) as found:
+        model(**inputs)
+    return found.save(tmp_path_factory.mktemp("small") / "a.zarr")
+
+
+def files(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_file_that_is_missing_or_damaged_is_named(small, tmp_path):
+    """Each file of the folder, in turn: gone, or with a byte turned."""
+    whole = regard.open(small)
+    for name in files(small):
+        for how in ("gone", "turned"):
+            shutil.copytree(small, tmp_path / "b.zarr")
+            file = tmp_path / "b.zarr" / name
+            raw = bytearray(file.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            file.unlink() if how == "gone" else file.write_bytes(raw)
+            with pytest.raises((ValueError, FileNotFoundError), match=name.replace(".", r"\.")):
+                regard.open(tmp_path / "b.zarr")
+            shutil.rmtree(tmp_path / "b.zarr")
+    assert regard.open(small).tree.identical(whole.tree)
+
+
+def test_every_byte_of_the_list_counts(small, tmp_path):
+    shutil.copytree(small, tmp_path / "b.zarr")
+    root = tmp_path / "b.zarr" / "zarr.json"
+    raw = root.read_bytes()
+    for at in range(0, len(raw), len(raw) // 40):
+        root.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        with pytest.raises(ValueError, match=r"zarr\.json"):
+            regard.open(tmp_path / "b.zarr")
+
+
+def test_a_file_too_many_is_named(small, tmp_path):
+    shutil.copytree(small, tmp_path / "b.zarr")
+    (tmp_path / "b.zarr" / "run_0" / "more.txt").touch()
+    with pytest.raises(ValueError, match=r"run_0/more\.txt was not there"):
+        regard.open(tmp_path / "b.zarr")
+
+
+def unsealed(small, to, change=None):
+    """A copy as it was written before there were checksums, with a change."""
+    shutil.copytree(small, to)
+    root = json.loads((to / "zarr.json").read_text())
+    (to / "zarr.json").write_text(json.dumps({**root, "attributes": {}}))
+    if change:
+        meta = to / "run_0" / "language_model" / "zarr.json"
+        held = json.loads(meta.read_text())
+        change(held["attributes"])
+        meta.write_text(json.dumps(held))
+    return to
+
+
+def test_what_was_written_without_checksums_says_so(small, tmp_path):
+    with pytest.warns(UserWarning, match="without checksums"):
+        again = regard.open(unsealed(small, tmp_path / "old.zarr"))
+    assert again.tree.identical(regard.open(small).tree)
+    with pytest.raises(FileExistsError, match="lacks the mark"):
+        again.save(tmp_path / "old.zarr")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [],
+        5,
+        None,
+        "5",
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"key_token": 5}',
+        '{"key_token": [["batch"], [["a"]]]}',
+        '{"key_token": [["batch", "key"], [[{}]]]}',
+        '{"key_token": [5, ["a"]]}',
+        '{"key_token": [["key"], [["a"], []]]}',
+    ],
+)
+def test_texts_of_a_wrong_kind_are_one_error(small, tmp_path, texts):
+    folder = unsealed(small, tmp_path / "b.zarr", lambda attributes: attributes.update(texts=texts))
+    with pytest.raises(ValueError, match=r"b\.zarr cannot be read as a recording"):
+        regard.open(folder)
+
+
+def test_what_declares_more_than_it_holds_is_refused_before_memory_is_asked_for(tmp_path):
+    for name, shape, chunks in (("a", (10**10,), (10**10,)), ("b", (10**10,), (10,)), ("c", (4,), (10**10,))):
+        group = zarr.open_group(tmp_path / f"{name}.zarr", mode="w")
+        run = group.create_group("run_0").create_group("language_model")
+        run.create_array("entropy", shape=shape, chunks=chunks, dtype="f8", dimension_names=["query"])
+        with pytest.raises(ValueError, match=r"entropy, it declares .*cannot hold"):
+            regard.open(tmp_path / f"{name}.zarr")
+
+
+def test_a_zarr_of_someone_else_is_no_recording_and_stays(recording, tmp_path):
+    mine = tmp_path / "mine.zarr"
+    zarr.open_group(mine, mode="w").create_array("precious", data=np.arange(5))
+    (mine / "notes.txt").write_text("mine")
+    before = {name: (mine / name).read_bytes() for name in files(mine)}
+    with pytest.raises(ValueError, match="Regard did not record"):
+        regard.open(mine)
+    with pytest.raises(FileExistsError, match="is not a recording"):
+        recording.save(mine)
+    (tmp_path / "file.zarr").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not a recording"):
+        recording.save(tmp_path / "file.zarr")
+    assert {name: (mine / name).read_bytes() for name in files(mine)} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.zarr", "mine.zarr"]
+
+
+def test_a_file_beside_a_recording_keeps_it_from_being_replaced(recording, tmp_path):
+    path = recording.save(tmp_path / "a.zarr")
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        recording.save(path)
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_link_points_to_is_replaced(recording, tmp_path):
+    (tmp_path / "deep").mkdir()
+    recording.save(tmp_path / "deep" / "a.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "deep" / "a.zarr")
+    recording.save(tmp_path / "link.zarr")
+    assert (tmp_path / "link.zarr").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a.zarr"]
+
+
+def test_what_cannot_be_written_leaves_the_old_one(recording, tmp_path):
+    path = recording.save(tmp_path / "a.zarr")
+    before = regard.open(path).tree
+    odd = regard.recording.Recording([recording.tree.copy()])
+    odd.tree.attrs["odd"] = object()
+    with pytest.raises(TypeError):
+        odd.save(path)
+    assert regard.open(path).tree.identical(before)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]

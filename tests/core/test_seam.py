@@ -226,23 +226,6 @@ def test_cross_attention_whose_keys_are_cached():
     assert (cross["key_token"].values == encoder["query_token"].values).all()
 
 
-def test_beams_are_refused_and_the_cache_is_left_alone():
-    model, inputs = build("llama")
-    with pytest.raises(ValueError, match="num_beams=1"), regard.record(model, "entropy"):
-        model.generate(**inputs, max_new_tokens=4, num_beams=2, pad_token_id=0)
-    assert is_clean(model)
-    model.generate(**inputs, max_new_tokens=4, num_beams=2, pad_token_id=0)
-
-
-def test_decoding_that_steps_back_is_refused():
-    model, inputs = build("llama")
-    cache = t.DynamicCache(config=model.config)
-    with torch.no_grad(), pytest.raises(ValueError, match="steps back"), regard.record(model, "entropy"):
-        model(**inputs, past_key_values=cache)
-        cache.crop(-6)
-        model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
-
-
 @torch.no_grad()
 def test_batched_generation_with_left_padding_is_row_by_row_right():
     model, inputs = build("llama")

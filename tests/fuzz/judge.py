@@ -135,7 +135,9 @@ def _compare(case: Case, truth: dict[str, dict[int, list[Tensor]]], seen: Calls)
             real = _rows_that_see(one.call, weights)
             told = reductions(weights, query_start=one.call.query_start, key_start=one.call.key_start)
             for name, tensor in one.found.items():
-                if name == "rows":
+                if name == "distance" and one.call.site.cross:
+                    assert tensor.isnan().all(), f"{where}: a distance between places of two sequences"
+                elif name == "rows":
                     _close(tensor.double()[real], weights[real], tolerance, f"{where}: rows")
                 elif name == "received":
                     whole = torch.where(real[..., None], weights, 0.0).sum(-2)

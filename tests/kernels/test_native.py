@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from derivatives import assert_same, derivatives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import dense, reductions
@@ -307,6 +308,83 @@ def test_attention_and_its_gradients(case):
         torch.testing.assert_close(
             ours[name].grad.double(), theirs[name].grad, atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_derivative(case):
+    """Second ones, forward mode and torch.func are right, by whichever path."""
+    (batch, heads, kv_heads, n, m, dim, value_dim), options = CASES[case]
+    torch.manual_seed(3)
+    shapes = {
+        "query": (batch, heads, n, dim),
+        "key": (batch, kv_heads, m, dim),
+        "value": (batch, kv_heads, m, value_dim),
+        **{name: shape for name, shape in options.items() if name in ("sinks", "bias")},
+    }
+    rest = {name: option for name, option in options.items() if name not in shapes}
+    tensors = [torch.randn(shape) for shape in shapes.values()]
+    ours = derivatives(lambda *t: native.attention(**dict(zip(shapes, t)), **rest), tensors)
+    theirs = derivatives(lambda *t: naive(**dict(zip(shapes, t)), **rest), [t.double() for t in tensors])
+    assert_same(ours, theirs)
+
+
+def test_the_backward_pass_may_run_again_and_for_some_inputs():
+    query, key, value = leaves = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    output = native.attention(query, key, value, causal=True)
+    once = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+    for ours, first in zip(torch.autograd.grad(output.sum(), leaves), once):
+        torch.testing.assert_close(ours, first, rtol=0, atol=0)
+    output = native.attention(query, key.detach(), value, causal=True)
+    grad = torch.zeros_like(output).requires_grad_()
+    to_query, to_value = torch.autograd.grad(output, (query, value), grad, create_graph=True)
+    (back,) = torch.autograd.grad((to_query.sum() + to_value.sum()), grad)  # linear in what is given
+    assert back.abs().sum() > 0
+    assert torch.autograd.grad(to_value.sum(), key, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradients_behind_finite_masks(hidden, sinks):
+    """Also of a row with nothing but what is masked: its log-sum-exp alone would not tell its weights."""
+    torch.manual_seed(0)
+    seen = torch.rand(1, 1, 40, 50) < 0.5
+    seen[..., 3, :] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, hidden)
+    tensors = [torch.randn(1, 2, n, 16) for n in (40, 50, 50)] + ([torch.randn(2)] if sinks else [])
+
+    def plain(query, key, value, sinks=None):
+        scores = (query @ key.mT * 0.25).float() + mask  # rounded as scores are
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().view(1, 2, 1, 1).expand(1, 2, 40, 1)], -1)
+        return scores.double().softmax(-1)[..., :50] @ value.double()
+
+    def ours(query, key, value, sinks=None):
+        return native.attention(query, key, value, mask=mask, sinks=sinks)
+
+    mine, truth = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    given = torch.randn(1, 2, 40, 16)
+    (ours(*mine) * given).sum().backward()
+    (plain(*truth) * given.double()).sum().backward()
+    for a, b in zip(mine, truth):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_mask_gets_its_gradient():
+    call = made(20, 20)
+    mask, bias = torch.randn(1, 1, 20, 20).requires_grad_(), torch.randn(1, 2, 20, 20).requires_grad_()
+    call.but(mask=mask, bias=bias).output.square().sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (mask, bias)]
+    (dense(call.but(mask=exact[0], bias=exact[1])) @ call.value.double()).square().sum().backward()
+    for ours, truth in zip((mask, bias), exact):
+        torch.testing.assert_close(ours.grad.double(), truth.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tensor_that_is_negated_lazily():
+    call = made(20, 20)
+    query = torch.complex(torch.zeros(call.query.shape), -call.query).conj().imag
+    assert query.is_neg()
+    torch.testing.assert_close(call.but(query=query).output, call.output)
+    torch.testing.assert_close(call.but(query=query).weights.entropy(), call.weights.entropy())
 
 
 def test_parts_join_to_the_whole():

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from derivatives import assert_same, derivatives
 from families import GROUPED, NO_IDS, VISION
 from torch.nn import functional as F
 from transformers import (
@@ -91,6 +92,27 @@ def test_equals_what_it_amounts_to(name, pattern, n):
                 torch.autograd.grad(found, leaves, given), torch.autograd.grad(right, leaves, given)
             ):
                 torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_derivative(name, pattern, dtype):
+    """Second ones, forward mode and torch.func, or an error: PyTorch's own attention has none of them in float64."""
+    causal = pattern == "causal"
+    tensors = [t.detach() for t in inputs(pattern, 40, dtype=torch.float64)]
+    knobs = {"power": {"block": 32, "window": 1, "sink": 0}, "moba": {"block": 32, "top": 2}}  # the kernel's blocks
+    knobs = knobs.get(name, SMALL.get(name, {}))
+
+    def right(query, key, value):
+        weights = OPERATORS[name].spec.weights(query, key, causal=causal, scale=None, mask=None, **knobs)
+        return weights @ value.repeat_interleave(2, 1)
+
+    ours = partial(derivatives, partial(OPERATORS[name], causal=causal, **knobs), [t.to(dtype) for t in tensors])
+    if dtype == torch.float64 and name in ("flashbias", "neighborhood"):
+        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+            ours()
+        return
+    assert_same(ours(), derivatives(right, tensors))
 
 
 @pytest.mark.parametrize("name", [n for n, p in CASES if p == "causal"])

@@ -209,9 +209,24 @@ def test_first_keys_that_a_sliding_cache_dropped_hold_nothing():
     assert values(sink_mass, call, n_sink=8)[1:] == near(1 / 2, 1 / 3, 1 / 4)
 
 
+@pytest.mark.parametrize("name", ["previous_token", "self_mass"])
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_text_has_the_neighbours_of_the_text_alone(name, left):
+    alone = even(4)
+    padded = torch.tensor([[True, True, False, False, False, False]] if left else [[False] * 4 + [True, True]])
+    tokens = Tokens.plain("text", 1, 6).marked("pad", padded)
+    order = torch.ones(6, 6).tril().bool() & ~padded
+    zero = torch.zeros(1, 1, 6, 2)
+    call = Call(SITE, zero, zero, zero, 1.0, mask=order[None, None], tokens=tokens, query_tokens=tokens)
+    found = catalog.statistic(name)(call)[0, 0, ~padded[0]]
+    assert torch.equal(found.isnan(), catalog.statistic(name)(alone)[0, 0].isnan())
+    torch.testing.assert_close(found, catalog.statistic(name)(alone)[0, 0], equal_nan=True)
+
+
 def test_cross_attention_has_no_places():
     call = even(4, **text(5, 5, 6, 6)).but(site=Site("attention", "decoder_cross", 0, cross=True))
-    for name in ("local_mass", "global_mass", "self_mass", "previous_token", "induction", "effective_span"):
+    placed = "distance windowed_distance received_ahead local_mass global_mass self_mass previous_token"
+    for name in (*placed.split(), "induction", "effective_span"):
         assert catalog.statistic(name)(call).isnan().all(), name
     assert not catalog.statistic("effective_keys")(call).isnan().any()
 
@@ -230,6 +245,8 @@ def oracle(call: Call) -> dict[str, torch.Tensor]:
     i = torch.arange(n_query)[:, None] + call.query_start
     j = torch.arange(n_key) + call.key_start
     apart, nan = (i - j).abs(), torch.full_like(whole, NAN)
+    real_keys = torch.ones(1, n_key, dtype=torch.bool) if call.tokens is None else ~call.tokens.role("pad")
+    there = real_keys[:, None, None]
     entropy = torch.special.entr(q).sum(-1)
     ordered, size = q.sort(-1).values, seen.double()
     rank = torch.arange(n_key, 0, -1).double() - 0.5
@@ -252,13 +269,12 @@ def oracle(call: Call) -> dict[str, torch.Tensor]:
         "effective_span": share.int().argmax(-1).double(),
         "local_mass": (p * (apart <= 8)).sum(-1),
         "global_mass": (p * (apart > 8)).sum(-1),
-        "self_mass": torch.where((apart == 0).any(-1), (p * (apart == 0)).sum(-1), nan),
-        "previous_token": torch.where((i - 1 == j).any(-1), (p * (i - 1 == j)).sum(-1), nan),
+        "self_mass": torch.where((there & (i == j)).any(-1), (p * (i == j)).sum(-1), nan),
+        "previous_token": torch.where((there & (i - 1 == j)).any(-1), (p * (i - 1 == j)).sum(-1), nan),
         "stable_rank": values.square().sum(-1) / values.amax(-1).square(),
         "effective_rank": torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp(),
         "head_similarity": ((gram.sum(-1) - 1) / (heads - 1)).mT,
     }
-    real_keys = torch.ones(1, n_key, dtype=torch.bool) if call.tokens is None else ~call.tokens.role("pad")
     first = (real_keys & (real_keys.cumsum(-1) <= 4))[:, None, None]
     if call.key_start == 0:
         elsewhere = (visible(call) & ~first).any(-1)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from PIL import Image
 
+import regard
 from regard import report
 
 VIEW = Path(report.__file__).parent / "view"
@@ -392,3 +394,32 @@ def test_other_bad_input_is_refused_in_words(tmp_path):
         report.write(given, tmp_path / "missing" / "page.html")
     with pytest.raises(TypeError, match="pictures holds a ndarray; give PIL images"):
         report.write(given, tmp_path / "page.html", pictures=[np.zeros((3, 3))])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", "<b>"),
+        ("seconds", [1, 2]),
+        ("seconds", {}),
+        ("grids", "<b>"),
+        ("grids", "[" * 100_000),
+        ("grids", 5),
+        ("grids", "[5]"),
+        ("grids", "[[1]]"),
+        ("range", "<b>"),
+        ("range", [0]),
+        ("range", [0, float("nan")]),
+        ("unread", 5),
+    ],
+)
+def test_attributes_of_a_wrong_kind_are_named(tmp_path, name, value):
+    model, tokenizer = regard.load("reader")
+    with torch.no_grad(), regard.record(model, "entropy", processor=tokenizer) as recording:
+        model(**tokenizer("to be", return_tensors="pt"))
+    tree = recording.tree
+    stack = tree["language_model"]
+    {"seconds": tree, "range": stack["entropy"]}.get(name, stack).attrs[name] = value
+    with pytest.raises(ValueError, match=f"report: the attribute {name} of .*; it needs"):
+        report.write(tree, tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from regard.zoo import __main__ as command
 from regard.zoo import training
 from regard.zoo.recipes import reader
 
-MEGABYTES, ALL_MEGABYTES = 6, 25
+MEGABYTES, ALL_MEGABYTES = 6, 34
 
 
 def test_the_readers_card_is_true():

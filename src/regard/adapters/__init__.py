@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import hooks
 from . import diffusers, multihead, products
 from .products import Route
 
@@ -64,9 +65,7 @@ def watch(module: nn.Module, route: Route) -> Iterator[None]:
     with ExitStack() as undo:
         if isinstance(module, nn.MultiheadAttention):
             undo.enter_context(multihead.no_fast_path())
-        enter, leave = products.hooks(route) if reader is None else products.reading(route, reader)
-        undo.callback(module.register_forward_pre_hook(enter).remove)
-        undo.callback(module.register_forward_hook(leave, prepend=True, always_call=True, with_kwargs=True).remove)
+        hooks.wrap(undo, module, products.followed(route) if reader is None else products.reading(route, reader))
         yield
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Call, Site, UnreachableAttention
+from ..functions import arguments
 
 READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
@@ -63,8 +64,9 @@ def read(asked: Asked, site: Site) -> Call:
     implementation, kwargs = asked.implementation, asked.keywords
     query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
     if implementation == "own":  # an adapter's: the module made its weights itself
-        own = partial(_own_rows, kwargs["weights"])
-        return Call(site, query, key, value, 1.0, causal=_is_causal(kwargs["weights"]), edits=(own,))
+        weights = kwargs["weights"]
+        mask = None if weights.dtype == torch.float16 else weights != 0
+        return Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=(partial(_own_rows, weights),))
     if implementation not in READABLE or not (mask is None or isinstance(mask, Tensor)):
         raise UnreachableAttention(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
     scale = kwargs.get("scaling")
@@ -81,7 +83,7 @@ def read(asked: Asked, site: Site) -> Call:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(query.dtype)  # eager functions add it, also where a model hands them a boolean one
         code = inspect.unwrap(asked.function)
-        honoured = inspect.signature(code).parameters
+        honoured = arguments(code)
         bias = bias if "position_bias" in honoured else None
         softcap = kwargs.get("softcap") if "softcap" in honoured else None
         sinks = kwargs.get("sinks") if "sinks" in honoured else None

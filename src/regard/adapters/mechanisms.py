@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from ..extras import shortened
 from ..functions import innermost
 
+_PREFIX = "regard:"
 # What models hand on that changes no weight: bookkeeping, and windows that the mask holds already.
 _HARMLESS = {
     "cache_position",
@@ -29,9 +33,11 @@ _HARMLESS = {
 def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     """Make a mechanism an attention implementation, and give the name that `set_attn_implementation` takes.
 
-    Regard's own are registered under their names when it is imported (`flashbias` as "regard:bias"). Other knobs
-    than the defaults need a name of their own. What a mechanism cannot honour (softcap, sinks, position bias, dropout)
-    is refused when the model runs, as are static caches.
+    Regard's own are registered under their names when it is imported: "regard:lightning-2", also written
+    "regard:lightning_2". `flashbias` is "regard:bias", also written "regard:flashbias"; it adds ALiBi's bias to the
+    scores, also of a model whose queries and keys are rotated, which then has both. Other knobs than the defaults need
+    a name of their own. What a mechanism cannot honour (softcap, sinks, position bias, dropout) is refused when the
+    model runs, as are static caches.
 
         model.set_attn_implementation(register(partial(power, block=64), "power-64"))
     """
@@ -39,11 +45,40 @@ def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     spec = getattr(function, "spec", None)
     if not hasattr(spec, "patterns"):
         raise TypeError(f"{mechanism!r} is not a mechanism: declare it with @regard.mechanisms.mechanism(...)")
-    # transformers takes every name with "flash" in it for a kernel of that library.
-    name = f"regard:{name or function.__name__.replace('_', '-').replace('flash', '')}"
+    name = _registered(f"{_PREFIX}{name or function.__name__}")
     AttentionInterface.register(name, partial(_forward, mechanism, spec, name))
     AttentionMaskInterface.register(name, partial(_mask, name))
     return name
+
+
+def _registered(name: str) -> str:
+    """How a name is written here; transformers takes every one with "flash" in it for a kernel of that library."""
+    return name.replace("_", "-").replace("flash", "")
+
+
+def _known(name: Any) -> Any:
+    """The registered name that is meant by one of Regard's; any other is left as it is. ValueError names near ones."""
+    if not isinstance(name, str) or not name.startswith(_PREFIX):
+        return name
+    there = [n.removeprefix(_PREFIX) for n in AttentionInterface().valid_keys() if n.startswith(_PREFIX)]
+    meant = _registered(name).removeprefix(_PREFIX)
+    if meant not in there:
+        near = difflib.get_close_matches(meant, there, n=3, cutoff=0.5)
+        hint = f" (did you mean {' or '.join(_PREFIX + n for n in near)}?)" if near else ""
+        raise ValueError(f"no mechanism {shortened(name)!r}{hint}; there are {', '.join(_PREFIX + n for n in there)}")
+    return _PREFIX + meant
+
+
+# Every way to choose an implementation goes through this method, which answers with the name that is kept.
+_adjust = PreTrainedModel._check_and_adjust_attn_implementation
+
+
+@functools.wraps(_adjust)
+def _adjusted(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+    return _adjust(self, _known(attn_implementation), *args, **kwargs)
+
+
+PreTrainedModel._check_and_adjust_attn_implementation = _adjusted  # type: ignore[method-assign]
 
 
 def _forward(

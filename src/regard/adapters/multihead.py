@@ -13,6 +13,8 @@ from types import FunctionType
 import torch
 from torch.nn.functional import multi_head_attention_forward
 
+from ..shared import shared
+
 # Torch's own code, but for the look-up by which it would hand itself over whole to the mode that is on.
 open_forward = FunctionType(
     multi_head_attention_forward.__code__,
@@ -22,6 +24,7 @@ open_forward = FunctionType(
 open_forward.__kwdefaults__ = multi_head_attention_forward.__kwdefaults__
 
 
+@shared
 @contextmanager
 def no_fast_path() -> Iterator[None]:
     """Encoder layers run module by module."""

@@ -7,6 +7,7 @@ weights, whatever was done to scores before and to weights after.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,18 @@ from ..call import UnreachableAttention
 from .multihead import multi_head_attention_forward, open_forward
 
 Route = Callable[..., tuple[Tensor, Tensor | None]]
+Run = Callable[..., Any]  # of a module, its forward, and what that is given
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _DROPOUT = {F.dropout, torch.dropout}
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-_running: list[_Mode] = []  # innermost last
+_local = threading.local()
+
+
+def _running() -> list[_Mode]:
+    """The modules that run in this thread, innermost last."""
+    return _local.__dict__.setdefault("running", [])
 
 
 @dataclass
@@ -57,7 +64,7 @@ class _Mode(TorchFunctionMode):
             return func(*args)
 
     def _see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if _running[-1] is not self:  # a module inside this one runs, which has a mode of its own
+        if _running()[-1] is not self:  # a module inside this one runs, which has a mode of its own
             return func(*args, **kwargs)
         if func is multi_head_attention_forward:
             with self:
@@ -200,40 +207,33 @@ class _Mode(TorchFunctionMode):
             )
 
 
-def hooks(route: Route) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What to do before and after a module runs."""
+def followed(route: Route) -> Run:
+    """How to run a module whose softmax is followed to the values."""
 
-    def enter(module: nn.Module, *_: Any) -> None:
-        mode = _Mode(module, route)
-        _running.append(mode)
-        mode.__enter__()
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not _running or _running[-1].module is not module:
-            return
-        mode = _running.pop()
-        mode.__exit__(None, None, None)
-        if mode.failed is not None and output is not None:
+    def run(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mode, running = _Mode(module, route), _running()
+        running.append(mode)
+        try:
+            with mode:
+                output = own(*args, **kwargs)
+        finally:
+            running.pop()
+        if mode.failed is not None:
             raise mode.failed
-        if mode.followed and not mode.products and output is not None:  # it is, where the module failed
+        if mode.followed and not mode.products:
             raise UnreachableAttention(
                 f"{type(module).__name__} takes a softmax, but what becomes of it Regard cannot follow to the values"
             )
+        return output
 
-    return enter, leave
+    return run
 
 
-def reading(
-    route: Route, reader: Callable[..., tuple[Tensor, Tensor]]
-) -> tuple[Callable[..., None], Callable[..., None]]:
+def reading(route: Route, reader: Callable[..., tuple[Tensor, Tensor]]) -> Run:
     """The same with a reader, which says afterwards what the weights were."""
 
-    def enter(*_: Any) -> None:
-        pass
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if output is None:  # it failed
-            return
+    def run(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         weights, value = reader(module, args, kwargs, output)
         unknown = torch.full_like(weights[..., :1], float("nan"))
         want = weights @ value
@@ -246,8 +246,9 @@ def reading(
         )
         if not torch.equal(got, want.transpose(1, 2)):
             raise UnreachableAttention(f"{type(module).__name__} is read after it has run, so it cannot be changed")
+        return output
 
-    return enter, leave
+    return run
 
 
 def _ordered(tensor: Tensor, letters: str, wanted: str) -> Tensor:

@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import xarray as xr
 from torch import Tensor
 
 from .. import sites
+from ..call import Call, UnreachableAttention
 from ..prediction import Prediction
+from ..seam import intervene
 from ._maps import blocks, enlarged, grid, read
 
 
 def stack_of(prediction: Prediction) -> str:
     """The one stack of self attention over what is explained, through which alone the score depends on it."""
-    model = prediction.model
-    found = sites.find(model).values()
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no attention to read")
-    if any(site.cross for site in found):
+    kind = type(prediction.model).__name__
+    if not sites.find(prediction.model):
+        raise ValueError(f"{kind} has no attention to read")
+    ran = _Ran()
+    try:
+        with intervene(prediction.model, ran):
+            prediction.score(prediction.given.clone().requires_grad_())
+    except UnreachableAttention as error:
+        raise ValueError(f"{kind}: {error}") from error
+    found = [
+        call for call in ran.calls if call.value.requires_grad
+    ]  # weights have none, so it comes from what is given
+    if any(call.site.cross for call in found):
+        raise ValueError(f"{kind} has cross attention, so no one stack leads from its input to its score")
+    stacks = list(dict.fromkeys(call.site.stack for call in found))
+    if len(stacks) != 1 or not blocks(prediction.model):
+        ways = f"attends to it in {', '.join(stacks)}" if stacks else "does not attend to it"
+        raise ValueError(f"{kind} {ways}; there is no one way from {prediction.over} to its score")
+    sizes = [(len(call.query), call.query.shape[2], call.key.shape[2]) for call in found]
+    batch = math.prod(prediction.shape[: 1 + (prediction.dims[0] == "choice")])
+    if any(size[0] != batch for size in sizes):
         raise ValueError(
-            f"{type(model).__name__} has cross attention, so no one stack leads from its input to its score"
+            f"{kind} attends within windows, whose weights do not chain from layer to layer ({sizes[0][0]} maps of "
+            f"{sizes[0][1]} positions for {batch} samples); gradients, grad_cam and normgrad do without them"
         )
-    stacks = list(dict.fromkeys(site.stack for site in found))
-    if len(stacks) > 1 and not prediction.sees:  # what the language model reads holds the pictures' tokens
-        inner = next(name for name, module in model.named_modules() if module in prediction.places)
-        within = {site.stack for site in found if site.name.startswith(f"{inner}.")}
-        stacks = [stack for stack in stacks if stack in within] or stacks
-    if len(stacks) != 1 or not blocks(model):
-        raise ValueError(f"{type(model).__name__} attends in {', '.join(stacks)}; there is no one way to its input")
+    rows, keys = (list(dict.fromkeys(size[i] for size in sizes)) for i in (1, 2))
+    if len(rows) > 1 or rows != keys:
+        raise ValueError(
+            f"{kind}: layers of {', '.join(map(str, rows))} positions look at {', '.join(map(str, keys))}, so their "
+            f"weights do not chain; gradients, grad_cam and normgrad do without them"
+        )
     return stacks[0]
+
+
+class _Ran:
+    """An intervention that changes nothing, and keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def inputs(self, call: Call) -> Call:
+        self.calls.append(call)
+        return call
 
 
 def of_tokens(prediction: Prediction, stack: str, rows: Tensor, method: str) -> xr.DataArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,20 +33,7 @@ def maps(prediction: Prediction, layers: Sequence[str] | None = None) -> list[Ma
     Of a model with attention, that is looked for among its numbered layers (the class token alone leaves the last one),
     of others among all modules that give a picture of channels.
     """
-    model = prediction.model
-    names = _candidates(model) if layers is None else list(layers)
-    given = prediction.given.clone().requires_grad_()
-    outputs, score = run(prediction, given, names)
-    found = {name: output for name, output in outputs if layers is not None or _spreads(prediction, output)}
-    for name in layers or ():
-        if name not in found:
-            raise ValueError(f"{name} gives no tensor of places in this run, so there is no map of it")
-    gradients = torch.autograd.grad(score.sum(), list(found.values()), allow_unused=True) if found else ()
-    both = [(name, value, grad) for (name, value), grad in zip(found.items(), gradients)]
-    if layers is None:
-        both = [(n, v, g) for n, v, g in both if g is not None and _reached(placed(prediction, g)) > 1][-1:]
-        if not both:
-            raise ValueError(f"{type(model).__name__} has no layer of places that reach the score; name one: layers=")
+    both = [_last(prediction)] if layers is None else _slopes(prediction, layers, True)
     return [
         Map(
             name,
@@ -54,6 +42,31 @@ def maps(prediction: Prediction, layers: Sequence[str] | None = None) -> list[Ma
         )
         for name, value, grad in both
     ]
+
+
+def _last(prediction: Prediction) -> tuple[str, Tensor, Tensor | None]:
+    """The last layer of several places that reach the score."""
+    why = ""
+    for names in _candidates(prediction):
+        for name, value, gradient in reversed(_slopes(prediction, names, False)):
+            try:
+                if gradient is not None and _reached(placed(prediction, gradient)) > 1:
+                    return name, value, gradient
+            except ValueError as error:
+                why = f" ({str(error).partition(';')[0]})"
+    kind = type(prediction.model).__name__
+    raise ValueError(f"{kind} has no layer of places of {prediction.over} that reach the score{why}; name one: layers=")
+
+
+def _slopes(prediction: Prediction, names: Sequence[str], named: bool) -> list[tuple[str, Tensor, Tensor | None]]:
+    """What these modules give, and the gradient of the score; they are named, or some give no places."""
+    outputs, score = run(prediction, prediction.given.clone().requires_grad_(), names)
+    found = {name: output for name, output in outputs if named or _spreads(prediction, output)}
+    for name in names if named else ():
+        if name not in found:
+            raise ValueError(f"{name} gives no tensor of places in this run, so there is no map of it")
+    gradients = torch.autograd.grad(score.sum(), list(found.values()), allow_unused=True) if found else ()
+    return [(name, value, grad) for (name, value), grad in zip(found.items(), gradients)]
 
 
 def run(prediction: Prediction, given: Tensor, names: Sequence[str]) -> tuple[list[tuple[str, Tensor]], Tensor]:
@@ -86,40 +99,65 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def placed(prediction: Prediction, states: Tensor) -> Tensor:
-    """[batch, channel, row, column] or [batch, channel, token] of what a layer gives."""
-    if states.ndim == 4:
-        return states
+    """[batch, channel, row, column] or [batch, channel, token] of what a layer gives, wherever its channels stand."""
+    if states.ndim == 4 and prediction.dims == ("row", "column"):
+        return states.movedim(3, 1) if _channels_last(states, prediction.shape) else states
     if states.ndim != 3:
         raise ValueError(f"a layer that gives {list(states.shape)} has no places; name another")
-    if not prediction.sees and states.shape[1] != prediction.given.shape[1]:
-        raise ValueError(
-            f"a layer of {states.shape[1]} positions says nothing of {prediction.given.shape[1]} tokens; name another"
-        )
     return grid(prediction, states.mT)
 
 
 def grid(prediction: Prediction, along: Tensor) -> Tensor:
     """What stands along tokens [..., token], in rows and columns where the tokens are patches, without class tokens."""
-    if not prediction.sees:
+    n, shape = along.shape[-1], prediction.shape
+    if prediction.dims[-1] == "token":
+        if prediction.channel is None:  # a wave, of which a layer holds stretches
+            return along
+        if n != shape[-1]:
+            raise ValueError(f"a layer of {n} positions says nothing of {shape[-1]} tokens; name another")
         return along
-    n, (height, width) = along.shape[-1], prediction.given.shape[-2:]
-    size = getattr(prediction.model.config, "patch_size", None)
-    if isinstance(size, int) and 0 <= n - (height // size) * (width // size) <= PREFIX:
-        rows, columns = height // size, width // size
-    else:
-        rows = round((n * height / width) ** 0.5)
-        columns = n // max(1, rows)
-        if rows * columns != n or rows * width != columns * height:
-            raise ValueError(f"{n} tokens are no grid over a picture of {height} x {width} pixels; name another layer")
-    return along[..., n - rows * columns :].unflatten(-1, (rows, columns))
+    if not prediction.sees:
+        raise ValueError(
+            f"a layer of {n} positions has no places in {prediction.over} {list(shape)}; use gradient_x_input or "
+            f"integrated_gradients"
+        )
+    height, width = shape[-2:]
+    for rows, columns in (*((height // a, width // b) for a, b in _patches(prediction.model)), _shaped(n, shape)):
+        if 0 < rows * columns <= n <= rows * columns + PREFIX:
+            return along[..., n - rows * columns :].unflatten(-1, (rows, columns))
+    raise ValueError(f"{n} tokens are no grid over a picture of {height} x {width} pixels; name another layer")
+
+
+def _channels_last(states: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the first two axes have the shape of the picture, rather than the last two."""
+    first, second, third = states.shape[1:]
+    wanted = math.log(shape[-2] / shape[-1])
+    return abs(math.log(first / second) - wanted) < abs(math.log(second / third) - wanted)
+
+
+def _patches(model: nn.Module) -> list[tuple[int, int]]:
+    """Rows and columns of pixels in a patch, as the parts of the model say."""
+    said = [getattr(of, "patch_size", None) for m in model.modules() for of in (getattr(m, "config", None), m)]
+    both = [(size, size) if isinstance(size, int) else size for size in said]
+    pairs = [(s[-2], s[-1]) for s in both if isinstance(s, (tuple, list)) and len(s) > 1]
+    return [(a, b) for a, b in dict.fromkeys(pairs) if isinstance(a, int) and isinstance(b, int) and a and b]
+
+
+def _shaped(n: int, shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of n places in the shape of the picture; 0 where there are none."""
+    height, width = shape[-2:]
+    rows = round((n * height / width) ** 0.5)
+    columns = n // max(1, rows)
+    return (rows, columns) if rows * columns == n and rows * width == columns * height else (0, 0)
 
 
 def enlarged(prediction: Prediction, found: Tensor, mode: str = "bilinear") -> Tensor:
-    """[batch, row, column] of the layer to those of pixels; tokens stay as they are."""
-    if not prediction.sees:
+    """[batch, row, column] of the layer to those of pixels, stretches of a wave to samples; tokens stay as they are."""
+    size = prediction.shape[1:]
+    if prediction.dims != ("row", "column") and prediction.channel is not None:
         return found
-    options = {"align_corners": False} if mode == "bilinear" else {}
-    return interpolate(found[:, None], prediction.given.shape[-2:], mode=mode, **options)[:, 0]
+    smooth = {"mode": "bilinear" if len(size) == 2 else "linear", "align_corners": False}
+    return interpolate(found[:, None], size, **(smooth if mode == "bilinear" else {"mode": mode}))[:, 0]
 
 
 def read(prediction: Prediction, stack: str) -> Tensor:
@@ -136,13 +174,11 @@ def read(prediction: Prediction, stack: str) -> Tensor:
     return reads / reads.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _candidates(model: Any) -> list[str]:
-    """The layers around attention, of an encoder and a decoder those of the encoder; otherwise all modules."""
-    names = blocks(model) or [name for name, _ in model.named_modules()]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        within = set(model.get_encoder().modules())
-        names = [name for name in names if model.get_submodule(name) in within]
-    return names
+def _candidates(prediction: Prediction) -> list[list[str]]:
+    """The layers around attention in the part that reads what is scored; or else all modules of it."""
+    model, within = prediction.model, set(prediction.within.modules())
+    every = [name for name, _ in model.named_modules()]
+    return [[name for name in names if model.get_submodule(name) in within] for names in (blocks(model), every)]
 
 
 def _spreads(prediction: Prediction, output: Tensor) -> bool:

@@ -43,8 +43,9 @@ def grad_cam(
 def cam(prediction: Prediction, layer: str | None) -> Tensor:
     """The map of the last layer, or of one by name. [batch, token] or [batch, row, column]"""
     (found,) = maps(prediction, None if layer is None else [layer])
-    if prediction.real is None:
+    if found.gradient.ndim == 4:
         slope = found.gradient.mean((2, 3), keepdim=True)
     else:
-        slope = found.gradient.sum(2, keepdim=True) / prediction.real.sum(-1)[:, None, None]
+        assert prediction.real is not None
+        slope = found.gradient.sum(2, keepdim=True) / prediction.real.flatten(0, -2).sum(-1)[:, None, None]
     return enlarged(prediction, (slope * found.values).sum(1).relu())

@@ -28,4 +28,4 @@ def gradient_x_input(model: nn.Module, inputs: Mapping[str, Any], target: Target
     """
     with predict(model, inputs, target) as prediction:
         found = prediction.gradient() * prediction.given
-        return prediction.labelled(found.sum(1 if prediction.sees else -1), "gradient_x_input")
+        return prediction.labelled(prediction.summed(found), "gradient_x_input")

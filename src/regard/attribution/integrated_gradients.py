@@ -58,7 +58,7 @@ def integrated_gradients(
         )
         with torch.no_grad():
             total = prediction.score() - prediction.score(start)
-        summed = found.sum(1 if prediction.sees else -1)
+        summed = prediction.summed(found)
         labelled = prediction.labelled(summed, "integrated_gradients", total=total)
     sums = labelled.sum(labelled.dims[1:])
     off = float((abs(sums - labelled.total) / np.maximum(abs(labelled.total), 1e-6)).max())

@@ -51,7 +51,7 @@ def relevance(prediction: Prediction) -> Tensor:
     model = prediction.model
     kind = type(model).__name__
     if not prediction.sees:
-        raise ValueError(f"layer-wise relevance is for convolutional networks, and {kind} reads text")
+        raise ValueError(f"layer-wise relevance is for convolutional networks, and {kind} {prediction.takes}")
     for name, module in model.named_modules():
         if not [*module.children()] and not isinstance(module, _KNOWN):
             raise ValueError(f"{kind}: {name} is a {type(module).__name__}, for which there is no rule; see normgrad")

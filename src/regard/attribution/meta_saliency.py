@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import xarray as xr
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, softplus
 
 from .. import catalog
-from ..prediction import Target, predict
+from ..prediction import Prediction, Target, predict
 
 
 def meta_saliency(
@@ -44,12 +44,12 @@ def meta_saliency(
                 one = prediction.sample(i)
                 for weight in weights:
                     weight.requires_grad_()
-                slopes = torch.autograd.grad(cross_entropy(one.logits(), one.target), weights, allow_unused=True)
+                slopes = torch.autograd.grad(_loss(one), weights, allow_unused=True)
                 with torch.no_grad():
                     for weight, slope in zip(weights, slopes):
                         if slope is not None:
                             weight.sub_(rate * slope)
-                parts.append(explain(model, one.inputs, one.target, **knobs))
+                parts.append(explain(model, one.inputs, one.question, **knobs))
                 _restore(weights, before)
         finally:
             _restore(weights, before)
@@ -61,7 +61,18 @@ def meta_saliency(
         return whole.assign_coords(score=("batch", score)).assign_attrs(long_name="meta_saliency")
 
 
+def _loss(prediction: Prediction) -> Tensor:
+    """Cross-entropy of the target, among all or beside the one that it is explained against."""
+    if prediction.question.against is not None:
+        return softplus(-prediction.score()).mean()
+    logits = prediction.logits()
+    if logits.shape[1] == 1:
+        kind = type(prediction.model).__name__
+        raise ValueError(f"meta_saliency: {kind} gives one number, so there is no class of several to learn")
+    return cross_entropy(logits, prediction.target)
+
+
 @torch.no_grad()
-def _restore(weights: list[nn.Parameter], before: list[torch.Tensor]) -> None:
+def _restore(weights: list[nn.Parameter], before: list[Tensor]) -> None:
     for weight, was in zip(weights, before):
         weight.copy_(was)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..catalog import Premise
 from ..data.scenes import COLOURS, Dials, Scene, render, sample
 from ..zoo.recipes import viewer
 
@@ -84,6 +85,17 @@ def boxes(scenes: Sequence[Scene], which: int) -> NDArray[np.bool_]:
     for mask, (left, top, right, bottom) in zip(found, render(scenes, SIZE).boxes(slice(None))[:, which]):
         mask[top:bottom, left:right] = True
     return found
+
+
+def forgetful(model: nn.Module, seed: int) -> nn.Module:
+    """The same network with weights as they were drawn, for controls."""
+    torch.manual_seed(seed)
+    return type(model)(model.config).eval()
+
+
+def learned(model: nn.Module, scenes: Sequence[Scene]) -> Premise:
+    right = accuracy(model, scenes)
+    return Premise("the network names the colours", "all of 80% of the scenes", f"{right:.0%}", right >= 0.8)
 
 
 @torch.no_grad()

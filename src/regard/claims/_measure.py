@@ -1,4 +1,4 @@
-"""What several claims measure: processor time and the peak of memory."""
+"""What several claims measure: means with their standard errors, processor time and the peak of memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class Mean(NamedTuple):
+    """A mean and its standard error; `f"{mean:.2f}"` gives `0.31 ± 0.02`. For paired data, that of the differences."""
+
+    value: float
+    error: float
+
+    def above(self, bar: float = 0.0) -> bool:
+        """By two standard errors or more."""
+        return self.value - bar >= 2 * self.error and self.value > bar
+
+    def below(self, bar: float = 0.0) -> bool:
+        return bar - self.value >= 2 * self.error and self.value < bar
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ± {self.error:{spec.replace('+', '')}}"
+
+
+def mean(values: Any) -> Mean:
+    """Of numbers in any sequence, array or tensor; the error is that of independent draws, NaN of a single one."""
+    every = torch.as_tensor(values, dtype=torch.float64).flatten()
+    return Mean(float(every.mean()), float(every.std() / len(every) ** 0.5) if len(every) > 1 else math.nan)
 
 
 def seconds(*ways: Callable[[], Any], least: int = 3) -> list[float]:

@@ -33,9 +33,7 @@ def retold(model: Any, bos: int, *, batch: int, seed: int) -> Retold:
 
 
 @torch.no_grad()
-def rightly(model: nn.Module, prompts: list[Retold]) -> float:
-    """Share of the tokens that are told rightly, each after the right ones before it, 0 to 1."""
-    right = [
-        model(p.ids).logits[:, :-1].argmax(-1)[p.answer[:, :-1]] == p.ids[:, 1:][p.answer[:, :-1]] for p in prompts
-    ]
-    return float(torch.cat(right).float().mean())
+def told(model: nn.Module, prompt: Retold) -> Tensor:
+    """Share of a prompt's tokens that are told rightly, each after the right ones before it, 0 to 1. [batch]"""
+    right = model(prompt.ids).logits[:, :-1].argmax(-1) == prompt.ids[:, 1:]
+    return (right & prompt.answer[:, :-1]).sum(1) / prompt.answer.sum(1)

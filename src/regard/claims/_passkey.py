@@ -28,16 +28,27 @@ class Layer(nn.Module):
 
 
 def trained(
-    attention: Attention, *, layers: int, before: int, steps: int, seed: int, dim: int = 32, heads: int = 2
+    attention: Attention,
+    *,
+    layers: int,
+    before: int,
+    steps: int,
+    seed: int,
+    anywhere: float = 0.0,
+    dim: int = 32,
+    heads: int = 2,
 ) -> nn.Sequential:
-    """A model with this attention, trained to name a digit that stands before position `before`, at the last token."""
+    """A model with this attention, trained to name a digit that stands before position `before`, at the last token.
+
+    anywhere: share of the steps, the first ones, in which the digit stands before any position but the last.
+    """
     torch.manual_seed(seed)
     body = [Layer(attention, dim, heads) for _ in range(layers)]
     model = nn.Sequential(nn.Embedding(NOISE + DIGITS, dim), *body, nn.LayerNorm(dim), nn.Linear(dim, DIGITS))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 50)
-        tokens, digit = prompts(64, before)
+        tokens, digit = prompts(64, TOKENS - 1 if step < anywhere * steps else before)
         loss = F.cross_entropy(model(tokens)[:, -1], digit)
         optimizer.zero_grad()
         loss.backward()
@@ -47,11 +58,12 @@ def trained(
 
 
 @torch.no_grad()
-def judged(model: nn.Module, *, before: int) -> tuple[float, float]:
-    """Loss, nats, and the share of a thousand new sequences whose digit is named."""
+def judged(model: nn.Module, *, before: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Loss of each of a thousand new sequences, nats, and whether its digit is named: the same ones for each model."""
+    torch.manual_seed(seed + 10_000)
     tokens, digit = prompts(1000, before)
     answers = model(tokens)[:, -1]
-    return float(F.cross_entropy(answers, digit)), float((answers.argmax(-1) == digit).float().mean())
+    return F.cross_entropy(answers, digit, reduction="none"), (answers.argmax(-1) == digit).float()
 
 
 def prompts(count: int, before: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import catalog
+from ..extras import shortened
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="See where a transformer looks.", pretty_exceptions_enable=False
 )
@@ -23,6 +26,7 @@ gaze_app = typer.Typer(no_args_is_help=True, help="Models beside human gaze.")
 app.add_typer(gaze_app, name="gaze")
 
 out, err = Console(), Console(stderr=True)
+
 
 Model = Annotated[str, typer.Argument(help="A zoo model, a local folder, or a hub id.")]
 TextToRead = Annotated[str | None, typer.Option("--text", "-t", help="The text to read.")]
@@ -41,8 +45,17 @@ def _plainly() -> Iterator[None]:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         if isinstance(error, OSError) and error.strerror and error.filename is None:
             message = error.strerror
-        err.print(f"[bold red]error:[/] {escape(str(message))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(_quoting_little(str(message)))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _quoting_little(message: str) -> str:
+    """The message with what was given on the command line shortened: a text may stand where a name belongs."""
+    for given in sys.argv[1:]:
+        for form in (given, repr(given)[1:-1]):  # as an error may quote it
+            if len(form) > len(short := shortened(form)):
+                message = message.replace(form, short)
+    return message
 
 
 def _model(name: str, trust_remote_code: bool) -> None:
@@ -89,6 +102,8 @@ def look(
         out.print(table)
     for observation in seen.observations:
         out.print(f" • {escape(observation.text)}", highlight=False)
+    if seen.said is not None:
+        out.print(f"\nsaid       {escape(seen.said.strip())}", highlight=False, soft_wrap=True)
     out.print(f"\nrecording  {seen.recording}\nreport     {seen.report}", highlight=False, soft_wrap=True)
     if seen.picture:
         out.print(f"picture    {seen.picture}", highlight=False, soft_wrap=True)
@@ -97,7 +112,7 @@ def look(
         raise typer.Exit(130)
 
 
-@app.command()
+@app.command(epilog=f"Interventions: {', '.join(catalog.methods('interventions'))}.")
 def steer(
     model: Model,
     methods: Annotated[
@@ -133,7 +148,7 @@ def steer(
     out.print(shown)
 
 
-@app.command()
+@app.command(epilog=f"Statistics: {', '.join(catalog.statistics())}.")
 def profile(
     model: Model,
     data: Annotated[
@@ -222,18 +237,26 @@ def atlas(
     out.print(f"\nrecording  {recording}\nreport     {page}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=f"Methods: {', '.join(catalog.methods('attribution'))}.")
 def explain(
     model: Model,
-    text: TextToRead = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="The text to read; twice, to compare two.")
+    ] = None,
     file: TextFile = None,
-    image: Picture = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture to look at; twice, to compare two.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option("--audio", "-a", help="A WAV file to listen to.")] = None,
+    written: Annotated[
+        str | None, typer.Option(help="What a model with an encoder has written so far; scored as well.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="A class, by name or number, or a token; the model's own prediction otherwise.")
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="A file of regard/attribution.")
-    ] = "integrated_gradients",
+    against: Annotated[str | None, typer.Option(help="Another: why the target, and not this.")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="How to find out.")] = "integrated_gradients",
+    words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
     file_out: Annotated[Path, typer.Option("--out", "-o", help="A page (.html) or a picture (.png).")] = Path(
         "regard-explain.html"
     ),
@@ -247,18 +270,25 @@ def explain(
     with _plainly():
         found = work.explain(
             model,
-            text=text,
+            texts=text or (),
             file=file,
-            image=image,
+            images=image or (),
+            audio=audio,
+            written=written,
             target=target,
+            against=against,
             method=method,
+            words=words,
             out=file_out,
             truncate=truncate,
             trust_remote_code=trust_remote_code,
             console=out,
         )
     out.print(escape(found.said), highlight=False)
-    out.print(found.table)
+    for table in found.tables:
+        out.print(table)
+    for note in found.notes:
+        out.print(f"[yellow]{escape(note)}", highlight=False)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)
 
 
@@ -326,8 +356,6 @@ def papers(
 ) -> None:
     """List all papers, by room."""
     if context.invoked_subcommand is None:
-        from .. import catalog
-
         with _plainly():
             found = catalog.chosen(catalog.tagged(*(tag or ())), verdict=verdict, premise=premise, parity=parity)
             _list(sorted(found, key=lambda row: row.room))
@@ -336,8 +364,6 @@ def papers(
 @papers_app.command("tags")
 def papers_tags() -> None:
     """The tags, what they mean, and how many papers carry each."""
-    from .. import catalog
-
     table = Table(box=None, header_style="bold")
     for name in ("tag", "papers", "meaning"):
         table.add_column(name, justify="right" if name == "papers" else "left", no_wrap=name == "tag")
@@ -349,8 +375,6 @@ def papers_tags() -> None:
 @papers_app.command("search")
 def papers_search(words: Annotated[list[str], typer.Argument(help="All of them must occur.")]) -> None:
     """Find papers by words in their title, summary or tags."""
-    from .. import catalog
-
     found = catalog.search(" ".join(words))
     if not found:
         err.print(f"no paper holds all of: {escape(' '.join(words))}")
@@ -361,8 +385,6 @@ def papers_search(words: Annotated[list[str], typer.Argument(help="All of them m
 @papers_app.command("show")
 def papers_show(key: str) -> None:
     """One paper: what it says, what is built of it, what its claim found."""
-    from .. import catalog
-
     with _plainly():
         row = catalog.row(key)
     table = Table.grid(padding=(0, 2))
@@ -398,25 +420,23 @@ def reproduce(
     ] = "small",
     seed: int = 0,
     plot: Annotated[
-        Path | None, typer.Option(help="With one key: a picture file (svg, png) to draw what was measured into.")
+        Path | None,
+        typer.Option(help="A picture file (svg, png) to draw what was measured into; of several, a folder."),
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="A Markdown page to write, with plots in assets/claims.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Of several: run only those that did not run here at this scale and seed.")
     ] = False,
 ) -> None:
     """Run papers' claims here, and say whether they held."""
-    from .. import catalog
     from . import claims
 
     with _plainly():
         if bool(keys) == every:
             raise ValueError("name papers, or give --all: `regard papers` lists them")
-        if plot is not None and (every or len(keys or []) > 1 or write is not None):
-            raise ValueError("--plot is for one paper; --write makes a page of several, with their plots")
-        chosen = catalog.claimed() if every else [catalog.row(key).key for key in keys or []]
-        if every or len(chosen) > 1 or write is not None:
-            found = claims.reproduce(chosen, write, scale=scale, seed=seed, resume=resume, console=out)
+        having = [key for key in catalog.claimed() if scale in catalog.row(key).scales]
+        chosen = having if every else [catalog.row(key).key for key in keys or []]
+        if every or len(chosen) > 1 or (plot is not None and plot.is_dir()):
+            found = claims.reproduce(chosen, plot, scale=scale, seed=seed, resume=resume, console=out)
             raise typer.Exit(0 if len(found) == len(chosen) else 1)
         finding = catalog.reproduce(chosen[0], scale=scale, seed=seed, plot=plot)
     table = Table.grid(padding=(0, 2))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .. import report
 from ..atlas import TAXONOMY, atlas, best, text
+from ..files import replaced
 from ..loading import Loaded, load
 from ..observations import Observation
 from ..seam import record
@@ -31,8 +32,8 @@ def run(
     console: Console,
 ) -> tuple[Path, Path]:
     """Make the atlas of a model, print it, and write `atlas.zarr` and `atlas.html` into `out`; returns their paths."""
-    opened = [open_picture(path) for path in pictures]  # bad input is found before a model is loaded
-    writable(out)
+    opened = [open_picture(path, console) for path in pictures]  # bad input is found before a model is loaded
+    writable(out, "atlas.html", "atlas.zarr")
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     with console.status("testing the heads"):
@@ -43,9 +44,12 @@ def run(
         console.print(_kinds(stack, node.to_dataset()), _layers(node.to_dataset()))
     for note in tree.attrs["notes"]:
         console.print(f"[yellow]{note}", highlight=False)
-    with console.status("writing the report"):
-        page = report.write(_with_text(tree, loaded), out / "atlas.html", findings=_findings(tree))
-    return recording.save(out / "atlas.zarr"), page
+    page = out / "atlas.html"
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status("writing the report"), replaced(page) as draft:
+        report.write(_with_text(tree, loaded), draft, findings=_findings(tree))
+        path = recording.save(out / "atlas.zarr")
+    return path, page
 
 
 def _with_text(tree: xr.DataTree, loaded: Loaded) -> xr.DataTree:

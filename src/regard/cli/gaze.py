@@ -11,10 +11,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..data import loaders
+from ..data.loaders import files
+from ..files import refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..loading import load
-from .printed import Printed
+from .printed import Printed, tables
 
 TASKS = ("reading", "search")
 
@@ -35,11 +37,11 @@ def compare(
     """Compare the model of this name with the readings in a folder, and say what came out."""
     if task not in TASKS:
         raise ValueError(f"--task {task}: there are {' and '.join(TASKS)}")
-    if out is not None and out.exists():
-        raise FileExistsError(f"{out} exists; choose another name, or remove it")
+    if out is not None:
+        refuse_foreign(out)
     with console.status("reading the data"):
         readings = [reading for reading in loaders.webqamgaze(data, language) if reading.task == task]
-        counts = None if corpus is None else word_counts(corpus.read_text(encoding="utf-8"))
+        counts = None if corpus is None else word_counts(files.text(corpus))
     with console.status(f"loading {name}"):
         model, tokenizer = load(name, trust_remote_code=trust_remote_code)
     with Progress(console=console, transient=True) as bar:
@@ -54,9 +56,10 @@ def compare(
             progress=lambda done, texts: bar.update(row, completed=done, total=texts),
         )
     if out is not None:
-        tree.to_zarr(out, zarr_format=3, consolidated=False)
+        with replaced(out) as draft:
+            tree.to_zarr(draft, zarr_format=3, consolidated=False)
     told = tree.attrs
-    compared = Printed([_summary(tree), _layers(tree)])
+    compared = Printed([_summary(tree), *_layers(tree, console.width)])
     compared.lines.append(
         f"{told['words']:,} words of {told['texts']} texts, {told['readers']} readers; two halves of the readers agree "
         f"to {told['reliability']:.2f}, the most to be expected of a model"
@@ -97,24 +100,23 @@ def _summary(tree: xr.DataTree) -> Table:
     return table
 
 
-def _layers(tree: xr.DataTree) -> Table:
+def _layers(tree: xr.DataTree, width: int) -> list[Table]:
     """A line a layer: the mean over heads, and the lowest and highest, after the controls."""
-    table = Table(title="After the controls, by layer", title_justify="left", header_style="bold")
     controlled = tree["controlled"].to_dataset()
-    names = ("received", "last", "rollout")
-    for column in ("layer", *names):
-        table.add_column(column, justify="right")
-    for layer in controlled["layer"].values:
-        cells = []
-        for name in names:
-            values = controlled[name].sel(layer=layer).values
-            cell = "-" if np.isnan(values).all() else f"{np.nanmean(values):+.2f}"
-            if values.ndim and cell != "-":
-                low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
-                cell += f" (h{low} {values[low]:+.2f} .. h{high} {values[high]:+.2f})"
-            cells.append(cell)
-        table.add_row(str(layer), *cells)
-    return table
+    layers = controlled["layer"].values
+    columns = {
+        name: [_cell(controlled[name].sel(layer=layer).values) for layer in layers]
+        for name in ("received", "last", "rollout")
+    }
+    return tables("After the controls, by layer", "layer", [str(layer) for layer in layers], columns, width)
+
+
+def _cell(values: np.ndarray) -> str:
+    cell = "-" if np.isnan(values).all() else f"{np.nanmean(values):+.2f}"
+    if values.ndim and cell != "-":
+        low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
+        cell += f" (h{low} {values[low]:+.2f} .. h{high} {values[high]:+.2f})"
+    return cell
 
 
 def _interval(dataset: xr.Dataset, name: str, at: dict[str, int]) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
+from rich.console import Console
 from torch import Tensor, nn
 
-from ..data import paragraph
+from ..data import media, paragraph
+from ..data.loaders.files import unreadable
+from ..files import MARK, refuse_foreign
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
+from .sound import Sound
 
 
 class InputError(ValueError):
@@ -23,37 +28,45 @@ def read_text(text: str | None, file: Path | None) -> str | None:
         raise InputError("--text and --file: give one of them")
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise InputError(f"--file {file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"--file {file} is not UTF-8 text (byte {error.start}); convert it first") from error
     if text is not None and not text.strip():
         raise InputError("the text is empty")
+    if text is not None and (why := unreadable(text)):
+        raise InputError(f"the text {why}")
     return text
 
 
-def open_picture(image: Path | None) -> Image.Image | None:
+def open_picture(image: Path | None, console: Console | None = None) -> Image.Image | None:
+    """The picture, in red, green and blue; `console` is told what of it is shown otherwise."""
     if image is None:
         return None
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"--image {image} is not a picture that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"--image {image}: {error}") from error
-    except OSError as error:
-        raise InputError(f"--image {image}: {error.strerror or error}") from error
+    picture = media.picture(image, f"--image {image}")
+    if console is not None and "note" in picture.info:
+        console.print(f"--image {image}: {picture.info['note']}", style="yellow", markup=False, highlight=False)
+    return picture
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, *names: str) -> None:
+    """Raise unless a folder can be written to, or made, and files of these names in it are none or Regard's."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out, prefix=".", suffix=".part"):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".", suffix=".part"):
             pass
     except OSError as error:
         raise InputError(f"--out {out} cannot be written to: {error.strerror}; choose another folder") from error
+    refuse_foreign(*(out / name for name in names))
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a file that says that Regard wrote it."""
+    held, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    image.save(held, "png", pnginfo=info)
+    return held.getvalue()
 
 
 def prepare(
@@ -91,6 +104,26 @@ def prepare(
             )
         inputs = {k: v[:, :room] if isinstance(v, Tensor) and v.shape[:2] == (1, n) else v for k, v in inputs.items()}
     return inputs, roles
+
+
+def hear(loaded: Loaded, name: str, heard: Sound | None, more: bool) -> dict[str, Any]:
+    """The model's inputs for a sound."""
+    model, extractor = loaded.model, getattr(loaded.processor, "feature_extractor", loaded.processor)
+    kind = type(model).__name__
+    if model.main_input_name != "input_features":
+        raise InputError(f"--audio: {kind} takes {model.main_input_name}, and no sound")
+    if heard is None:
+        raise InputError(f"{kind} listens: give it a sound, a WAV file, with --audio")
+    if more:
+        raise InputError(f"{kind} listens only: leave out --text, --file and --image")
+    if not hasattr(extractor, "sampling_rate"):
+        raise InputError(f"{name} has no feature extractor beside it; save one into the folder")
+    limit = getattr(extractor, "chunk_length", None)
+    if limit is not None and heard.seconds > limit:
+        raise InputError(f"the sound lasts {heard.seconds:.1f} s, but {name} listens to {limit} s at once; cut it")
+    rate = extractor.sampling_rate
+    inputs = extractor(heard.at(rate), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+    return {k: v for k, v in inputs.items() if k in parameters(model)}
 
 
 def _words(
@@ -135,10 +168,6 @@ def _with_pictures(processor: Any, messages: list[dict[str, Any]], ids: Tensor) 
         spread.append("image" if i == image else roles[at])
         at += 1
     return spread
-
-
-def generates(model: Any) -> bool:
-    return getattr(model, "can_generate", lambda: False)()
 
 
 def generated(loaded: Loaded, inputs: dict[str, Any], steps: int, **options: Any) -> Tensor:

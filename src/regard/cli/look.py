@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,23 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import catalog, report, sites
-from ..files import written_aside
-from ..loading import Loaded, load, parameters
+from ..extras import listed
+from ..files import refuse_foreign, replaced
+from ..loading import Loaded, load
 from ..observations import Observation, observe
+from ..padding import real, unpadded
+from ..prediction import writes
 from ..recording import Recording, spec_of, statistic
 from ..seam import record
 from ..statistics import BASIC
+from ..tokens import Tokens
 from . import sound
-from .inputs import InputError, generated, generates, open_picture, prepare, read_text, writable
+from .inputs import InputError, generated, hear, open_picture, png, prepare, read_text, writable
+from .printed import tables
 
 ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
 TOP = 24  # keys kept of each row where rows are not
+SHOWN = 4e6  # rows of which a page of `report.BUDGET` can hold the largest weight: 3 bytes each, before base64
 DECODED = 16  # tokens that an encoder-decoder model writes unless told how many
 PAINTED = 4  # steps that are kept of those in which a pipeline paints a picture, first and last among them
 
@@ -47,6 +53,7 @@ class Seen:
     tables: list[Table] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     picture: Path | None = None  # what was painted
+    said: str | None = None  # what was generated
 
 
 def look(
@@ -67,9 +74,9 @@ def look(
     A diffusers pipeline paints the text, and `picture.png` is written too.
     """
     console = console or Console(quiet=True)
-    text, picture = read_text(text, file), open_picture(image)  # bad input is found before a model is loaded
+    text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
     heard = sound.read(audio) if audio is not None else None
-    writable(out)
+    writable(out, "report.html", "recording.zarr")
     began = time.perf_counter()
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
@@ -79,7 +86,7 @@ def look(
         return _paint(loaded, name, text, picture, generate, out, console)
     model = loaded.model
     if heard is not None or model.main_input_name == "input_features":
-        inputs, roles = _hear(loaded, name, heard, text is not None or picture is not None), None
+        inputs, roles = hear(loaded, name, heard, text is not None or picture is not None), None
     else:
         inputs, roles = prepare(loaded, name, text, picture, truncate, generate)
     size = ", ".join(f"{value.shape[1]} tokens" for key, value in inputs.items() if key == "input_ids")
@@ -88,10 +95,11 @@ def look(
     _announce(model, found, size and f", {size}", console)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
     steps = generate or (DECODED if decoder else 0)
-    if steps and not generates(model):
+    if steps and not writes(model):
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
     attributes = _attributes(model, name) | {"attention": model.config._attn_implementation}
+    ids = None
     with _progress(console, model, steps) as tick:
         statistics = _statistics(model, inputs, steps) | {"tick": tick}
         with (
@@ -100,18 +108,30 @@ def look(
             record(model, processor=loaded.processor, roles=roles, attributes=attributes, **statistics) as recording,
         ):
             if steps:
-                generated(loaded, inputs, steps)
+                ids = generated(loaded, inputs, steps)
             else:
                 model(**inputs)
-    return _write(
-        recording, out, [picture] if picture else [], recording.interrupted, time.perf_counter() - began, console
-    )
+    seconds = time.perf_counter() - began
+    if ids is not None:
+        _note_said(recording, loaded, ids, 1 if decoder else inputs["input_ids"].shape[1])
+    return _write(recording, out, [picture] if picture else [], recording.interrupted, seconds, console)
+
+
+def _note_said(recording: Recording, loaded: Loaded, ids: Tensor, start: int) -> None:
+    """Keep what was generated with the recording, and its last token, which the model never ran on."""
+    tree, tokenizer = recording[0], getattr(loaded.processor, "tokenizer", loaded.processor)
+    tree.attrs["said"] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    last = Tokens.plain("generated", 1, 1, ids[:, -1:]).texts(loaded.processor)[0]
+    for node in tree.children.values():
+        looks = node.attrs["causal"] or node.attrs["kind"] == "cross"
+        if looks and node["query"].values[-1] == ids.shape[1] - 2:
+            node.attrs["unread"] = last
 
 
 def _announce(model: nn.Module, found: dict[nn.Module, Any], size: str, console: Console) -> None:
     console.print(f"{type(model).__name__}: {len(found)} attention modules{size}", highlight=False)
     if missed := sites.unreached(model, found)[0]:
-        console.print(f"[yellow]not read, though they attend:[/] {', '.join(missed)}", highlight=False)
+        console.print(f"[yellow]not read, though they attend:[/] {listed(missed)}", highlight=False)
 
 
 def _attributes(model: Any, name: str) -> dict[str, Any]:
@@ -130,24 +150,21 @@ def _paint(
         raise InputError(f"{kind} paints no text; from Python: regard.record(model, ...) around your own call")
     if text is None:
         raise InputError(f"{kind} paints a text: give one with --text")
+    refuse_foreign(out / "picture.png")
     began = time.perf_counter()
     found = sites.find(model)
     _announce(model, found, "", console)
     steps = takes["num_inference_steps"].default
     kept = sorted({round(i) for i in np.linspace(0, steps - 1, PAINTED)})
 
-    def sometimes(function: Any) -> Any:
-        def chosen(call: Any) -> Tensor | None:
-            return function(call) if len(recording) - 1 in kept else None
-
-        chosen.spec = spec_of(function)  # type: ignore[attr-defined]
-        return chosen
-
     pipeline.set_progress_bar_config(disable=True)
     seeded = {"generator": torch.Generator().manual_seed(0)} if "generator" in takes else {}
     painted = None
     with _progress(console, model, steps) as tick:
-        statistics = {key: sometimes(f) for key, f in _statistics(model, {}, 0, runs=len(kept)).items()}
+        statistics = {
+            key: _where(lambda _: len(recording) - 1 in kept, f)
+            for key, f in _statistics(model, {}, 0, runs=len(kept)).items()
+        }
         with (
             contextlib.suppress(KeyboardInterrupt),
             torch.inference_mode(),
@@ -202,54 +219,49 @@ def _write(
     tree.attrs["seconds"] = round(seconds, 2)
     observations = observe(tree)
     page, picture = out / "report.html", out / "picture.png" if painted else None
+    out.mkdir(parents=True, exist_ok=True)
     # All are written aside before any takes its place, so that a folder never holds some of each run.
     with contextlib.ExitStack() as drafts:
         with console.status("writing the report"):
-            report.write(tree, drafts.enter_context(written_aside(page)), findings=observations, pictures=pictures)
+            report.write(tree, drafts.enter_context(replaced(page)), findings=observations, pictures=pictures)
             if painted and picture:
-                painted.save(drafts.enter_context(written_aside(picture)), "png")
+                drafts.enter_context(replaced(picture)).write_bytes(png(painted))
         with console.status("writing the recording"):
             path = recording.save(out / "recording.zarr")
-    tables = [_table(stack, node.to_dataset()) for stack, node in tree.children.items()]
-    return Seen(path, page, interrupted, tables, observations, picture)
+    found = [one for stack, node in tree.children.items() for one in _tables(stack, node.to_dataset(), console.width)]
+    return Seen(path, page, interrupted, found, observations, picture, tree.attrs.get("said"))
 
 
-def _hear(loaded: Loaded, name: str, heard: sound.Sound | None, more: bool) -> dict[str, Any]:
-    """The model's inputs for a sound."""
-    model, extractor = loaded.model, getattr(loaded.processor, "feature_extractor", loaded.processor)
-    kind = type(model).__name__
-    if model.main_input_name != "input_features":
-        raise InputError(f"--audio: {kind} takes {model.main_input_name}, and no sound")
-    if heard is None:
-        raise InputError(f"{kind} listens: give it a sound, a WAV file, with --audio")
-    if more:
-        raise InputError(f"{kind} listens only: leave out --text, --file and --image")
-    if not hasattr(extractor, "sampling_rate"):
-        raise InputError(f"{name} has no feature extractor beside it; save one into the folder")
-    limit = getattr(extractor, "chunk_length", None)
-    if limit is not None and heard.seconds > limit:
-        raise InputError(f"the sound lasts {heard.seconds:.1f} s, but {name} listens to {limit} s at once; cut it")
-    rate = extractor.sampling_rate
-    inputs = extractor(heard.at(rate), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
-    return {k: v for k, v in inputs.items() if k in parameters(model)}
+def _where(wanted: Callable[[Any], bool], function: Any) -> Any:
+    """A statistic that leaves the other calls out."""
+
+    def chosen(call: Any) -> Tensor | None:
+        return function(call) if wanted(call) else None
+
+    chosen.spec = spec_of(function)  # type: ignore[attr-defined]
+    return chosen
 
 
 def _statistics(model: nn.Module, inputs: dict[str, Any], steps: int, runs: int = 1) -> dict[str, Any]:
-    expected = inputs["input_ids"].shape[1] + steps if "input_ids" in inputs else 0
+    expected = steps + (inputs["input_ids"].shape[1] if "input_ids" in inputs else 0)
     modules = len(sites.find(model)) * runs or 1
-    dense = catalog.statistic("rows")
 
-    @statistic("batch head query key", title="Weights", units="share", limits=(0, 1))
-    def rows(call: Any) -> Tensor | None:
-        """Dense rows, where those of all layers fit the budget together."""
+    def sizes(call: Any) -> tuple[int, int]:
+        """Rows of all layers together, and keys of each, when everything is generated."""
         n_key = call.key.shape[2] if call.site.cross else max(call.key_positions.stop, expected)
         n_query = max(call.query_positions.stop, expected if call.site.causal else 0)
-        size = call.query.shape[0] * call.query.shape[1] * n_query * n_key * 4 * modules
-        return dense(call) if size <= ROWS_BUDGET else None
+        return call.query.shape[0] * call.query.shape[1] * n_query * modules, n_key
+
+    def fit(call: Any) -> bool:
+        """Whether every weight is kept."""
+        rows, keys = sizes(call)
+        return rows * keys * 4 <= ROWS_BUDGET
 
     chosen = {name: catalog.statistic(name) for name in BASIC}
-    chosen |= {name: partial(chosen[name], k=TOP) for name in ("top_keys", "top_weights")}
-    return chosen | {"rows": rows}
+    for name in ("top_keys", "top_weights"):  # dear: only where rows do not say it, and a page can show it
+        top = partial(catalog.statistic(name), k=TOP)
+        chosen[name] = _where(lambda call: not fit(call) and sizes(call)[0] <= SHOWN, top)
+    return chosen | {"rows": _where(fit, catalog.statistic("rows"))}
 
 
 @contextlib.contextmanager
@@ -273,9 +285,9 @@ def _progress(console: Console, model: nn.Module, steps: int) -> Iterator[Any]:
         yield tick
 
 
-def _table(stack: str, dataset: xr.Dataset) -> Table:
-    """A line a layer: what each statistic is on average, over heads and positions."""
-    sizes = dataset.sizes
+def _tables(stack: str, dataset: xr.Dataset, width: int) -> list[Table]:
+    """A line a layer: what each statistic is on average, over heads and positions, padding left out."""
+    sizes, dataset = dataset.sizes, unpadded(dataset)
     title = f"{stack}: {sizes['layer']} layers x {sizes['head']} heads, {sizes['query']} queries"
     title += f" on {sizes['key']} keys" if sizes["key"] != sizes["query"] else ""
     columns: dict[str, np.ndarray] = {}
@@ -288,18 +300,16 @@ def _table(stack: str, dataset: xr.Dataset) -> Table:
                 columns[f"on {role}"] = _mean(variable.sel(role=role))
         elif "rank" not in variable.dims and not {"query", "key"} <= set(variable.dims):
             if "key" in variable.dims:
-                share = variable.max("key") / max(1, sizes["query"])
-                columns["on its top key"] = _mean(share)
+                asked = real(dataset, "query").sum("query")
+                columns["on its top key"] = _mean(variable.max("key") / asked.where(asked > 0))
             else:
                 columns[f"{label}{f' ({units})' if units else ''}"] = _mean(variable)
-    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
-    table.add_column("layer", justify="right")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for i, layer in enumerate(dataset["layer"].values):
-        cells = (f"{v[i]:.0%}" if name.startswith("on ") else f"{v[i]:.2f}" for name, v in columns.items())
-        table.add_row(str(layer), *cells)
-    return table
+    cells = {
+        name: [f"{v:.0%}" if name.startswith("on ") else f"{v:.2f}" for v in values]
+        for name, values in columns.items()
+        if np.isfinite(values).any()
+    }
+    return tables(title, "layer", [str(layer) for layer in dataset["layer"].values], cells, width)
 
 
 def _mean(variable: xr.DataArray) -> np.ndarray:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..loading import load
 from ..profile import Progress, read
 from ..profile import profile as take
-from .printed import Printed
+from .printed import Printed, tables
 
 
 def profile(
@@ -46,12 +46,18 @@ def profile(
         def tick(progress: Progress) -> None:
             if not last and progress.resumed:
                 bar.console.print(f"going on after {progress.resumed:,} items", highlight=False)
+            if not last and progress.cut:
+                bar.console.print(
+                    f"the last {progress.cut:,} bytes of the journal were no whole batch and were cut off: what they "
+                    f"were of is taken again",
+                    highlight=False,
+                )
             last[:] = [progress]
             bar.update(task, completed=progress.items, speed=progress.tokens_per_second)
 
         tree = take(model, processor, source, *statistics, out=out, progress=tick, **options).tree
     stacks = [(name, node) for name, node in tree.children.items() if node.children]
-    taken = Printed([_table(name, node) for name, node in stacks])
+    taken = Printed([one for name, node in stacks for one in _tables(name, node, console.width)])
     for name, node in stacks:
         for statistic, child in node.children.items():
             taken.lines += _extremes(name, statistic, child.to_dataset(), node.to_dataset())
@@ -71,20 +77,16 @@ def profile(
     return taken
 
 
-def _table(stack: str, node: xr.DataTree) -> Table:
+def _tables(stack: str, node: xr.DataTree, width: int) -> list[Table]:
     """A line a layer: the mean over items, averaged over heads, and that of the lowest and the highest head."""
-    table = Table(title=stack, title_justify="left", header_style="bold", title_style="bold")
-    table.add_column("layer", justify="right")
-    columns: dict[str, xr.DataArray] = {}
-    for name, child in node.children.items():
-        for label, part in _each(name, child.to_dataset()):
-            columns[label] = part["mean"]
-    for label in columns:
-        table.add_column(label, justify="right")
-    for i, layer in enumerate(node.coords["layer"].values):
-        table.add_row(str(layer), *(_cell(mean.isel(layer=i)) for mean in columns.values()))
-    table.caption = "mean over items and heads (head with the lowest mean .. head with the highest)"
-    return table
+    columns = {
+        label: [_cell(part["mean"].isel(layer=i)) for i in range(part.sizes["layer"])]
+        for name, child in node.children.items()
+        for label, part in _each(name, child.to_dataset())
+    }
+    layers = [str(layer) for layer in node.coords["layer"].values]
+    title = f"{stack}: mean over items and heads (lowest head .. highest head)"
+    return tables(title, "layer", layers, columns, width)
 
 
 def _cell(mean: xr.DataArray) -> str:

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from .. import catalog
 from ..loading import Loaded, load
+from ..prediction import writes
 from ..seam import intervene
-from .inputs import InputError, generated, generates, open_picture, prepare, read_text
+from .inputs import InputError, generated, open_picture, prepare, read_text
 
 WARM = 2  # tokens generated before the clock runs: what is done once is done then
 
@@ -40,11 +41,11 @@ def steer(
     console = console or Console(quiet=True)
     chosen = {method: catalog.method("interventions", method.replace("-", "_")) for method in methods}
     turned = parsed(chosen, knobs)
-    text, picture = read_text(text, file), open_picture(image)  # bad input is found before a model is loaded
+    text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     model = loaded.model
-    if not generates(model):
+    if not writes(model):
         raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
     inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
 

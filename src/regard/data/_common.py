@@ -6,6 +6,10 @@ from collections.abc import Iterable
 import numpy as np
 
 
+class DataError(ValueError):
+    """A file is not what it should be. The message says which, where in it, and what was expected."""
+
+
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
     """Random numbers that depend on seed and index only, so that item i is the same whatever was drawn before it.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..extras import needs
-from ..prediction import Prediction, predict
+from ..prediction import Prediction, Question, predict
 
 Array = NDArray[np.float64]
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)  # of the features, ERASER's
@@ -120,7 +120,11 @@ def infidelity_error(
         away = (torch.rand_like(there) < share).to(there)
         return away, there - away
 
-    with predict(model, inputs, _target(attribution)) as prediction, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        predict(model, inputs, Question.of(attribution)) as prediction,
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         scores = _scores(prediction, attribution)
         found = []
         for i in range(len(scores)):
@@ -160,11 +164,11 @@ def sensitivity_error(
     metrics = _captum()
     with predict(model, inputs, target) as prediction:
         if not prediction.sees:
-            raise ValueError(f"sensitivity is of pixels, and {type(model).__name__} reads text")
+            raise ValueError(f"sensitivity is of pixels, and {type(model).__name__} {prediction.takes}")
         target, pixels = prediction.target, prediction.given
 
     def explained(given: tuple[Tensor], target: int) -> tuple[Tensor]:
-        found = explain(model, {**inputs, "pixel_values": given[0]}, target)
+        found = explain(model, {**inputs, prediction.over: given[0]}, target)
         return (torch.from_numpy(found.values),)
 
     with torch.random.fork_rng(devices=[]):
@@ -200,17 +204,11 @@ def _area(curve: Array) -> Array:
     return (curve[1:] + curve[:-1]).mean(0) / 2
 
 
-def _target(attribution: xr.DataArray) -> Any:
-    if "target" not in getattr(attribution, "coords", ()):
-        raise ValueError("the attribution does not say what it explains; take it from regard.attribute")
-    return attribution["target"].values.astype(int).tolist()
-
-
 def _scores(prediction: Prediction, attribution: xr.DataArray) -> Tensor:
-    real = prediction.real
-    shape = prediction.given[:, 0].shape if real is None else real.shape
-    if tuple(attribution.shape) != tuple(shape):
-        raise ValueError(f"the attribution is {list(attribution.shape)}, and the inputs have features {list(shape)}")
+    if attribution.shape != prediction.shape:
+        raise ValueError(
+            f"the attribution is {list(attribution.shape)}, and the inputs have features {list(prediction.shape)}"
+        )
     return torch.from_numpy(np.ascontiguousarray(attribution.values)).double()
 
 
@@ -224,9 +222,10 @@ def _curve(
     keep: bool,
 ) -> Array:
     """Probability with only (or without) these shares of the features, the highest scores first. [share, batch]"""
-    with predict(model, inputs, _target(attribution)) as prediction, torch.no_grad():
+    with predict(model, inputs, Question.of(attribution)) as prediction, torch.no_grad():
         scores = _scores(prediction, attribution).flatten(1)
-        real = torch.ones_like(scores, dtype=torch.bool) if prediction.real is None else prediction.real.cpu()
+        real = torch.ones_like(scores, dtype=torch.bool)
+        real = real if prediction.real is None else prediction.real.cpu().flatten(1)
         scores = scores.masked_fill(~real, -math.inf)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         counts = real.sum(1, keepdim=True)

@@ -29,7 +29,7 @@ SPLIT = 1024  # keys a split has at least
 
 def refusal(call: Operands, wanted: Iterable[Reduction]) -> str | None:
     """Why these programs cannot do it; None where they can."""
-    tensors = [t for t in (call.query, call.key, call.value, call.mask, call.bias, call.sinks) if t is not None]
+    tensors = [t for t in call.tensors if t is not None]
     wanted = list(wanted)
     if not (call.query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return "not on a GPU"
@@ -41,7 +41,7 @@ def refusal(call: Operands, wanted: Iterable[Reduction]) -> str | None:
         return f"dtype {call.query.dtype}"
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         return "query, key and value differ in dtype"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if call.wants_gradient:
         return "gradients are asked for"
     if any(t.device != call.query.device for t in tensors):
         return "tensors on several devices"

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .derivatives import transformed
+
 Edit = Callable[[Tensor, range], Tensor]  # dense weights [batch, head, rows, key] of a range of queries -> what counts
 
 
@@ -35,8 +37,14 @@ class Operands:
 
     @property
     def wants_gradient(self) -> bool:
-        tensors = (self.query, self.key, self.value, self.bias, self.mask, self.sinks)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        """Whether what is made of these is to be differentiated, in whichever way."""
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors):
+            return True
+        return transformed(*self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.query, self.key, self.value, self.bias, self.mask, self.sinks)
 
 
 class Reduction(NamedTuple):

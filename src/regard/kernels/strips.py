@@ -6,6 +6,7 @@ through a rounded log-sum-exp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from .operands import Chosen, Operands, Reduction
 STRIP = 2**20  # weights held at once: 4 MB in float32, twice; larger strips leave the cache
 TALL = 32  # rows below which a strip is too flat for fast products: heads are then taken one by one
 BLOCK = 64  # of keys, for the largest of long rows
+NOTHING = math.log(torch.finfo(torch.float32).tiny)  # this far below the rest of its row, a score leaves no weight
 
 
 class _Space:
@@ -46,10 +48,7 @@ def rows(call: Operands, a: int, b: int) -> Tensor:
 
 
 def visible(call: Operands, keys: Chosen | None = None) -> Tensor:
-    """How many keys, or keys of a set, each query may look at. [batch|1, head|1, query] integers
-
-    Mask, bias and causal order hide keys; a finite mask does so by numbers in the lower half of the negative ones.
-    """
+    """How many keys, or keys of a set, each query may look at. [batch|1, head|1, query] integers"""
     chosen = None if keys is None else keys.where[:, None, None]
     parts = []
     for a, b in spans(call):
@@ -59,13 +58,16 @@ def visible(call: Operands, keys: Chosen | None = None) -> Tensor:
 
 
 def seen(call: Operands, a: int, b: int) -> Tensor:
-    """Which keys the queries a to b may look at. [batch|1, head|1, b-a, key] boolean"""
+    """Which keys the queries a to b may look at, by the rule in `Weights`. [batch|1, head|1, b-a, key] boolean"""
     at = torch.arange(call.key.shape[2], device=call.query.device)[None, None, None]
     may = at <= (torch.arange(a, b, device=at.device)[:, None] if call.causal else at[..., -1:])
-    for limit in (call.mask, call.bias):
-        if limit is not None:
-            limit = cut(limit, a, b, at.shape[-1])
-            may = may & (limit if limit.dtype == torch.bool else limit > torch.finfo(limit.dtype).min / 2)
+    limits = [cut(limit, a, b, at.shape[-1]) for limit in (call.mask, call.bias) if limit is not None]
+    for limit in limits:
+        may = may & limit if limit.dtype == torch.bool else may
+    if added := [limit.float() for limit in limits if limit.dtype != torch.bool]:
+        scores = sum(added[1:], added[0]).where(may, -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        may = may & (scores - top > NOTHING) & (top > NOTHING)
     return may.expand(-1, -1, b - a, -1)
 
 
@@ -220,19 +222,24 @@ def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
     if call.softcap is not None:
         scores = scores.div_(call.softcap).tanh_() if space.shared else torch.tanh(scores / call.softcap)
         scores = scores.mul_(call.softcap) if space.shared else scores * call.softcap
+    # In place, but where autograd or a transform of torch.func follows.
+    add, fill = (Tensor.add_, Tensor.masked_fill_) if space.shared else (Tensor.add, Tensor.masked_fill)
     if call.bias is not None:
-        scores += cut(call.bias, a, b, n).to(scores.dtype)
+        scores = add(scores, cut(call.bias, a, b, n).to(scores.dtype))
     visible = None
     if call.mask is not None and call.mask.dtype == torch.bool:
         visible = cut(call.mask, a, b, n)
         # With a bias, transformers folds both into one additive mask, whose lowest value is finite.
         lowest = float("-inf") if call.bias is None else torch.finfo(call.key.dtype).min
-        scores.masked_fill_(~visible, lowest)
+        scores = fill(scores, ~visible, lowest)
     elif call.mask is not None:
-        scores += cut(call.mask, a, b, n).to(scores.dtype)
+        scores = add(scores, cut(call.mask, a, b, n).to(scores.dtype))
     if call.causal and n > a:
         future = torch.arange(a, n, device=scores.device) > torch.arange(a, b, device=scores.device)[:, None]
-        scores[..., a:].masked_fill_(future, float("-inf"))
+        if space.shared:
+            scores[..., a:].masked_fill_(future, float("-inf"))
+        else:
+            scores = scores.masked_fill(F.pad(future, (a, 0)), float("-inf"))
         if visible is not None:
             visible = visible & ~F.pad(future, (a, 0))
     if call.sinks is not None:
@@ -244,7 +251,7 @@ def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
         weights = torch.softmax(scores, -1, out=space(1, *scores.shape))
     if visible is not None and call.bias is None:
         blind = ~visible.any(-1, keepdim=True)
-        if blind.any():
+        if not space.shared or blind.any():
             weights = weights.masked_fill(blind, 0.0)
     return weights
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels import native
 from ..kernels.native import Blocks
 from ..kernels.strips import cut
-from ._mechanism import by_head, softmax
+from ._mechanism import by_head, recomputed, softmax
 from ._softmax import runs_native
 from .memory_efficient import fold, unfold
 
@@ -34,10 +33,7 @@ def attend(
     parts = []
     for i in range(blocks.counts.shape[2]):
         rows = slice(i * blocks.query_size, min((i + 1) * blocks.query_size, query.shape[2]))
-        arguments = (query, key, value, blocks, i, rows, causal, mask, scale)
-        # What a block of queries took up is computed anew in the backward pass, not kept.
-        kept = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        parts.append(checkpoint(_rows, *arguments, use_reentrant=False) if kept else _rows(*arguments))
+        parts.append(recomputed(_rows, query, key, value, blocks, i, rows, causal, mask, scale))
     return torch.cat(parts, 2)
 
 

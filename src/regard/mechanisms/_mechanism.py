@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..functions import innermost
 from ..kernels import misfit
+from ..kernels.derivatives import transformed
 
 PATTERNS = ("causal", "full", "cross")
 
@@ -130,6 +132,13 @@ def softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
 def by_head(tensor: Tensor, heads: int) -> Tensor:
     """Keys or values of each query head: [batch, kv_head, key, dim] to [batch, head, key, dim]."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments); what it makes on the way is made anew in the backward pass, not kept."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    kept = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not transformed(*tensors)
+    return checkpoint(function, *arguments, use_reentrant=False) if kept else function(*arguments)
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:

@@ -6,15 +6,16 @@ of its blocks is then joined by the log-sum-exp of each, which is the softmax ov
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels import native
+from ..kernels.derivatives import again, gradients, transformed
 from ..kernels.native import Blocks
-from ._mechanism import by_head
+from ._mechanism import by_head, recomputed
 from ._softmax import runs_native
 
 TILE = 48  # queries that are worked on together: what the kernel takes at once
@@ -29,11 +30,9 @@ def attend(
     The queries are the last of the keys. chosen: [batch, head, query, slot], numbers of blocks before the own one, each
     once; -1: none. block: keys. mask: which keys there are, [batch|1, 1, 1, key].
     """
-    if runs_native(query) and block % 32 == 0:
+    if runs_native(query) and block % 32 == 0 and not transformed(query, key, value):
         return _Native.apply(query, key, value, chosen, mask, block, scale)  # type: ignore[no-any-return]
-    first = key.shape[2] - query.shape[2]
-    own = (torch.arange(first, key.shape[2], device=query.device) // block)[:, None]
-    return _in_torch(query, key, value, torch.cat([chosen, own.expand(*chosen.shape[:3], 1)], -1), block, mask, scale)
+    return _in_torch(query, key, value, chosen, mask, block, scale)
 
 
 class _Tiles(NamedTuple):
@@ -95,14 +94,16 @@ class _Native(torch.autograd.Function):
             for weight, (spot, _) in zip(weights[1:], spots, strict=True):
                 output.addcmul_(_take(parts, spot), weight)
         ctx.settings, ctx.size = settings, tiles.size
-        ctx.save_for_backward(query, key, value, mask, output, lse, *tiles[:5])
+        ctx.save_for_backward(query, key, value, chosen, mask, output, lse, *tiles[:5])
         return output.to(value.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        query, key, value, mask, output, lse, *parts = ctx.saved_tensors
+        query, key, value, chosen, mask, output, lse, *parts = ctx.saved_tensors
         tiles, (block, scale) = _Tiles(*parts, size=ctx.size), ctx.settings
+        if again(grad):
+            plain = partial(_in_torch, block=block, scale=scale)
+            return *gradients(plain, grad, query, key, value, chosen, mask), None, None
         grads = d_query, d_key, d_value = _own_gradients(query, key, value, output, lse, grad, mask, block, scale)
         if tiles.query.numel():
             logs = _take(lse, tiles.query).masked_fill_(~tiles.there, float("inf"))  # rows left of a tile weigh nothing
@@ -163,18 +164,16 @@ def _own_gradients(
 
 
 def _in_torch(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, mask: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, mask: Tensor | None, block: int, scale: float
 ) -> Tensor:
+    first = key.shape[2] - query.shape[2]
+    own = (torch.arange(first, key.shape[2], device=query.device) // block)[:, None]
+    chosen = torch.cat([chosen, own.expand(*chosen.shape[:3], 1)], -1)
     n_block, n_tile = -(-key.shape[2] // block), max(1, SPACE // (query.shape[0] * query.shape[1] * TILE * block))
-    tiles = _Tiles.of(chosen, n_block)
-    kept = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    parts = []
+    tiles, parts = _Tiles.of(chosen, n_block), []
     for a in range(0, tiles.block.shape[2], n_tile):
-        arguments = query, key, value, tiles, slice(a, a + n_tile), block, mask, scale
-        # The scores of each stretch of tiles are computed anew in the backward pass, not kept.
-        parts.append(
-            checkpoint(_tiles_in_torch, *arguments, use_reentrant=False) if kept else _tiles_in_torch(*arguments)
-        )
+        which = slice(a, a + n_tile)
+        parts.append(recomputed(_tiles_in_torch, query, key, value, tiles, which, block, mask, scale))
     top, total, mixed = (torch.cat(p, 2) for p in zip(*parts, strict=True))
     spots = [(s.clamp_max(top.shape[2] - 1), chosen[..., i] < 0) for i, s in enumerate(tiles.place.unbind(3))]
     tops = torch.stack([_take(top, s).masked_fill(none, float("-inf")) for s, none in spots])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels import native
+from ..kernels.derivatives import transformed
 from ._mechanism import visible
 
 
@@ -15,7 +19,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
         return native.attention(query, key, value, causal=causal, mask=mask, scale=scale)
     square = causal and mask is None and query.shape[2] == key.shape[2]
     seen = None if square else visible(query, key, causal=causal, mask=mask)
-    return F.scaled_dot_product_attention(query, key, value, seen, 0.0, square, scale=scale, enable_gqa=True)
+    # PyTorch's fast ones have neither forward mode nor a second derivative, and say so.
+    with sdpa_kernel(SDPBackend.MATH) if transformed(query, key, value) else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, seen, 0.0, square, scale=scale, enable_gqa=True)
 
 
 def runs_native(query: Tensor) -> bool:

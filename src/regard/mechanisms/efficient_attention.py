@@ -10,11 +10,13 @@ root of the number of keys, which equals attention without softmax, divided by t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.derivatives import again, gradients, transformed
 from ._mechanism import Cost, by_head, mechanism
 from .memory_efficient import fold, unfold
 
@@ -46,8 +48,8 @@ def efficient_attention(
 
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim]. Each row of the weights is 0 or more and
     sums to 1 with "softmax"; with "scaling" it need not. causal: must be False. mask: which keys there are,
-    [batch, 1, 1, key]. scale: multiplies queries before they are normalised; the paper has none. Gradients can be
-    taken once, not twice. Raises ValueError for causal attention and for masks of pairs.
+    [batch, 1, 1, key]. scale: multiplies queries before they are normalised; the paper has none. Raises ValueError for
+    causal attention and for masks of pairs.
 
         >>> x = torch.randn(1, 4, 3000, 64)
         >>> efficient_attention(x, x, x).shape
@@ -55,10 +57,17 @@ def efficient_attention(
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"efficient_attention: normalisation is one of {NORMALISATIONS}; got {normalisation!r}")
-    if normalisation == "softmax":
-        return _Stripwise.apply(query if scale is None else query * scale, key, value, mask)  # type: ignore[no-any-return]
-    query, key = _normalised(query, key, mask, scale, normalisation)
-    return unfold(fold(query, key.shape[1]) @ (key.mT @ value), query.shape[1])
+    query = query if scale is None else query * scale
+    if normalisation == "softmax" and not transformed(query, key, value):
+        return _Stripwise.apply(query, key, value, mask)  # type: ignore[no-any-return]
+    return _at_once(query, key, value, mask, normalisation)
+
+
+def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, normalisation: str) -> Tensor:
+    exact = torch.promote_types(query.dtype, torch.float32)
+    query, key = _normalised(query.to(exact), key.to(exact), mask, None, normalisation)
+    output = unfold(fold(query, key.shape[1]) @ (key.mT @ value.to(exact)), query.shape[1])
+    return output.to(value.dtype)
 
 
 class _Stripwise(torch.autograd.Function):
@@ -85,9 +94,10 @@ class _Stripwise(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         query, key, value, mask, top, total, context = ctx.saved_tensors
+        if again(grad):
+            return gradients(partial(_at_once, normalisation="softmax"), grad, query, key, value, mask)
         d_query, d_key, d_value, d_context = (torch.empty_like(t) for t in (query, key, value, context))
         d_context.zero_()
         for where in _strips(query):

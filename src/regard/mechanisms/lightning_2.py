@@ -11,11 +11,13 @@ to TransNormerLLM's layer and are not done here, so in another model the output 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.derivatives import again, gradients, transformed
 from ._mechanism import Cost, by_head, mechanism, visible
 
 
@@ -79,7 +81,7 @@ def lightning_2(
     the last. Weights have any sign, and rows do not sum to 1. mask: which keys there are, [batch, 1, 1, key]; masked
     ones still count as distance. scale: multiplies the output; 1 unless given. decay: rate of forgetting of each head,
     per token, [head], 0 for none; ALiBi's slopes unless given; it gets no gradient. block: tokens taken at once; any
-    gives the same. Gradients can be taken once, not twice. Raises ValueError where the decay does not fit.
+    gives the same. Raises ValueError where the decay does not fit.
 
         >>> x = torch.randn(1, 4, 3000, 64)
         >>> lightning_2(x, x, x).shape
@@ -96,7 +98,8 @@ def lightning_2(
     weight = torch.exp(-rates[:, None] * torch.arange(first - 1, -1, -1, device=query.device))[..., None]
     state = (key[:, :, :first].to(exact) * weight).mT @ value[:, :, :first].to(exact)
     query = query if scale is None else query * scale
-    return _Blockwise.apply(query, key[:, :, first:], value[:, :, first:], state, rates, block)  # type: ignore[no-any-return]
+    arguments = query, key[:, :, first:], value[:, :, first:], state, rates, block
+    return _forward(*arguments) if transformed(query, key, value) else _Blockwise.apply(*arguments)  # type: ignore[no-any-return]
 
 
 def _rates(decay: Tensor | None, query: Tensor) -> Tensor:
@@ -144,6 +147,15 @@ class _Blocks:
         return decay, *(t[:, :, where].to(self.dtype) for t in tensors)
 
 
+def _forward(query: Tensor, key: Tensor, value: Tensor, state: Tensor, rates: Tensor, block: int) -> Tensor:
+    blocks, outputs = _Blocks(rates, block, query.shape[2]), []
+    for where in blocks.places:
+        decay, q, k, v = blocks.take(where, query, key, value)
+        outputs.append(((q @ k.mT * decay.inside) @ v + q @ state * decay.into).to(query.dtype))
+        state = state * decay.over + (k * decay.out).mT @ v
+    return torch.cat(outputs, 2)
+
+
 class _Blockwise(torch.autograd.Function):
     """Nothing is kept but the inputs: the backward pass makes the states again."""
 
@@ -151,20 +163,15 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, state: Tensor, rates: Tensor, block: int
     ) -> Tensor:
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
-        blocks, held = _Blocks(rates, block, query.shape[2]), state
-        for where in blocks.places:
-            decay, q, k, v = blocks.take(where, query, key, value)
-            output[:, :, where] = (q @ k.mT).mul_(decay.inside) @ v + (q @ held).mul_(decay.into)
-            held = held * decay.over + (k * decay.out).mT @ v
         ctx.block = block
         ctx.save_for_backward(query, key, value, state, rates)
-        return output
+        return _forward(query, key, value, state, rates, block)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         query, key, value, state, rates = ctx.saved_tensors
+        if again(grad):
+            return *gradients(partial(_forward, block=ctx.block), grad, query, key, value, state, rates), None
         blocks, held = _Blocks(rates, ctx.block, query.shape[2]), state
         d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
         for where in blocks.places:

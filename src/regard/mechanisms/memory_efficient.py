@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.derivatives import again, gradients, transformed
 from ..kernels.strips import cut
 from ._mechanism import Cost, by_head, mechanism, pairs, scale_of, softmax, visible
 
@@ -47,8 +48,8 @@ def memory_efficient(
 
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim]. mask: boolean, broadcasts to
     [batch, head, query, key]. scale: dim ** -0.5 unless given. query_chunk, key_chunk: positions taken at once; beside
-    input and output, memory holds a few times batch x head x query_chunk x key_chunk scores, at any length. Gradients
-    can be taken once, not twice. Raises ValueError where the shapes do not fit.
+    input and output, memory holds a few times batch x head x query_chunk x key_chunk scores, at any length; a
+    second derivative holds the map. Raises ValueError where the shapes do not fit.
 
         >>> x = torch.randn(1, 4, 3000, 64)
         >>> memory_efficient(x, x, x, causal=True).shape
@@ -56,7 +57,14 @@ def memory_efficient(
     """
     if query_chunk < 1 or key_chunk < 1:
         raise ValueError(f"memory_efficient: chunks hold 1 position or more; got {query_chunk=}, {key_chunk=}")
-    return _Chunked.apply(query, key, value, mask, causal, scale_of(query, scale), query_chunk, key_chunk)  # type: ignore[no-any-return]
+    arguments = query, key, value, mask, causal, scale_of(query, scale), query_chunk, key_chunk
+    return _whole(*arguments) if transformed(query, key, value) else _Chunked.apply(*arguments)  # type: ignore[no-any-return]
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: float, *_: Any) -> Tensor:
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = _weights(query.to(exact), key.to(exact), causal=causal, mask=mask, scale=scale)
+    return (weights @ by_head(value, query.shape[1]).to(exact)).to(query.dtype)
 
 
 class _Chunks:
@@ -136,9 +144,12 @@ class _Chunked(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         query, key, value, mask, output, lse = ctx.saved_tensors
+        if again(grad):
+            return *gradients(lambda *inputs: _whole(*inputs, *ctx.settings), grad, query, key, value, mask), *[
+                None
+            ] * 4
         chunks = _Chunks(query, key, mask, *ctx.settings)
         kv_heads, heads = key.shape[1], query.shape[1]
         d_query = torch.zeros_like(query, dtype=chunks.dtype)

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels import native
-from ._mechanism import Cost, by_head, mechanism, scale_of, softmax
+from ._mechanism import Cost, by_head, mechanism, recomputed, scale_of, softmax
 from ._softmax import attend, runs_native
 
 TILES = {
@@ -222,7 +221,6 @@ def _over_tiles(
     counts = [len(at) for at, _, _ in cut]
     n_query, n_key = (math.prod(of[i].shape[1] for of in cut) for i in (0, 1))
     each = len(key) * key.shape[1] * n_key * (key.shape[-1] + value.shape[-1])
-    kept = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     numbers, parts, places = torch.arange(math.prod(counts), device=query.device), [], []
     for which in numbers.split(max(1, SPACE // each)):
         of = torch.unravel_index(which, counts)
@@ -231,9 +229,7 @@ def _over_tiles(
         seen = torch.ones(len(which), 1, 1, dtype=torch.bool, device=query.device)
         for (_, _, pairs), i in zip(cut, of, strict=True):
             seen = (seen[:, :, None, :, None] & pairs[i][:, None, :, None]).flatten(3, 4).flatten(1, 2)
-        arguments = query, key, value, at, keys, seen, mask, scale
-        # What is laid out for some tiles is laid out anew in the backward pass, not kept.
-        parts.append(checkpoint(_tiles, *arguments, use_reentrant=False) if kept else _tiles(*arguments))
+        parts.append(recomputed(_tiles, query, key, value, at, keys, seen, mask, scale))
         places.append(at.flatten())
     place = torch.cat(places)
     of_query = torch.empty(query.shape[2], dtype=torch.long, device=query.device)

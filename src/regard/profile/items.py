@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..data.loaders.files import DataError
+from ..data import DataError, media
+from ..data.loaders import files as data
 from ..extras import needs
 
 _TEXTS = (".txt", ".md", ".text")
@@ -27,15 +26,8 @@ class Item:
     image: Path | bytes | Image.Image | None = None
 
     def picture(self) -> Image.Image:
-        source = io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image
-        if isinstance(source, Image.Image):
-            return source.convert("RGB")
-        assert source is not None
-        try:
-            with Image.open(source) as opened:
-                return opened.convert("RGB")
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-            raise DataError(f"{self.id}: not a whole picture ({error})") from error
+        assert self.image is not None
+        return media.picture(self.image, self.id)
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,8 @@ def read(path: str | Path, field: str | None = None) -> Source:
 
     A `.txt` file gives one text a line; `.jsonl`, `.csv` and `.parquet` one item a row, from the column `field`; a
     folder one item a file, of texts or of pictures; a folder written by `datasets`' `save_to_disk` one a row. Without
-    `field`, the column `text` is taken, or the only one that holds texts or pictures.
+    `field`, the column `text` is taken, or the only one that holds texts or pictures, and it must be the same in every
+    row. A row without it is a DataError that says where.
     """
     path = Path(path)
     if not path.exists():
@@ -73,13 +66,14 @@ def read(path: str | Path, field: str | None = None) -> Source:
 
 def items(things: Iterable[Any], field: str | None = None) -> Iterator[Item]:
     """Texts, pictures, rows (mappings) or items of any iterable, as items; their ids are their places in it."""
+    of_row = _Rows(field)
     for i, thing in enumerate(things):
         if isinstance(thing, Item):
             yield thing
         elif isinstance(thing, Mapping):
-            yield _of_row(thing, field, str(i), str(i))
+            yield of_row(thing, str(i), f"item {i}")
         elif isinstance(thing, str):
-            yield Item(str(i), text=thing)
+            yield Item(str(i), text=_readable(thing, f"item {i}"))
         elif isinstance(thing, Image.Image):
             yield Item(str(i), image=thing)
         else:
@@ -89,7 +83,8 @@ def items(things: Iterable[Any], field: str | None = None) -> Iterator[Item]:
 def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Item]]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            held = path / "dataset_dict.json"
+            splits = data.field(data.parsed(held), "splits", list, str(held))
             raise DataError(
                 f"{path} holds several splits; give one of them: {', '.join(str(path / s) for s in splits)}"
             )
@@ -106,26 +101,26 @@ def _lines(path: Path, field: str | None) -> Iterator[Item]:
 
 
 def _json_lines(path: Path, field: str | None) -> Iterator[Item]:
+    of_row = _Rows(field)
     for number, line in _numbered(path):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, got {row!r:.60}")
-        yield _of_row(row, field, f"{path.name}:{number}", where)
+        row = data.of_kind(data.from_json(line, where), dict, where)
+        yield of_row(row, f"{path.name}:{number}", where)
 
 
 def _csv(path: Path, field: str | None) -> Iterator[Item]:
+    of_row = _Rows(field)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True, restkey="")
+        rows = data.csv_rows(file)
         try:
-            for row in rows:
+            names = data.unlike(next(rows, []), f"{path}, line 1")
+            for cells in rows:
                 where = f"{path}, line {rows.line_num}"
-                if "" in row or None in row.values():
-                    raise DataError(f"{where}: not as many cells as the {len(rows.fieldnames or ())} columns")
-                yield _of_row(row, field, f"{path.name}:{rows.line_num}", where)
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(f"{where}: not as many cells as the {len(names)} columns")
+                yield of_row(dict(zip(names, cells)), f"{path.name}:{rows.line_num}", where)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}, line {rows.line_num}: {error}") from error
 
@@ -134,6 +129,7 @@ def _parquet(path: Path, field: str | None) -> Iterator[Item]:
     with needs("Parquet", "datasets"):
         import pyarrow
         import pyarrow.parquet
+    of_row = _Rows(field)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field is not None and field not in file.schema_arrow.names:
@@ -141,7 +137,7 @@ def _parquet(path: Path, field: str | None) -> Iterator[Item]:
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=None if field is None else [field]):
                 for row in batch.to_pylist():
-                    yield _of_row(row, field, f"{path.name}:{number}", f"{path}, row {number}")
+                    yield of_row(row, f"{path.name}:{number}", f"{path}, row {number}")
                     number += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a whole Parquet file ({error})") from error
@@ -150,9 +146,13 @@ def _parquet(path: Path, field: str | None) -> Iterator[Item]:
 def _dataset(path: Path, field: str | None) -> Iterator[Item]:
     with needs("a saved data set", "datasets"):
         import datasets
-    rows: Any = datasets.load_from_disk(str(path))
+    of_row = _Rows(field)
+    try:
+        rows: Any = datasets.load_from_disk(str(path))
+    except Exception as error:  # of pyarrow, or whatever its JSON files lack
+        raise DataError(f"{path}: not a whole data set ({error})") from error
     for number, row in enumerate(rows):
-        yield _of_row(row, field, f"{path.name}:{number}", f"{path}, row {number}")
+        yield of_row(row, f"{path.name}:{number}", f"{path}, row {number}")
 
 
 def _folder(path: Path, field: str | None) -> Iterator[Item]:
@@ -186,25 +186,43 @@ def _numbered(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _of_row(row: Mapping[str, Any], field: str | None, id: str, where: str) -> Item:
-    if field is None:
-        usable = ["text"] if "text" in row else [name for name, value in row.items() if _usable(value)]
-        if len(usable) != 1:
-            raise DataError(f"{where}: which field to read? It has {', '.join(row) or 'none'}; give field=")
-        field = usable[0]
-    if field not in row:
-        raise DataError(f"{where}: no field {field}; it has {', '.join(row) or 'none'}")
-    value = row[field]
-    if not _usable(value):
-        raise DataError(f"{where}, field {field}: expected a text or a picture, got {value!r:.60}")
-    if isinstance(value, str):
-        return Item(id, text=value)
-    if isinstance(value, Mapping):  # a picture as `datasets` keeps it in a table
-        value = value["bytes"] or Path(value["path"])
-    return Item(id, image=value)
+class _Rows:
+    """Rows of one source to items, all from the same column: the one that was asked for, or the first row's."""
+
+    def __init__(self, field: str | None) -> None:
+        self.asked, self.field = field, field
+
+    def __call__(self, row: Mapping[str, Any], id: str, where: str) -> Item:
+        has = ", ".join(map(str, row)) or "none"
+        if self.asked is None:
+            usable = ["text"] if "text" in row else [name for name, value in row.items() if _usable(value)]
+            if self.field is None and len(usable) != 1:
+                raise DataError(f"{where}: which field to read? It has {has}; give field=")
+            self.field = self.field or usable[0]
+            if usable not in ([self.field], []):
+                raise DataError(
+                    f"{where}: which field to read? It has {has}, and the rows before were read from {self.field}; "
+                    f"give field="
+                )
+        if self.field not in row:
+            raise DataError(f"{where}: no field {self.field}; it has {has}")
+        value, where = row[self.field], f"{where}, field {self.field}"
+        if not _usable(value):
+            raise DataError(f"{where}: expected a text or a picture, got {value!r:.60}")
+        if isinstance(value, str):
+            return Item(id, text=_readable(value, where))
+        if isinstance(value, Mapping):  # a picture as `datasets` keeps it in a table
+            value = value.get("bytes") or Path(value["path"])
+        return Item(id, image=value)
+
+
+def _readable(text: str, where: str) -> str:
+    if why := data.unreadable(text):
+        raise DataError(f"{where}: the text {why}")
+    return text
 
 
 def _usable(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return bool(value.get("bytes") or value.get("path"))
+        return isinstance(value.get("bytes") or None, bytes) or isinstance(value.get("path") or None, str)
     return isinstance(value, (str, bytes, Image.Image))

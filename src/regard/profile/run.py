@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
+from ..files import refuse_foreign
 from ..recording import Recording, spec_of
 from ..seam import chosen
 from .batches import Batch, Cursor, Inputs
@@ -39,6 +40,7 @@ class Progress:
     tokens_per_second: float = 0.0
     plain: float = 0.0
     looking: float = 0.0
+    cut: int = 0  # bytes at the end of an earlier run's journal that were no whole batch; what they were is taken again
 
     @property
     def share(self) -> float:
@@ -107,8 +109,8 @@ def profile(
     job = Job(source, None if isinstance(source, Source) else field, limit, inputs, batch, batch_tokens, buffer)
     totals = Totals({name: spec_of(f) for name, f in functions.items()}, exemplars)
     where = None if out is None else Path(out)
-    if where is not None and where.exists() and not (where / "zarr.json").exists():
-        raise FileExistsError(f"{where} exists and is not a recording; choose another name")
+    if where is not None:
+        refuse_foreign(where)
     options = {"limit": limit, "length": inputs.length, "prompt": inputs.prompt, **sizes}
     del options["workers"]
 
@@ -127,7 +129,8 @@ def profile(
                 totals.restore(snapshot)
             for record in records:
                 totals.add(Seen.from_bytes(record))
-        told = Progress(totals.counts["items"], totals.counts["tokens"], totals.counts["items"])
+        cut = 0 if journal is None else journal.cut
+        told = Progress(totals.counts["items"], totals.counts["tokens"], totals.counts["items"], cut=cut)
         began, tokens_before = time.perf_counter(), told.tokens
 
         if progress is not None:

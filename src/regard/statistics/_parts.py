@@ -21,14 +21,16 @@ def total(call: Call) -> Tensor | float:
 
 
 def at_offset(call: Call, offset: int) -> Tensor:
-    """Weight on the key `offset` positions after the query; NaN where there is none. [batch, head, query]"""
+    """Weight on the key `offset` positions on; NaN where there is none, or padding. [batch, head, query]"""
     if call.site.cross:
         return undefined(call)
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     keys = torch.arange(n_query, device=call.query.device) + call.query_start + offset - call.key_start
-    there = (keys >= 0) & (keys < n_key)
-    found = call.weights.at(torch.where(there, keys, -1)[None])
-    return found.masked_fill(~there, float("nan"))
+    there = ((keys >= 0) & (keys < n_key))[None]
+    if call.tokens is not None:
+        there = there & call.tokens.role("real")[:, keys.clamp(0, n_key - 1)]
+    found = call.weights.at(torch.where(there, keys, -1))
+    return found.masked_fill(~there[:, None], float("nan"))
 
 
 def on_copies(call: Call, after: int) -> Tensor:

@@ -290,7 +290,7 @@ def _refuse(call: Call) -> None:
     mask = call.mask
     biased = call.bias is not None
     if mask is not None and mask.dtype != torch.bool:
-        biased |= bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
+        biased |= bool(((mask != 0) & call.weights.seen(0, call.query.shape[2])).any())
     if biased or call.softcap is not None:
         what = "a position bias" if biased else "a softcap"
         raise ValueError(f"{call.site}: scores with {what} cannot be foreseen from moments of keys; use distant_mass")

@@ -17,8 +17,8 @@ _STRIP = 2**22  # weights held at once
 def received_ahead(call: Call, *, near: int = 10, far: int | None = 50) -> Tensor:
     """Sum of the weights on each key over the queries `near` to `far` positions after it. [batch, head, key]
 
-    At most far - near + 1. far: None for all that come later. Padding counts as no query. In cross attention positions
-    are those of two sequences.
+    At most far - near + 1. far: None for all that come later. Padding counts as no query. NaN in cross attention,
+    whose positions do not compare.
 
     No reduction gives this, so rows are made a strip at a time: exact, in memory that grows with the keys alone.
 
@@ -33,6 +33,8 @@ def received_ahead(call: Call, *, near: int = 10, far: int | None = 50) -> Tenso
         raise ValueError(f"received_ahead(near={near}, far={far}): 0 <= near <= far is needed")
     batch, head, n_query, _ = call.query.shape
     n_key, device = call.key.shape[2], call.query.device
+    if call.site.cross:
+        return torch.full((batch, head, n_key), torch.nan, device=device)
     found = torch.zeros(batch, head, n_key, device=device)
     real = None if call.query_tokens is None else ~call.query_tokens.role("pad")
     keys = torch.arange(n_key, device=device) + call.key_start

@@ -11,7 +11,7 @@ from ._parts import at_offset
 def self_mass(call: Call) -> Tensor:
     """Weight of each query on its own position, 0 to 1. [batch, head, query]
 
-    NaN in cross attention, where a query has no position among the keys.
+    NaN for padding, and in cross attention, where a query has no position among the keys.
 
     >>> import regard
     >>> model, tokenizer = regard.load("reader")

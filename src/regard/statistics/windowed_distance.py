@@ -8,13 +8,15 @@ from torch import Tensor
 
 from ..call import Call
 from ..recording import statistic
+from .distance import distance
 
 
 @statistic("batch head query", title="Distance in a window", units="tokens", limits=(0, None))
 def windowed_distance(call: Call, *, window: int = 10) -> Tensor:
     """Expected distance from query to key, tokens; keys further than `window` count as `window`. [batch, head, query]
 
-    High where a query must look beyond its neighbours, as at the start of a phrase; low where it goes on with one.
+    High where a query must look beyond its neighbours, as at the start of a phrase; low where it goes on with one. NaN
+    in cross attention, whose positions do not compare.
 
     >>> import regard
     >>> model, tokenizer = regard.load("reader")
@@ -23,4 +25,4 @@ def windowed_distance(call: Call, *, window: int = 10) -> Tensor:
     >>> bool(recording.tree["language_model"]["windowed_distance"].max() <= 10)
     True
     """
-    return call.weights.distance(window)
+    return distance(call, clip=window)

@@ -8,17 +8,19 @@
 import { atlas } from "./atlas.js";
 import { legend, shadeScale, straightScale } from "./colour.js";
 import { line, list, map, numbers, sinks } from "./detail.js";
-import { choice, lowered, make, measure, menu, named, percent } from "./dom.js";
-import { picture } from "./picture.js";
-import { meanOf } from "./recording.js";
+import { choice, lowered, make, measure, menu, named, percent, visible } from "./dom.js";
+import { picture, strip } from "./picture.js";
+import { saveButtons } from "./save.js";
 import { text } from "./text.js";
 
-const SINK = 5; // times the average key
+const UNREAD = "It was generated last, and the model was never run on it: the row of the token before chose it.";
 const MUTE = new Set(["bos", "special", "pad"]);
 
 function card(name, title, ...children) {
   const heading = make("h2", {}, title), head = make("div", { class: "card-head" }, heading);
-  return { heading, head, element: make("section", { class: `card ${name}` }, head, ...children) };
+  const element = make("section", { class: `card ${name}` }, head, ...children);
+  head.append(saveButtons(element, name));
+  return { heading, head, element };
 }
 
 const note = (words) => make("p", { class: "note" }, words);
@@ -96,7 +98,7 @@ export function textCard(now) {
   const add = (side, label) => {
     const box = make("div", { class: "text-box" });
     one.element.append(...(cross ? [make("h3", {}, label)] : []), box);
-    texts[side] = text(box, { items: places[side], label, shares: () => shares },
+    texts[side] = text(box, { items: places[side], label, ids: recorded[side].ids, shares: () => shares },
       { choose: now.choose(side), look: now.look(side), clear: now.clear });
   };
   if (cross) add("query", "Who looks: queries");
@@ -117,7 +119,7 @@ export function textCard(now) {
         : "The file holds no weights of this stack: record rows or top keys to see where each token looks."));
       return;
     }
-    const rest = row ? "Filled: where it looks." : plain ? "The file holds no weights of this stack."
+    const rest = row ? "Filled: where it looks." : at.unread ? UNREAD : plain ? "The file holds no weights of this stack."
       : cross && column ? "Filled: who looks at it." : "No row of it was recorded.";
     status.replaceChildren(make("b", {}, make("bdi", {}, name)), ` at ${at.position} (${at.role}), ${whole}. ${rest}`);
   }
@@ -177,11 +179,45 @@ export function pictureCard(now) {
       { choose: now.choose(onSide), clear: now.clear,
         pick: (value) => now.set(typeof value === "number" ? { head: value, scope: "head" } : { scope: value }) });
   });
+  const words = onSide === "key" && recorded.weights ? places.generated() : [];
+  menus.words ??= "before";
+  const explained = note("");
+  const rows = words.length ? choice("Rows of the generated words", [
+    { value: "before", label: "While it is chosen" }, { value: "own", label: "Once it is read" },
+  ], menus.words, (value) => {
+    menus.words = value;
+    rows.show(value);
+    now.redraw();
+  }) : null;
+  const strips = !words.length ? [] : now.pictures.map((shown) => strip(
+    { ...shown.source, ...shown, source: shown.source?.source }, "Generated words", now.choose("query")));
+  if (words.length) {
+    one.element.append(make("div", { class: "card-head words" }, make("h3", {}, "Every generated word"), rows.element),
+      explained, ...strips.map(({ element }) => element));
+  }
+  let drawn = {};
+  function drawWords(weights, at) {
+    const rowOf = ({ own, before }) => (menus.words === "before" ? before : own);
+    if (drawn.weights !== weights || drawn.words !== menus.words) { // pointing at a token does not change them
+      drawn = { weights, words: menus.words };
+      explained.textContent = menus.words === "before"
+        ? "Each map is the row of the token before the word: where the model looked when it chose the word."
+        : "Each map is the word’s own row: where the model looked, having written the word, to choose the next one.";
+      now.pictures.forEach(({ cells }, p) => strips[p].show(words.map((word) => {
+        const query = places.query[rowOf(word)]?.query ?? -1, row = query >= 0 ? weights?.row(query) : null;
+        const values = row ? places.byItem(row, "key") : null, inside = cells.map(({ i }) => values?.[i] || 0);
+        return { value: rowOf(word), label: visible(places.query[word.own].token), values, high: shadeScale(inside).high,
+          share: values ? percent(inside.reduce((sum, x) => sum + x, 0)) : "no row" };
+      })));
+    }
+    for (const one of strips) one.mark(places.query.indexOf(at));
+  }
   if (!rollout.blocks) one.element.append(note(`Rolled together, over all layers, is not here: ${rollout.reason}.`));
 
   // `seen.others`: what the thumbnails need, {heads, layer, all, rollout}, each {weights, shade}.
   function draw({ at, plain, name, whole, weights, byKey, others }) {
     shares = !plain;
+    if (words.length) drawWords(weights, at);
     const looks = onSide === "key" && (cross || menus.side === "query");
     const shaded = (shade) => (onSide === "key" ? places.byItem(shade, "key") : null);
     const follow = (source) => {
@@ -194,8 +230,7 @@ export function pictureCard(now) {
       const high = (values) => shadeScale(values ? cells.map(({ i }) => values[i]) : []).high;
       const thumb = (label, value, source, title) => {
         const values = plain ? shaded(source?.shade) : follow(source?.weights);
-        const chosen = value === state.scope || (state.scope === "head" && value === state.head);
-        return { label, value, title, chosen, values, high: high(values),
+        return { label, value, title, values, high: high(values),
           share: shares && looks && values ? percent(inside(values)) : "" };
       };
       const thumbs = [thumb("layer mean", "layer", others.layer), thumb("all heads", "all", others.all),
@@ -207,7 +242,8 @@ export function pictureCard(now) {
         : !values ? `${name} has no ${looks ? "row" : "column"} here.`
           : looks ? `${name} gives ${percent(inside(values))} of its attention to this picture, ${whole}.`
             : `Patches by how much they look at ${name}, ${whole}.`;
-      views[p].show({ values, high: high(values), thumbs, caption,
+      const chosen = state.scope === "head" ? state.head : state.scope;
+      views[p].show({ values, high: high(values), thumbs, caption, chosen,
         mark: at?.image === image ? places.itemOf[onSide][at[onSide]] : null });
     });
   }
@@ -217,7 +253,7 @@ export function pictureCard(now) {
 // Where the token looks, and who looks at it, in order.
 export function listCard(now, mark) {
   const { recorded, places, state } = now, boxes = [make("div", {}), make("div", {})];
-  const one = card("lists", "", make("div", { class: "two" }, ...boxes));
+  const one = card("lists", "Where it looks, and who looks at it", make("div", { class: "two" }, ...boxes));
   const looks = list(boxes[0], { items: places.key }, { choose: now.choose("key"), mark: mark("key") });
   const looked = list(boxes[1], { items: places.query }, { choose: now.choose("query"), mark: mark("query") });
 
@@ -238,22 +274,31 @@ export function listCard(now, mark) {
       note: !kept ? `The largest of ${row ? row.filter((x) => x > 0).length : 0} keys with any weight.`
         : state.scope === "head" ? `The ${many}: ${mass} of the row.`
           : `The ${many} of each head’s row: ${mass} of the mean row.`,
-      empty: at.query < 0 ? "It is a key only." : "No row of it was recorded." });
+      empty: at.unread ? UNREAD : at.query < 0 ? "It is a key only." : "No row of it was recorded." });
     looked.show({ title: `Who looks at ${name}`, values: column && byQuery,
       note: kept ? `Only rows that have it among their ${many}. Shares of each row.`
         : "Each share is of that row, so they do not add up to 100%.",
-      empty: at.key < 0 ? "It is a query only." : kept ? `No row has it among its ${many}.` : "No token does." });
+      empty: at.unread ? "No token came after it." : at.key < 0 ? "It is a query only." : kept ? `No row has it among its ${many}.` : "No token does." });
   }
   return { element: one.element, draw };
 }
 
 // Every pair. Handle: draw(weights, q), cross(q).
 export function mapCard(now) {
-  const { recorded, sample, places } = now, box = make("div", {}), one = card("all-pairs", "Every query and key", box);
+  const { recorded, sample, places } = now, box = make("div", {}), key = make("div", { class: "key" });
+  const one = card("all-pairs", "Every query and key", box, key);
   const { form, k } = recorded.weights, top = form === "top";
   const view = map(box, { queries: sample.queries, keys: sample.keys, absent: top ? `not among the ${k} largest` : "0%",
-    hint: `Point at the map to read a pair.${top ? ` Only the ${k} largest keys of each row are drawn.` : ""}` },
-  { choose: (q) => now.choose("query")(places.itemOf.query[q]) });
+    hint: "Point at the map to read it. Drag a box to zoom in, click to choose a query."
+      + (top ? ` Only the ${k} largest keys of each row are drawn.` : "") },
+  { choose: (q) => now.choose("query")(places.itemOf.query[q]),
+    shown: (scale, pairs) => key.replaceChildren(legend(scale, percent, "Square-root scale, of what is in view."
+      + (pairs > 1 ? ` Each block is ${pairs.toLocaleString("en")} pairs: what its keys get together, mean of its queries.`
+        : ""))) });
+  const zoom = (label, words, factor) => make("button", { type: "button", "aria-label": words, title: words,
+    onclick: () => view.zoom(factor) }, label);
+  one.head.append(make("div", { class: "choice", role: "group", "aria-label": "Zoom" }, zoom("+", "Zoom in", 2),
+    zoom("−", "Zoom out", 0.5), zoom("All", "All of it", 0)));
   return { element: one.element, cross: (q) => view.cross(q, null), draw(weights, q) {
     one.heading.textContent = `Every query and key, ${now.scopeWords()}`;
     view.show(weights, q);
@@ -282,27 +327,17 @@ export function lineCard(now) {
   return { element: one.element, draw, empty: !lines.length };
 }
 
-// What receives far more than the average key, by layer.
+// The keys that the report found to be sinks, by layer. Handle: draw().
 export function sinkCard(now) {
-  const { recorded, sample, places } = now, { layers } = recorded;
-  const words = make("p", { class: "lead" }), box = make("div", {});
+  const { recorded, sample, places, rule } = now, { layers } = recorded;
+  const box = make("div", {});
+  const words = make("p", { class: "lead" }, "A few tokens, often the very first, soak up attention whatever the input says: "
+    + `heads look there when they have nothing to look for. Listed is what gets at least ${percent(rule.share)} of all attention `
+    + `of some layer (mean over its heads), and at least ${rule.times} times what even attention would give a key of its place`
+    + `${recorded.causal ? ", early keys being seen by more queries" : ""}. In the cells, the share in each layer. `
+    + "Not all of it need be a sink: it may also be what the input is about.");
   const one = card("sink", "Sinks", make("div", { class: "sink-body" }, words, box));
   const view = sinks(box, { layers, places: sample.keys }, { choose: (k) => now.choose("key")(places.itemOf.key[k]) });
-  async function draw() {
-    const variable = now.shade();
-    one.element.hidden = !variable;
-    if (!variable) return;
-    const series = await Promise.all(layers.map((_, l) => sample.series(variable, "layer", l)));
-    const ratios = series.map((values) => {
-      const mean = meanOf(Array.from(values.filter(Number.isFinite), (x) => [x]))?.[0];
-      return values.map((x) => (x === x && mean > 0 ? x / mean : 0));
-    });
-    words.textContent = "A few tokens, often the very first, soak up attention whatever the input says: heads look "
-      + `there when they have nothing to look for. Listed is what gets at least ${SINK} times as much as the average key `
-      + `in some layer (${lowered(variable.label)}, mean over the heads); in the cells, how many times as much. `
-      + "Not all of it need be a sink: it may also be what the input is about."
-      + (recorded.causal ? " Early tokens can be seen by more queries, which explains a part of it." : "");
-    view.show({ ratios, threshold: SINK, of: sample.keys.length });
-  }
-  return { element: one.element, draw };
+  one.element.hidden = !recorded.sinks;
+  return { element: one.element, draw: () => recorded.sinks && view.show(recorded.sinks[sample.sample]) };
 }

@@ -61,6 +61,9 @@ export function paint(position, kind = "one") {
   return { fill: css(colour), ink: luminance(colour) > 0.179 ? "#0b0b0c" : "#fff" };
 }
 
+// A role of a token has one colour, in every report.
+export const roleHue = (role) => `var(--role-${/^[a-z]+$/.test(role ?? "") ? role : "other"}, var(--role-other))`;
+
 function quantile(sorted, q) {
   const x = q * (sorted.length - 1), low = Math.floor(x);
   return sorted[low] + (x - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);

@@ -1,7 +1,7 @@
 // What one head does: ordered lists of tokens, the map of all queries and keys, lines along the tokens, numbers among
 // all heads, and what stands out among the keys.
 
-import { paint, ramp, SAME } from "./colour.js";
+import { paint, ramp, roleHue, SAME, shadeScale } from "./colour.js";
 import { make, measure, named, ordinal, percent, visible } from "./dom.js";
 
 const LONGEST = 10; // entries of a list
@@ -20,7 +20,8 @@ function under(event, box, n, across = true) {
 // Handle: show({title, values, format, note, empty}); values by item.
 export function list(element, data, events) {
   const { items } = data;
-  const title = make("h3", {}), note = make("p", { class: "note" }), entries = make("ol", { class: "list" });
+  const title = make("h3", {}), note = make("p", { class: "note" });
+  const entries = make("ol", { class: items.some(({ image }) => image >= 0) ? "list patches" : "list" });
   entries.style.setProperty("--rows", Math.min(LONGEST, items.length));
   element.append(title, entries, note);
 
@@ -33,8 +34,8 @@ export function list(element, data, events) {
   }
 
   function entry(i, share, words) {
-    const bar = make("span", { class: "bar", "aria-hidden": "true" });
-    bar.style.setProperty("--part", share);
+    const filled = make("i", {}), bar = make("span", { class: "bar", "aria-hidden": "true" }, filled);
+    filled.style.width = `${100 * share}%`;
     const mark = () => events.mark(i), unmark = () => events.mark(null);
     return make("li", {}, make("button", { type: "button", "data-position": items[i].position,
       onclick: () => events.choose(i), onpointerenter: mark, onpointerleave: unmark, onfocus: mark, onblur: unmark },
@@ -55,74 +56,158 @@ export function list(element, data, events) {
   };
 }
 
-// Queries down, keys across, a pixel a pair. data: {queries, keys, hint, absent: words for a weight of 0};
-// events: choose(q). Handle: show(weights, q | null); cross(q | null, k | null).
+// Queries down, keys across: a pixel a pair, or a block of them where there are more than FINEST, which opens as one
+// zooms in. data: {queries, keys, hint, absent: words for a weight of 0}; events: choose(q), shown(scale, perBlock).
+// Handle: show(weights, q | null); cross(q | null, k | null); zoom(factor | 0 for all of it).
 export function map(element, data, events) {
   const { queries, keys } = data;
-  // Above FINEST a pixel is the largest weight of several pairs: a thin sink would fall between the pixels.
-  const perRow = Math.ceil(queries.length / FINEST), perColumn = Math.ceil(keys.length / FINEST);
-  const width = Math.ceil(keys.length / perColumn), height = Math.ceil(queries.length / perRow);
-  const canvas = make("canvas", { width, height, role: "img", "aria-label": `Map of ${queries.length} queries, down, `
+  // Padding at either end is not drawn.
+  const spread = (side) => {
+    const there = side.flatMap(({ role }, i) => (role === "pad" ? [] : [i]));
+    return there.length ? [there[0], there[there.length - 1] + 1] : [0, side.length];
+  };
+  const whole = [spread(queries), spread(keys)];
+  let view = whole;
+  const canvas = make("canvas", { width: 1, height: 1, role: "img", "aria-label": `Map of ${queries.length} queries, down, `
     + `and ${keys.length} keys, across; choose a token in the text for its numbers` });
   const across = make("div", { class: "cross-line row" }), down = make("div", { class: "cross-line column" });
-  const frame = make("div", { class: "map-frame" }, canvas, across, down);
-  frame.style.aspectRatio = `${Math.min(3, Math.max(1 / 3, keys.length / queries.length))}`;
-  const readout = make("p", { class: "readout" }, data.hint);
-  element.append(make("div", { class: "map" }, make("span", { class: "axis" }, "key: what is looked at →"), frame,
-    make("span", { class: "axis down" }, "query: who looks →")), readout);
+  const drawn = make("div", { class: "zoom-box", hidden: true });
+  const frame = make("div", { class: "map-frame", tabindex: "0", role: "application",
+    "aria-label": "Map: plus and minus zoom, arrow keys move, 0 shows all of it" }, canvas, across, down, drawn);
+  const length = ([from, to]) => to - from;
+  frame.style.aspectRatio = `${Math.min(3, Math.max(1 / 3, length(whole[1]) / length(whole[0])))}`;
+  const readout = make("p", { class: "readout", "aria-live": "polite" }, data.hint);
+  const axes = [make("span", { class: "axis" }), make("span", { class: "axis down" })];
+  element.append(make("div", { class: "map" }, axes[0], frame, axes[1]), readout);
 
-  let weights = null, chosen = null, last = { q: null, row: null };
-  canvas.addEventListener("pointermove", (event) => {
+  let weights = null, chosen = null, last = { q: null, row: null }, blocks = null, from = null;
+  const clip = ([a, b], [low, high]) => {
+    const n = Math.min(high - low, Math.max(4, Math.round(b - a))), start = Math.min(high - n, Math.max(low, Math.round(a)));
+    return [start, start + n];
+  };
+  function look(next) {
+    view = next.map((range, side) => clip(range, whole[side]));
+    draw();
+  }
+  const middle = ([a, b]) => (a + b) / 2;
+  function zoom(factor, at = null) {
+    if (!factor) return look(whole);
+    const centre = at ?? [chosen !== null && chosen >= view[0][0] && chosen < view[0][1] ? chosen : middle(view[0]), middle(view[1])];
+    return look(view.map((range, side) => {
+      const n = length(range) / factor;
+      return [centre[side] - n / 2, centre[side] + n / 2];
+    }));
+  }
+  const under2 = (event) => {
     const box = canvas.getBoundingClientRect();
-    const q = under(event, box, queries.length, false), k = under(event, box, keys.length);
-    if (last.q !== q) last = { q, row: weights?.row(q) };
-    const told = !last.row ? "no row" : last.row[k] ? percent(last.row[k]) : data.absent;
-    readout.textContent = `${named(queries[q])} (${queries[q].position}) looks at `
-      + `${named(keys[k])} (${keys[k].position}): ${told}`;
+    return [view[0][0] + under(event, box, length(view[0]), false), view[1][0] + under(event, box, length(view[1]))];
+  };
+
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "touch") return;
+    from = { at: under2(event), x: event.clientX, y: event.clientY };
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const [q, k] = under2(event);
+    if (from && Math.hypot(event.clientX - from.x, event.clientY - from.y) > 5) {
+      drawn.hidden = false;
+      const ends = [[from.at[0], q], [from.at[1], k]].map((pair) => pair.sort((a, b) => a - b));
+      const put = (name, size, side) => {
+        drawn.style[name] = `${(100 * (ends[side][0] - view[side][0])) / length(view[side])}%`;
+        drawn.style[size] = `${(100 * (ends[side][1] + 1 - ends[side][0])) / length(view[side])}%`;
+      };
+      put("top", "height", 0);
+      put("left", "width", 1);
+    }
+    say(q, k);
     cross(q, k);
   });
+  canvas.addEventListener("pointerup", (event) => {
+    const began = from, [q, k] = under2(event);
+    from = null;
+    if (!began) return;
+    if (drawn.hidden) { events.choose(q); return; }
+    drawn.hidden = true;
+    look([[began.at[0], q], [began.at[1], k]].map((pair) => {
+      const [a, b] = pair.sort((x, y) => x - y);
+      return [a, b + 1];
+    }));
+  });
+  canvas.addEventListener("click", (event) => { if (event.pointerType === "touch") events.choose(under2(event)[0]); });
+  canvas.addEventListener("dblclick", (event) => zoom(4, under2(event)));
   canvas.addEventListener("pointerleave", () => {
     readout.textContent = data.hint;
     cross(null, null);
   });
-  canvas.addEventListener("click", (event) =>
-    events.choose(under(event, canvas.getBoundingClientRect(), queries.length, false)));
+  frame.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (step) look(view.map(([a, b], side) => [a + step[side] * (b - a) / 4, b + step[side] * (b - a) / 4]));
+    else if (event.key === "+" || event.key === "=") zoom(2);
+    else if (event.key === "-") zoom(0.5);
+    else if (event.key === "0") zoom(0);
+    else return;
+    event.preventDefault();
+  });
+
+  function say(q, k) {
+    if (!blocks) return;
+    const { perRow, perColumn, width, share } = blocks;
+    if (perRow > 1 || perColumn > 1) {
+      const r = Math.floor((q - view[0][0]) / perRow), c = Math.floor((k - view[1][0]) / perColumn);
+      const ends = (i, per, [start, end], places) => {
+        const a = start + i * per, b = Math.min(end, a + per) - 1;
+        return a === b ? String(places[a].position) : `${places[a].position}–${places[b].position}`;
+      };
+      readout.textContent = `Queries ${ends(r, perRow, view[0], queries)} give keys ${ends(c, perColumn, view[1], keys)} `
+        + `${percent(share[r * width + c])} of their attention, on average.`;
+      return;
+    }
+    if (last.q !== q) last = { q, row: weights?.row(q) };
+    const told = !last.row ? "no row" : last.row[k] ? percent(last.row[k]) : data.absent;
+    readout.textContent = `${named(queries[q])} (${queries[q].position}) looks at `
+      + `${named(keys[k])} (${keys[k].position}): ${told}`;
+  }
 
   function cross(q, k) {
     const row = q ?? chosen;
-    across.hidden = row === null || row < 0;
-    down.hidden = k === null;
-    if (!across.hidden) {
-      across.style.top = `${(100 * row) / queries.length}%`;
-      across.style.height = `${100 / queries.length}%`;
-    }
-    if (!down.hidden) {
-      down.style.left = `${(100 * k) / keys.length}%`;
-      down.style.width = `${100 / keys.length}%`;
-    }
+    const put = (bar, side, at, name, size) => {
+      bar.hidden = at === null || at < view[side][0] || at >= view[side][1];
+      if (bar.hidden) return;
+      bar.style[name] = `${(100 * (at - view[side][0])) / length(view[side])}%`;
+      bar.style[size] = `${100 / length(view[side])}%`;
+    };
+    put(across, 0, row, "top", "height");
+    put(down, 1, k, "left", "width");
+  }
+
+  function draw() {
+    if (!weights) return;
+    const [perRow, perColumn] = view.map((range) => Math.ceil(length(range) / FINEST));
+    const share = weights.pool(...view, perRow, perColumn);
+    const width = Math.ceil(length(view[1]) / perColumn), height = Math.ceil(length(view[0]) / perRow);
+    blocks = { perRow, perColumn, width, share };
+    Object.assign(canvas, { width, height });
+    const scale = shadeScale(share.filter((x) => x > 0));
+    const colours = ramp(), context = canvas.getContext("2d"), image = context.createImageData(width, height);
+    share.forEach((x, i) => {
+      image.data.set([...colours[Math.min(255, Math.round(255 * scale.at(x)))], 255], 4 * i);
+    });
+    context.putImageData(image, 0, 0);
+    const ends = (side, places) => `${places[view[side][0]].position} to ${places[view[side][1] - 1].position}`;
+    axes[0].textContent = `key ${ends(1, keys)}: what is looked at →`;
+    axes[1].textContent = `query ${ends(0, queries)}: who looks →`;
+    cross(null, null);
+    events.shown(scale, perRow * perColumn);
   }
 
   function show(next, query) {
     weights = next;
     chosen = query;
     last = { q: null, row: null };
-    const most = new Float32Array(width * height);
-    queries.forEach((_, q) => {
-      const from = Math.floor(q / perRow) * width, row = weights.row(q) ?? [];
-      for (let k = 0; k < row.length; k++) {
-        const to = from + Math.floor(k / perColumn);
-        if (row[k] > most[to]) most[to] = row[k];
-      }
-    });
-    // Square root, and full at a quarter: the same on every head, so that maps can be compared.
-    const colours = ramp(), context = canvas.getContext("2d"), image = context.createImageData(width, height);
-    most.forEach((weight, i) => {
-      image.data.set([...colours[Math.min(255, Math.round(510 * Math.sqrt(weight)))], 255], 4 * i);
-    });
-    context.putImageData(image, 0, 0);
-    cross(null, null);
+    draw();
   }
-  return { show, cross };
+  return { show, cross, zoom };
 }
 
 // A variable along the tokens, or, by role, its parts on top of each other. data: {variable, places};
@@ -164,7 +249,7 @@ export function line(element, data, events) {
   return {
     show({ series, chosen: i }) {
       chosen = i;
-      parts = series.map((one, r) => ({ role: variable.roles?.[r], series: one, hue: `var(--role-${(r % 8) + 1})` }))
+      parts = series.map((one, r) => ({ role: variable.roles?.[r], series: one, hue: roleHue(variable.roles?.[r]) }))
         .filter((part) => !stacked || part.series.some((x) => x > 0));
       const all = parts.flatMap((part) => Array.from(part.series).filter(Number.isFinite));
       const tops = stacked ? places.map((_, p) => parts.reduce((sum, part) => sum + (part.series[p] || 0), 0)) : all;
@@ -224,41 +309,46 @@ export function numbers(element) {
   };
 }
 
-// Keys that receive far more than the average key, by layer. data: {layers, places}; events: choose(k).
-// Handle: show({ratios [layer][key], threshold, of: the largest ratio there can be}).
+// Keys that are sinks, by layer. data: {layers, places}; events: choose(k).
+// Handle: show([{key, found, share [layer], times [layer]}]), as the report found them.
 export function sinks(element, data, events) {
-  const { layers, places } = data, MOST = 8;
+  const { layers, places } = data;
+  const mean = (values) => {
+    const known = values.filter((x) => x !== null);
+    return known.length ? known.reduce((sum, x) => sum + x, 0) / known.length : NaN;
+  };
+  const times = (x) => (x === null ? "–" : `${x >= 9.95 ? x.toFixed(0) : x.toFixed(1)}`);
 
-  function cell(ratio, l, of) {
-    const one = make("td", { class: "layer", title: `layer ${layers[l]}: ${ratio.toFixed(1)} times the average key` },
-      ratio >= 0.95 ? ratio.toFixed(0) : "");
-    // Logarithmic: from the average key (1) to all there is.
-    const { fill, ink } = paint(Math.log(Math.max(1, ratio)) / Math.log(Math.max(2, of)));
+  function cell(share, ratio, l) {
+    const one = make("td", { class: "layer",
+      title: `layer ${layers[l]}: ${percent(share ?? NaN)} of all attention, ${times(ratio)} times even attention` },
+    share === null ? "" : percent(share));
+    const { fill, ink } = paint(Math.sqrt(share ?? 0));
     one.style.background = fill;
     one.style.color = ink;
     return one;
   }
 
   return {
-    show({ ratios, threshold, of }) {
-      const most = places.map((_, k) => largest(ratios.map((row) => row[k])));
-      const order = Array.from(most.keys()).sort((a, b) => most[b] - most[a]);
-      const found = order.filter((k) => most[k] >= threshold).slice(0, MOST);
+    show(all) {
+      const found = all.filter((one) => one.found);
       if (!found.length) {
-        element.replaceChildren(make("p", {}, !order.length ? "Nothing was recorded."
-          : `No key stands out: the one with the most, ${named(places[order[0]])} at ${places[order[0]].position}, `
-            + `reaches ${most[order[0]].toFixed(1)} times the average key.`));
+        const best = all[0], place = best && places[best.key], most = best && largest(best.times.map((x) => x ?? 0));
+        element.replaceChildren(make("p", {}, !best ? "Nothing was recorded."
+          : `No key stands out. What comes closest is ${named(place)} at ${place.position}: ${percent(mean(best.share))} of `
+            + `all attention, at most ${times(most)} times what even attention would give a key of its place.`));
         return;
       }
       const column = (words, name) => make("th", { scope: "col", class: name }, words);
-      const head = make("tr", {}, column("token"), column("place", "number"),
-        ...layers.map((layer) => column(String(layer), "layer")), column("most", "number"));
-      const rows = found.map((k) => {
-        const place = places[k], words = place.image >= 0 || place.token === "" ? named(place) : visible(place.token);
-        const button = make("button", { type: "button", onclick: () => events.choose(k) }, make("bdi", {}, words));
+      const head = make("tr", {}, column("token"), column("place", "number"), column("of all", "number"),
+        column("even ×", "number"), ...layers.map((layer) => column(String(layer), "layer")));
+      const rows = found.map(({ key, share, times: ratios }) => {
+        const place = places[key], words = place.image >= 0 || place.token === "" ? named(place) : visible(place.token);
+        const button = make("button", { type: "button", onclick: () => events.choose(key) }, make("bdi", {}, words));
         const number = (words) => make("td", { class: "number" }, words);
         return make("tr", {}, make("th", { scope: "row" }, button), number(String(place.position)),
-          ...ratios.map((row, l) => cell(row[k], l, of)), number(`×${most[k].toFixed(0)}`));
+          number(percent(mean(share))), number(times(largest(ratios.map((x) => x ?? 0)))),
+          ...share.map((x, l) => cell(x, ratios[l], l)));
       });
       const table = make("table", { class: "sinks" }, make("thead", {}, head), make("tbody", {}, ...rows));
       const scroll = { class: "scroll", tabindex: "0", role: "region", "aria-label": "Sinks by layer" };

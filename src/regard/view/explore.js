@@ -88,7 +88,7 @@ export function explore(element, data, events) {
       }
     }
 
-    now.reshade = () => { refresh(); sinks.draw(); };
+    now.reshade = refresh;
     shown = { refresh, resink: sinks.draw, reveal: () => { if (fixed()) texts.reveal(fixed()); } };
 
     const held = element.querySelector("nav")?.contains(document.activeElement) ? document.activeElement : null;
@@ -120,7 +120,7 @@ export function explore(element, data, events) {
       return { grid, image, cells, source: data.pictures[image] };
     });
     const headName = (l, h) => `Layer ${recorded.layers[l]}, head ${recorded.heads[h]}`;
-    const now = { recorded, sample, places, cross, state, menus, given, headName, onSide, set, hovered: null,
+    const now = { recorded, sample, places, cross, state, menus, given, headName, onSide, set, hovered: null, rule: data.sink,
       pictures: pictures.filter(({ cells }) => cells.length),
       shade: () => given.find(({ name }) => name === menus.shade),
       choose: (side) => (i) => {
@@ -147,7 +147,8 @@ export function explore(element, data, events) {
       }).element);
     }
     const kind = cross ? "Cross attention" : recorded.causal ? "Causal self attention" : "Self attention";
-    const size = cross ? `${sample.queries.length} queries, ${sample.keys.length} keys` : `${sample.keys.length} tokens`;
+    const real = (side) => side.filter(({ role }) => role !== "pad").length;
+    const size = cross ? `${real(sample.queries)} queries, ${real(sample.keys)} keys` : `${real(sample.keys)} tokens`;
     bar.append(make("span", { class: "facts" },
       `${kind}, ${recorded.layers.length} layers × ${recorded.heads.length} heads, ${size}`));
     if (recorded.samples > 1) {

@@ -16,10 +16,51 @@ function draw(canvas, grid, cells, values, high, veil) {
   context.putImageData(image, 0, 0);
 }
 
+// Small maps in a row. pick(value). Handle: show([{label, share, values | null, high, value, title}]); mark(value).
+function thumbnails(name, { grid: [rows, columns], cells, ratio }, pick) {
+  const element = make("div", { class: "thumbs", role: "group", "aria-label": name });
+  let thumbs = [];
+  return {
+    element,
+    show(next) {
+      if (thumbs.length !== next.length) {
+        thumbs = next.map(() => {
+          const sheet = make("canvas", { width: columns, height: rows, "aria-hidden": "true" });
+          const one = { sheet, label: make("bdi", {}), share: make("span", { class: "share-of" }) };
+          sheet.style.aspectRatio = ratio;
+          one.button = make("button", { type: "button", onclick: () => pick(one.value) }, sheet, one.label, one.share);
+          return one;
+        });
+        element.replaceChildren(...thumbs.map((one) => one.button));
+      }
+      next.forEach((thumb, t) => {
+        const one = thumbs[t];
+        one.value = thumb.value;
+        one.label.textContent = thumb.label;
+        one.share.textContent = thumb.share;
+        one.button.disabled = !thumb.values;
+        one.button.title = thumb.title ?? "";
+        draw(one.sheet, [rows, columns], cells, thumb.values, thumb.high, false);
+      });
+    },
+    mark(value) {
+      for (const one of thumbs) one.button.setAttribute("aria-pressed", String(one.value === value));
+    },
+  };
+}
+
+const ratioOf = ({ source, width, height, grid: [rows, columns] }) =>
+  (source ? `${width} / ${height}` : `${columns} / ${rows}`);
+
+// A map for each of several words; data and handle as of the thumbnails.
+export function strip(data, name, pick) {
+  return thumbnails(name, { ...data, ratio: ratioOf(data) }, pick);
+}
+
 // data: {source | null, width, height, image (its number), grid: [rows, columns], cells: [{i, row, column}] with i an
 // item, name, format(value)}.
 // events: choose(i), clear(), pick(thumb value).
-// Handle: show({values, high, mark: i | null, caption, thumbs: [{label, share, values, high, value, chosen}]}).
+// Handle: show({values, high, mark: i | null, caption, thumbs (see above), chosen: a thumb's value}).
 export function picture(element, data, events) {
   const [rows, columns] = data.grid;
   const sheet = () => make("canvas", { width: columns, height: rows, "aria-hidden": "true" });
@@ -29,15 +70,15 @@ export function picture(element, data, events) {
     "aria-label": `${data.name}: ${rows} by ${columns} patches; arrow keys move, Enter chooses a patch, Escape clears` });
   if (data.source) frame.append(make("img", { src: data.source, alt: data.name, draggable: "false" }));
   frame.append(canvas, mark, pointed);
-  frame.style.aspectRatio = data.source ? `${data.width} / ${data.height}` : `${columns} / ${rows}`;
+  frame.style.aspectRatio = ratioOf(data);
   const caption = make("p", { class: "readout", "aria-live": "polite" });
   const veil = make("button", { type: "button", class: "plain", "aria-pressed": "false", onclick: () => {
     canvas.hidden = !canvas.hidden;
     veil.setAttribute("aria-pressed", String(canvas.hidden));
   } }, "Show the picture alone");
-  const strip = make("div", { class: "thumbs", role: "group", "aria-label": "Heads of this layer" });
+  const heads = thumbnails("Heads of this layer", { ...data, ratio: ratioOf(data) }, events.pick);
   element.append(make("div", { class: "picture" },
-    make("div", { class: "picture-main" }, frame, caption, data.source ? veil : null), strip));
+    make("div", { class: "picture-main" }, frame, caption, data.source ? veil : null), heads.element));
 
   const byPlace = new Map(data.cells.map((cell) => [cell.row * columns + cell.column, cell.i]));
   const placeOf = new Map(data.cells.map((cell) => [cell.i, cell]));
@@ -82,34 +123,15 @@ export function picture(element, data, events) {
     event.preventDefault();
   });
 
-  let thumbs = [];
   return {
-    show({ values, high, mark: i, caption: remark, thumbs: next }) {
+    show({ values, high, mark: i, caption: remark, thumbs, chosen }) {
       shown = values;
       draw(canvas, data.grid, data.cells, values, high, Boolean(data.source));
       put(mark, i);
       words = remark;
       say(null);
-      if (thumbs.length !== next.length) {
-        thumbs = next.map(() => {
-          const one = { sheet: sheet(), label: make("span", {}), share: make("span", { class: "share-of" }) };
-          one.sheet.style.aspectRatio = frame.style.aspectRatio;
-          one.button = make("button", { type: "button", onclick: () => events.pick(one.value) },
-            one.sheet, one.label, one.share);
-          return one;
-        });
-        strip.replaceChildren(...thumbs.map((one) => one.button));
-      }
-      next.forEach((thumb, t) => {
-        const one = thumbs[t];
-        one.value = thumb.value;
-        one.label.textContent = thumb.label;
-        one.share.textContent = thumb.share;
-        one.button.disabled = !thumb.values;
-        one.button.title = thumb.title ?? "";
-        one.button.setAttribute("aria-pressed", String(thumb.chosen));
-        draw(one.sheet, data.grid, data.cells, thumb.values, thumb.high, false);
-      });
+      heads.show(thumbs);
+      heads.mark(chosen);
     },
   };
 }

@@ -1,7 +1,8 @@
 // The tokens of a sample as items of a text. In self attention queries and keys are the same tokens: one text of all
 // positions. In cross attention there are two.
 
-// An item is {position, token, role, image, row, column, query, key}: with its index on each side, or -1.
+// An item is {position, token, role, image, row, column, query, key}: with its index on each side, or -1. The token that
+// was generated last is on neither side, `unread`.
 export class Places {
   constructor(sample, cross) {
     this.cross = cross;
@@ -16,6 +17,11 @@ export class Places {
       });
       this.query = this.key = [...all.values()].sort((a, b) => a.position - b.position);
     }
+    const last = sample.header.unread?.[sample.sample], end = this.query[this.query.length - 1];
+    if (last !== undefined && end) {
+      this.query.push({ position: end.position + 1, token: last, role: "generated", image: -1, row: -1, column: -1,
+        query: -1, key: -1, unread: true });
+    }
     // Index of a query or key -> its item.
     this.itemOf = { query: [], key: [] };
     for (const side of ["query", "key"]) {
@@ -29,6 +35,13 @@ export class Places {
     const out = new Float32Array(this[side].length).fill(NaN);
     values.forEach((value, index) => { out[this.itemOf[side][index]] = value; });
     return out;
+  }
+
+  // The generated tokens as items' indices: each with that of the token before it, from whose row it was chosen.
+  generated() {
+    const at = new Map(this.query.map(({ position }, i) => [position, i]));
+    return this.query.flatMap(({ role, position }, i) => (role === "generated"
+      ? [{ own: i, before: at.get(position - 1) ?? -1 }] : []));
   }
 
   // What the page's address calls an item: its position, "k12" for a key of cross attention.

@@ -2,10 +2,29 @@
 
 const SQUARES = Float32Array.from({ length: 256 }, (_, v) => (v / 255) ** 2);
 
-// 1 for each query that has a row.
+// Some of the map: `each(q, visit(key, weight))` goes over a row, and says whether there is one.
 class Weights {
+  // 1 for each query that has a row.
   there() {
-    return (this.has ??= Uint8Array.from({ length: this.queries }, (_, q) => (this.row(q) ? 1 : 0)));
+    return (this.has ??= Uint8Array.from({ length: this.queries }, (_, q) => (this.each(q, () => {}) ? 1 : 0)));
+  }
+  // Float32Array over keys, or null.
+  row(q) {
+    const out = new Float32Array(this.keys);
+    return this.each(q, (key, weight) => { out[key] = weight; }) ? out : null;
+  }
+  // Share of a row on each block of keys, mean over the block's rows: queries from..to in blocks of `perRow`.
+  pool([q0, q1], [k0, k1], perRow, perColumn) {
+    const height = Math.ceil((q1 - q0) / perRow), width = Math.ceil((k1 - k0) / perColumn);
+    const out = new Float32Array(width * height), rows = new Uint32Array(height);
+    for (let q = q0; q < q1; q++) {
+      const r = Math.floor((q - q0) / perRow);
+      const any = this.each(q, (k, weight) => {
+        if (k >= k0 && k < k1) out[r * width + Math.floor((k - k0) / perColumn)] += weight;
+      });
+      if (any) rows[r]++;
+    }
+    return out.map((sum, i) => sum / Math.max(1, rows[Math.floor(i / width)]));
   }
 }
 
@@ -15,15 +34,15 @@ class DenseWeights extends Weights {
     super();
     Object.assign(this, shape, { bytes, start });
   }
-  // Float32Array over keys, or null: a row of zeros only is a row that was not there.
-  row(q) {
-    const out = new Float32Array(this.keys), from = this.start + this.starts[q];
+  // A row of zeros only is a row that was not there.
+  each(q, visit) {
+    const from = this.start + this.starts[q];
     let any = false;
     for (let k = 0; k < this.lengths[q]; k++) {
       const v = this.bytes[from + k];
-      if (v) { out[k] = SQUARES[v]; any = true; }
+      if (v) { any = true; visit(k, SQUARES[v]); }
     }
-    return any ? out : null;
+    return any;
   }
   column(k) {
     const out = new Float32Array(this.queries);
@@ -45,17 +64,12 @@ class TopWeights extends Weights {
     for (let rank = 0; rank < this.k; rank++) {
       let at = rank * (1 + this.width) * this.plane + this.head * this.queries + q;
       const weight = this.bytes[at];
-      if (!weight) return;
+      if (!weight) return rank > 0;
       let key = 0;
       for (let byte = 0; byte < this.width; byte++) key += this.bytes[at += this.plane] * 256 ** byte;
       visit(key, SQUARES[weight]);
     }
-  }
-  row(q) {
-    const out = new Float32Array(this.keys);
-    let any = false;
-    this.each(q, (key, weight) => { out[key] = weight; any = true; });
-    return any ? out : null;
+    return this.k > 0;
   }
   column(k) {
     const out = new Float32Array(this.queries);
@@ -65,9 +79,15 @@ class TopWeights extends Weights {
 }
 
 // The mean of several heads; heads without the row are left out.
-class MeanWeights {
+class MeanWeights extends Weights {
   constructor(parts) {
-    this.parts = parts;
+    super();
+    Object.assign(this, { parts, queries: parts[0].queries, keys: parts[0].keys });
+  }
+  each(q, visit) {
+    const parts = this.parts.filter((part) => part.there()[q]);
+    for (const part of parts) part.each(q, (key, weight) => visit(key, weight / parts.length));
+    return parts.length > 0;
   }
   row(q) { return meanOf(this.parts.map((part) => part.row(q))); }
   // Each query's mean is over the heads that have its row, as row(q)'s is.
@@ -156,11 +176,12 @@ class Sample {
       const codes = variable.bits === 16 ? new Uint16Array(bytes.buffer) : bytes;
       const none = 2 ** variable.bits - 1, step = (variable.high - variable.low) / (none - 1);
       const length = variable.along === "query" ? this.queries.length : this.keys.length;
+      const pooled = variable.pooled, kept = Math.ceil(length / pooled); // so many neighbours share a number
       const roles = variable.roles?.length ?? 1, heads = this.header.heads.length, layers = this.header.layers.length;
       return (layer, head, role = 0) => {
-        const from = (((this.sample * layers + layer) * heads + head) * roles + role) * length;
+        const from = (((this.sample * layers + layer) * heads + head) * roles + role) * kept;
         return Float32Array.from({ length }, (_, i) => {
-          const code = codes[from + i];
+          const code = codes[from + Math.floor(i / pooled)];
           return code === none ? NaN : variable.low + code * step;
         });
       };
@@ -200,6 +221,7 @@ export class Recording {
     this.stacks = header.stacks;
     this.pictures = header.pictures;
     this.starts = header.starts; // [layer, head] a stack, indices
+    this.sink = header.sink; // the least that counts: share of all attention, and times even attention
     this.samples = header.stacks.map((stack, i) =>
       Array.from({ length: stack.samples }, (_, sample) => new Sample(i, stack, sample, once)));
   }

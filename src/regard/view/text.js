@@ -6,7 +6,8 @@ import { make, percent, visible } from "./dom.js";
 const SPOKEN = new Set(["system", "user", "assistant", "generated", "text"]);
 
 // Whose turn each token is in. Special tokens belong to the turn that they open, if the next speaker is another one;
-// of such a run, what stands before a line break still closes the turn before.
+// of such a run, what stands before a line break still closes the turn before. What opens generated text was given, so
+// it is of the turn before.
 function speakers(items) {
   const out = items.map(({ role }) => (SPOKEN.has(role) ? role : null));
   for (let i = 0; i < out.length; i++) {
@@ -15,20 +16,21 @@ function speakers(items) {
     while (end < out.length && out[end] === null) end++;
     const before = i ? out[i - 1] : null, after = end < out.length ? out[end] : null;
     const line = items.slice(i, end - 1).findIndex(({ token }) => token.includes("\n"));
-    const split = before === null ? i : after === null ? end : line < 0 ? i : i + line + 1;
-    for (let j = i; j < end; j++) out[j] = (j < split ? before : after) ?? "text";
+    const given = after === "generated" && before !== "generated";
+    const split = given ? end : before === null ? i : after === null ? end : line < 0 ? i : i + line + 1;
+    for (let j = i; j < end; j++) out[j] = (j < split ? before : after) ?? (given ? "start" : "text");
     i = end;
   }
   return out;
 }
 
-// data: {items: [{position, token, role, image, row, column}], label}; events: choose(i), look(i | null), clear().
+// data: {items: [{position, token, role, image, row, column}], label, ids: tokens are ids}; events: choose(i), look(i | null), clear().
 // Handle: show({fill, scale, bar, chosen}) with arrays by item, `each`: fill holds shares of different rows; mark(i | null); reveal(i).
 export function text(element, data, events) {
   const { items } = data;
   const spans = new Array(items.length).fill(null);
   const chips = [];
-  const box = make("div", { class: "text", role: "listbox", "aria-label": data.label, "aria-orientation": "horizontal" });
+  const box = make("div", { class: data.ids ? "text ids" : "text", role: "listbox", "aria-label": data.label, "aria-orientation": "horizontal" });
   let block = null, chip = null;
   const turns = speakers(items);
   items.forEach((item, i) => {
@@ -37,24 +39,28 @@ export function text(element, data, events) {
       box.append(make("div", { class: `turn ${turns[i]}`, role: "presentation" },
         make("span", { class: "turn-role" }, turns[i]), block));
     }
-    if (item.image >= 0) { // patches are chosen in the picture: here they are one chip
-      if (chip?.image !== item.image) {
-        chips.push(chip = { image: item.image, members: [], share: make("b", {}) });
+    // Patches are chosen in the picture, and padding says nothing: here they are one chip.
+    const run = item.image >= 0 ? item.image : item.role === "pad" ? "pad" : null;
+    if (run !== null) {
+      if (chip?.run !== run) {
+        chips.push(chip = { run, members: [], share: make("b", {}) });
         chip.words = make("span", {});
         block.append(chip.element = make("span", { class: "chip", role: "presentation" }, chip.words, chip.share));
       }
       chip.members.push(i);
-      chip.words.textContent = `▦ picture ${item.image + 1}, ${chip.members.length} patches `;
+      const n = chip.members.length;
+      chip.words.textContent = run === "pad" ? `${n} of padding` : `▦ picture ${run + 1}, ${n} patches `;
       return;
     }
     chip = null;
-    const quiet = item.role === "bos" || item.role === "special" || item.role === "pad";
+    const quiet = item.role === "bos" || item.role === "special";
     const frame = item.role === "frame";
     const breaks = /\n/.test(item.token);
     // A line break stays one, after a sign that can be hovered and chosen; a token of blanks stays blanks.
     const shown = frame ? "" : quiet || !/^[ ]*[^\p{Cc}\p{Cf}]+$/u.test(item.token) ? visible(item.token) : item.token;
     const span = make("span", { role: "option", tabindex: "-1", "data-i": i,
-      class: ["token", quiet && "quiet", frame && "frame", breaks && "break"].filter(Boolean).join(" ") }, shown);
+      title: item.unread ? "Generated last: the model was never run on it" : null,
+      class: ["token", item.unread && "unread", quiet && "quiet", frame && "frame", breaks && "break"].filter(Boolean).join(" ") }, shown);
     spans[i] = span;
     block.append(span);
     if (breaks && !quiet) block.append(...Array.from(item.token.match(/\n/g).slice(0, 2), () => make("br")));
@@ -134,6 +140,7 @@ export function text(element, data, events) {
         span.setAttribute("aria-selected", String(i === chosen));
       });
       for (const one of chips) {
+        if (one.run === "pad") continue;
         let sum = 0, known = false;
         for (const i of one.members) if (fill && fill[i] === fill[i]) { sum += fill[i]; known = true; }
         const words = each ? `${percent(sum / one.members.length)} on average` : `${percent(sum)} in all`;

@@ -16,9 +16,18 @@ from types import ModuleType
 from typing import Any
 
 from .. import loading
+from ..extras import shortened
 
 names = loading.zoo
-RECIPES = ("reader", "namer", "viewer", "describer", "painter", "listener")  # a later one may build on an earlier
+RECIPES = (
+    "reader",
+    "namer",
+    "viewer",
+    "lookout",
+    "describer",
+    "painter",
+    "listener",
+)  # a later one may build on an earlier
 
 
 def load(name: str, **options: Any) -> loading.Loaded:
@@ -30,7 +39,7 @@ def load(name: str, **options: Any) -> loading.Loaded:
 def folder(name: str) -> Path:
     """Where a zoo model lies."""
     if name not in names():
-        raise loading.UnknownModel(f"the zoo has no {name!r}; it has {', '.join(names())}")
+        raise loading.UnknownModel(f"the zoo has no {shortened(name)!r}; it has {', '.join(names())}")
     return Path(str(resources.files(__name__).joinpath(name)))
 
 
@@ -52,5 +61,5 @@ def recipe(name: str) -> ModuleType:
     format string for both; and `TOLERANCE`, by how much an ability may fall short in a model trained anew.
     """
     if name not in RECIPES:
-        raise loading.UnknownModel(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise loading.UnknownModel(f"there is no recipe {shortened(name)!r}; there are {', '.join(RECIPES)}")
     return import_module(f"{__name__}.recipes.{name}")

@@ -56,9 +56,29 @@ def card(name: str, home: Path, model: nn.Module) -> str:
     found = json.loads((home / "measured.json").read_text())
     megabytes = sum(p.stat().st_size for p in _shipped(home) if p.suffix == ".safetensors") / 1e6
     parameters = sum(p.numel() for p in model.parameters())
-    return recipe(name).CARD.format(
+    text = recipe(name).CARD.format(
         **found["training"], **found["abilities"], megabytes=megabytes, parameters=parameters
     )
+    kept = home / "premises.json"
+    return text.replace("## Licence", _premises(kept) + "## Licence") if kept.exists() else text
+
+
+def _premises(kept: Path) -> str:
+    """A section of a card: what papers on hallucination take for granted, as it was measured on the model."""
+    rows = "\n".join(
+        f"| {key} | {p['what']} | {p['needed']} | {p['measured']} | {'yes' if p['met'] else '**no**'} |"
+        for key, p in json.loads(kept.read_text())["premises"].items()
+    )
+    return f"""## What papers take for granted
+
+Premises of papers on hallucination, on fresh scenes (`regard.claims._premises` says of which kind). Where one is not
+met, a claim that needs it cannot tell on this model.
+
+| | premise | needed | measured | met |
+|---|---|---|---|---|
+{rows}
+
+"""
 
 
 def check(name: str, out: Path) -> list[str]:

@@ -28,20 +28,23 @@ def train(
     betas: tuple[float, float] = (0.9, 0.95),
     clip: float = 1.0,
     average: float = 0.0,
+    times: Callable[[str], float] = lambda name: 1.0,
     name: str = "checkpoint",
 ) -> None:
     """Minimise `loss(step)` by AdamW, and leave `model` trained.
 
     loss draws its own batch, from (seed, step), so that a run that was stopped and goes on from `<name>.safetensors`
-    sees what an unbroken one would have. rate: the learning rate of a step. average: decay of the running average of
-    the weights that the model ends with; 0 for the last weights themselves.
+    sees what an unbroken one would have. rate: the learning rate of a step. times: by what it is multiplied for the
+    parameter of a name. average: decay of the running average of the weights that the model ends with; 0 for the last
+    weights themselves.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.safetensors"
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    rest = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for key, p in parameters.items():
+        alike.setdefault((times(key), weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    groups = [{"params": some, "times": factor, "weight_decay": decay} for (factor, decay), some in alike.items()]
     optimizer = torch.optim.AdamW(groups, lr=rate(0), betas=betas, fused=True)
     mean = {key: p.detach().clone() for key, p in parameters.items()} if average else {}
     first = 0
@@ -60,7 +63,7 @@ def train(
     model.train()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = rate(step) * group["times"]
         torch.manual_seed(hash((seed, step)) % 2**63)  # dropout and noise, too, are those of this step
         found = loss(step)
         found.backward()

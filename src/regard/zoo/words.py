@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -13,17 +15,17 @@ WORDS = (*SPECIAL, *VOCABULARY, *PROMPT)
 
 
 def tokenizer(
-    length: int, *, bos: bool = True, eos: bool = False, padding_side: str = "right"
+    length: int, *, words: Sequence[str] = WORDS, bos: bool = True, eos: bool = False, padding_side: str = "right"
 ) -> PreTrainedTokenizerFast:
-    """Words of captions, questions and answers as tokens, numbered as in `WORDS`; capitals do not count.
+    """Words of captions, questions and answers as tokens, numbered as in `words`; capitals do not count.
 
-    length: of the longest sequence that the model takes. bos, eos: whether `<|bos|>` is put before a text, and
-    `<|eos|>` after it.
+    length: of the longest sequence that the model takes. words: `WORDS`, and more behind them. bos, eos: whether
+    `<|bos|>` is put before a text, and `<|eos|>` after it.
 
     >>> tokenizer(16)("is there a red fork?").tokens()
     ['<|bos|>', '▁is', '▁there', '▁a', '▁red', '▁fork', '?']
     """
-    spelled = {"▁" + word if word.isalpha() else word: i for i, word in enumerate(WORDS)}  # ▁: after a space
+    spelled = {"▁" + word if word.isalpha() else word: i for i, word in enumerate(words)}  # ▁: after a space
     made = Tokenizer(models.WordLevel(spelled, unk_token=UNKNOWN))
     spaces = [(r"\s+", " "), (r"\s(?=[^\w\s])", "")]  # one between words, none before a sign
     made.normalizer = normalizers.Sequence(

@@ -16,12 +16,13 @@ from ...catalog import Finding
 from ...evaluation.localisation import pointing_game_score
 from ...evaluation.randomisation import class_sensitivity
 from .. import _colours as colours
+from .._measure import mean
 
 SCALES = "small", "large"
 EXPECTED = (
     "in scenes of two objects, averaged over the layers before the last, NormGrad points at the box of the asked "
-    "object at least 10 percentage points more often than Grad-CAM; it cannot be told where the network names less "
-    "than 80% of the scenes"
+    "object at least 5 percentage points more often than Grad-CAM, and by two standard errors; joined layers point as "
+    "well as the last; in the network before training, the control, NormGrad points at it in at most 40%"
 )
 SCENES = {"small": 100, "large": 1000}
 LAYERS = (
@@ -41,39 +42,46 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Pointing accuracy of both at each depth; joined layers, class sensitivity and meta-saliency beside it."""
     model = colours.network(seed)
     scenes = colours.held_out(colours.PAIR, SCENES[scale], seed, distinct=True)
-    right, inputs = colours.accuracy(model, scenes), {"pixel_values": colours.pixels(scenes)}
+    inputs = {"pixel_values": colours.pixels(scenes)}
 
-    def points(method: str, **knobs: Any) -> float:
+    def points(method: str, of: Any = model, **knobs: Any) -> np.ndarray:
+        """How often of the two objects. [scene]"""
         found = (
             pointing_game_score(
-                attribute(model, inputs, colours.colour_of(scenes, which), method=method, **knobs),
+                attribute(of, inputs, colours.colour_of(scenes, which), method=method, **knobs),
                 colours.boxes(scenes, which),
-            ).mean()
+            )
             for which in (0, 1)
         )
-        return float(np.mean(list(found)))
+        return np.mean(list(found), axis=0)
 
-    series = {
+    each = {
         "NormGrad": [points("normgrad", layers=[layer]) for layer in LAYERS],
         "Grad-CAM": [points("grad_cam", layer=layer) for layer in LAYERS],
         **{name: [points("normgrad", layers=[layer], **knobs) for layer in LAYERS] for name, knobs in FAMILY.items()},
     }
-    joined = points("normgrad", layers=LAYERS)
-    before = {name: float(np.mean(values[:-1])) for name, values in series.items()}
+    series = {name: [float(at.mean()) for at in values] for name, values in each.items()}
+    joined = float(points("normgrad", layers=LAYERS).mean())
+    before = {name: np.mean(values[:-1], axis=0) for name, values in each.items()}
+    gain = mean(before["NormGrad"] - before["Grad-CAM"])
+    blank = colours.forgetful(model, seed)
+    untrained = mean(np.mean([points("normgrad", blank, layers=[layer]) for layer in LAYERS[:-1]], axis=0))
     few = {"pixel_values": inputs["pixel_values"][:16]}
     alike = {
         method: float(class_sensitivity(model, few, partial(attribute, method=method, **knobs)).mean())
         for method, knobs in {"normgrad": {}, "meta_saliency": {"rate": 1e-2}}.items()
     }
-    holds = None if right < 0.8 else before["NormGrad"] >= before["Grad-CAM"] + 0.1
+    holds = gain.value >= 0.05 and gain.above() and joined >= series["NormGrad"][-1] - 0.02 and untrained.value <= 0.4
     measured = (
-        f"Before the last layer NormGrad points at the asked object in {before['NormGrad']:.0%} on average, "
-        f"Grad-CAM in {before['Grad-CAM']:.0%}; at the last layer {series['NormGrad'][-1]:.0%} and "
+        f"Before the last layer NormGrad points at the asked object in {mean(before['NormGrad']):.1%} on average, "
+        f"Grad-CAM in {mean(before['Grad-CAM']):.1%} ({gain:.1%} apart), NormGrad before training in "
+        f"{untrained:.1%}; at the last layer {series['NormGrad'][-1]:.0%} and "
         f"{series['Grad-CAM'][-1]:.0%}; NormGrad of all layers joined {joined:.0%}. There NormGrad's maps of "
         f"the most and the least likely class correlate by {alike['normgrad']:.2f}, after a step of meta-saliency by "
-        f"{alike['meta_saliency']:.2f}. The network names all colours of {right:.0%} of the scenes."
+        f"{alike['meta_saliency']:.2f}"
     )
-    return Finding(holds, measured, EXPECTED, seed, draw=partial(_draw, series, joined))
+    premises = [colours.learned(model, scenes)]
+    return Finding(holds, measured, EXPECTED, seed, premises=premises, draw=partial(_draw, series, joined))
 
 
 def _draw(series: dict[str, list[float]], joined: float, figure: Any) -> None:

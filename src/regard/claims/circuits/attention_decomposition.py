@@ -135,11 +135,3 @@ def _weight(model: nn.Module, ids: Tensor, told: Signal, lost: Tensor) -> float:
     with intervene(model, without):
         model(ids)
     return without.weight
-
-
-def _taken_apart(model: nn.Module, ids: Tensor) -> Decomposition:
-    return attention_decomposition(model, lambda model: model(ids))
-
-
-def _chosen(found: Decomposition, head: tuple[int, int], query: int, key: int) -> int:
-    return int(found.vectors(*head, query, key, share=0.9)["chosen"].sum())

@@ -2,7 +2,10 @@
 
 The task is one that makes sinks in one layer (Guo et al., Active-Dormant Attention Heads, arXiv:2410.13835): tokens
 follow a Markov chain, but after a trigger the token before it comes again. A head that looks back after triggers has
-nothing to look for elsewhere.
+nothing to look for elsewhere: its sink is the weight on the first token of queries that follow no trigger. The control
+has gates that do not see the input: the same for every token. Large rates were chosen on other seeds, where up to 0.048
+neither model breaks, at 0.2 not for every chain of words; the sink in the paper falls from 47% to 5%, here by a part,
+and what is asked is the direction.
 """
 
 from __future__ import annotations
@@ -13,56 +16,76 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...catalog import Finding
-from ...mechanisms.gated_attention import gated_attention
+from ...catalog import Finding, Premise
+from ...mechanisms.gated_attention import GatedAttention, gated_attention
 from ...mechanisms.memory_efficient import memory_efficient
+from .._measure import Mean, mean
 
 SCALES = "small", "large"
 VOCABULARY, TRIGGERS, LENGTH, DIM, HEADS = 33, 3, 48, 64, 2  # token 0 begins every sequence
-RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+RATE, LARGE, TRAININGS = 3e-3, 0.8, 4
 STEPS = {"small": 300, "large": 3000}
+WAYS = ("no gates", "gates", "gates that see nothing")
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
-    """The same model with and without gates, trained at five learning rates."""
+    """The same model without gates, with them, and with gates that do not see the input, at three learning rates."""
     expected = (
-        "trained at the lowest learning rate, mean weight on the first token at most half of that without gates, which "
-        "is 0.2 or more (otherwise this scale cannot tell); the largest rate that ends within 0.1 nats of a model's "
-        "best loss is larger with gates than without (cannot tell where it is the same)"
+        f"trained at {RATE:g}, gates lower the weight on the first token of the head that sinks by two standard "
+        f"errors over {TRAININGS} trainings, and by two more than gates that do not see the input; at {LARGE:g} the "
+        "loss "
+        "with gates is lower by two standard errors than without"
     )
-    chain, generator = _chain(seed), torch.Generator().manual_seed(seed)
-    batches = [_sequences(32, chain, generator) for _ in range(STEPS[scale])]
-    held_out = _sequences(256, chain, generator)
-    runs = {gated: [_train(gated, rate, batches, held_out, seed) for rate in RATES] for gated in (False, True)}
-    sinks = {gated: found[0][1] for gated, found in runs.items()}
-    losses = {gated: [loss for loss, _ in found] for gated, found in runs.items()}
-    stood = {g: max(r for r, loss in zip(RATES, of, strict=True) if loss <= min(of) + 0.1) for g, of in losses.items()}
-    sink = sinks[True] <= sinks[False] / 2 if sinks[False] >= 0.2 else None
-    larger = None if stood[True] == stood[False] else stood[True] > stood[False]
-    holds = False if False in (sink, larger) else None if None in (sink, larger) else True
-    names = {False: "without gates", True: "with gates"}
+    sinks: dict[str, list[float]] = {way: [] for way in WAYS}
+    losses: dict[float, dict[str, list[float]]] = {rate: {way: [] for way in WAYS} for rate in (RATE, LARGE)}
+    for run in range(TRAININGS):
+        at = TRAININGS * seed + run
+        chain, generator = _chain(at), torch.Generator().manual_seed(at)
+        batches = [_sequences(32, chain, generator) for _ in range(STEPS[scale])]
+        held_out = _sequences(256, chain, generator)
+        for rate, of in losses.items():
+            for way in WAYS if rate == RATE else WAYS[:2]:
+                loss, sink = _train(way, rate, batches, held_out, at)
+                of[way].append(loss)
+                if rate == RATE:
+                    sinks[way].append(sink)
+
+    def less(than: dict[str, list[float]], way: str = "no gates") -> Mean:
+        return mean([a - b for a, b in zip(than[way], than["gates"])])
+
+    lost = less(losses[LARGE])
+    fell, over = less(sinks), less(sinks, "gates that see nothing")
+    holds = fell.above() and over.above() and lost.above()
+    share, steady = mean(sinks["no gates"]), mean(losses[RATE]["no gates"])
+    broken = mean(losses[LARGE]["no gates"])
+    premises = [
+        Premise("there is a sink without gates", "0.2 or more", f"{share:.2f}", share.value >= 0.2),
+        Premise(
+            "a large rate breaks the model without gates",
+            f"0.3 nats more at {LARGE:g} than at {RATE:g}",
+            f"{broken:.2f} after {steady:.2f}",
+            broken.value >= steady.value + 0.3,
+        ),
+    ]
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        left.bar(list(names.values()), [sinks[gated] for gated in names])
-        left.set(ylim=(0, 1), ylabel="mean weight on the first token", title=f"Trained at a rate of {RATES[0]:g}")
-        for gated, name in names.items():
-            right.semilogx(RATES, losses[gated], "o-", label=name)
-        right.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+        left.bar(range(len(WAYS)), [mean(sinks[way]).value for way in WAYS])
+        left.set_xticks(range(len(WAYS)), [way.replace("that", "that\n") for way in WAYS])
+        left.set(ylim=(0, 1), ylabel="mean weight on the first token", title=f"Trained at a rate of {RATE:g}")
+        for way in WAYS[:2]:
+            right.semilogx(list(losses), [mean(of[way]).value for of in losses.values()], "o-", label=way)
+        right.set_xticks(list(losses), [f"{rate:g}" for rate in losses])
         right.minorticks_off()
         right.set(xlabel="learning rate", ylabel="loss at the end, nats")
         right.legend()
 
     measured = (
-        f"weight on the first token {sinks[False]:.2f} without gates, {sinks[True]:.2f} with; largest rate stood "
-        f"{stood[False]:g} without, {stood[True]:g} with; losses {_list(losses[False])} without, "
-        f"{_list(losses[True])} with"
+        f"weight on the first token {', '.join(f'{mean(of):.2f} with {way}' for way, of in sinks.items())} (less by "
+        f"{fell:.2f}, and than with gates that see nothing by {over:.2f}); loss at {LARGE:g} "
+        f"{broken:.2f} without gates, less with by {lost:.2f}"
     )
-    return Finding(holds, measured, expected, seed, draw=draw)
-
-
-def _list(numbers: list[float]) -> str:
-    return "/".join(f"{n:.2f}" for n in numbers)
+    return Finding(holds, measured, expected, seed, premises=premises, draw=draw)
 
 
 class _Attention(nn.Module):
@@ -113,12 +136,18 @@ def _sequences(count: int, chain: Tensor, generator: torch.Generator) -> Tensor:
     return tokens
 
 
-def _train(gated: bool, rate: float, batches: list[Tensor], held_out: Tensor, seed: int) -> tuple[float, float]:
-    """Loss at the end, nats a token, and the mean weight on the first token of queries from the ninth on."""
+def _train(way: str, rate: float, batches: list[Tensor], held_out: Tensor, seed: int) -> tuple[float, float]:
+    """Loss at the end, nats a token, and the largest of the heads' mean weight on the first token.
+
+    Of queries from the ninth on that are no trigger.
+    """
     torch.manual_seed(seed)
     model = _Model()
-    if gated:
+    if way != "no gates":
         gated_attention(model)
+    if way == "gates that see nothing":
+        gates = next(m for m in model.modules() if isinstance(m, GatedAttention))
+        gates.gate = _Constant(gates.gate)
     optimizer = torch.optim.AdamW(model.parameters(), rate)
     for step, tokens in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20)
@@ -128,7 +157,20 @@ def _train(gated: bool, rate: float, batches: list[Tensor], held_out: Tensor, se
     with torch.no_grad():
         loss = _loss(model, held_out)
     attention = next(m for m in model.modules() if isinstance(m, _Attention))
-    return float(loss), float(attention.weights()[:, :, 8:, 0].mean())
+    asked = held_out[:, 8:-1] > TRIGGERS
+    on_first = attention.weights()[:, :, 8:, 0].permute(1, 0, 2)
+    return float(loss), float(on_first[:, asked].mean(1).max())
+
+
+class _Constant(nn.Module):
+    """Gates that are learned, but the same for every token."""
+
+    def __init__(self, gate: nn.Linear) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(gate.out_features))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.gate.expand(*hidden.shape[:-1], -1)
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Chen et al. (arXiv:2503.03588): powers of two reach 2^d blocks in d layers, at about the cost of a window."""
+"""Chen et al. (arXiv:2503.03588): powers of two reach 2^d blocks in d layers, at about the cost of a window.
+
+Trained on far passkeys alone nothing is learned in hundreds of steps, since six hops pass no gradient at first. So the
+passkey stands anywhere for the first 60% of the steps. Two curricula were tried, on other seeds.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...kernels.native import Blocks
 from ...mechanisms._blocks import attend, listed
 from ...mechanisms.power import pattern, power
 from .. import _passkey as passkey
-from .._measure import lines, seconds
+from .._measure import lines, mean, seconds
 
 SCALES = "small", "large"
 LENGTHS = {"small": (2048, 4096, 8192), "large": (4096, 8192, 16384, 32768)}
 BLOCK = 256
 LAYERS, NEAR = 6, 7  # of the passkey task; NEAR keys a row, as many as powers of two below 64, and itself
 BEFORE = passkey.TOKENS - 1 - LAYERS * (NEAR - 1)  # where passkeys lie: farther than six layers of the window reach
+ANYWHERE = 0.6  # of the steps, the digit stands anywhere, not only far
 STEPS = {"small": 400, "large": 2000}
 
 
@@ -29,8 +34,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     expected = (
         "after 1 to 6 layers the last token depends on every token of the last 2^d blocks; at the longest sequence at "
         "most 1.25 times the time of a window of as many blocks; a passkey farther away than six layers of a window "
-        "reach is named in 90% of prompts or more, by the same model with that window in 25% or fewer (chance: 10%), "
-        "where the same model with full attention names it in 90% or more"
+        "reach is named in 90% of prompts or more, by the same model with that window, the control, in 25% or fewer "
+        "(chance: 10%)"
     )
     torch.manual_seed(seed)
     reached = [_reached(layers) for layers in range(1, 7)]
@@ -39,28 +44,28 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     ways = {"powers of two": _powers, "window": _window, "full attention": _full}
     right = {}
     for name, way in ways.items():
-        model = passkey.trained(way, layers=LAYERS, before=BEFORE, steps=STEPS[scale], seed=seed)
-        right[name] = passkey.judged(model, before=BEFORE)[1]
-    holds: bool | None = all(reached) and own <= 1.25 * window
-    holds = holds and right["powers of two"] >= 0.9 and right["window"] <= 0.25
-    if right["full attention"] < 0.9:
-        holds = None  # the task was not learned at all, so that nothing follows for the others
+        model = passkey.trained(way, layers=LAYERS, before=BEFORE, steps=STEPS[scale], seed=seed, anywhere=ANYWHERE)
+        right[name] = mean(passkey.judged(model, before=BEFORE, seed=seed)[1])
+    holds = all(reached) and own <= 1.25 * window
+    holds = holds and right["powers of two"].value >= 0.9 and right["window"].value <= 0.25
+    full = right["full attention"]
+    learned = Premise("full attention learns the task", "90% named or more", f"{full:.1%}", full.value >= 0.9)
 
     def draw(figure: Any) -> None:
         left, right_side = figure.subplots(1, 2)
         names = ("powers of two", "window of as many blocks", "full attention")
         series = {name: (list(times), [t[i] * 1e3 for t in times.values()]) for i, name in enumerate(names)}
         lines(left, series, xlabel="tokens", ylabel="milliseconds", title="Forward pass, 4 heads of 64")
-        right_side.bar(list(right), list(right.values()))
+        right_side.bar(list(right), [share.value for share in right.values()])
         right_side.axhline(1 / passkey.DIGITS, color="grey", linestyle=":")
         right_side.set(ylim=(0, 1), ylabel="share named", title="Passkey beyond the window's reach")
 
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in right.items())
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in right.items())
     measured = (
         f"the 2^d blocks are reached for {sum(reached)} of 6 depths; at {max(times)} tokens {own / window:.2f} times "
         f"the time of the window, {own / whole:.2f} of full attention's; passkey named: {shares}"
     )
-    return Finding(holds, measured, expected, seed, draw=draw)
+    return Finding(holds, measured, expected, seed, premises=[learned], draw=draw)
 
 
 def _reached(layers: int, block: int = 2) -> bool:

@@ -5,22 +5,23 @@ Digit, bags, steps and rate were chosen so that attention MIL alone, on another 
 it. What comes out at this size is the diversity term's doing: it is least where each branch looks at one instance of
 its own, and there attention goes before it has learned anything. Without the term, on another seed, ACMIL came to an
 area of 0.847 where attention MIL came to 0.879, and with one or two instances that tell in bags of 50, on digit 3,
-ACMIL as it is fell to chance too (0.475 against 0.750).
+ACMIL as it is fell to chance too (0.475 against 0.750). What the paper takes for granted, that attention MIL looks at
+too few instances, has to be there to be mended: in the paper's slides a few of thousands hold most of the weight.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...data.loaders import mnist
 from ...models.acmil import Acmil, acmil
+from .._data import folder
+from .._measure import mean
 
 SCALES = "small", "large"
 STEPS, BAGS, TRAININGS = {"small": 300, "large": 2000}, {"small": 100, "large": 400}, 5
@@ -33,32 +34,41 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Attention MIL and ACMIL trained on the same bags, five times each."""
     expected = (
         f"bags of {INSTANCES} digits with {KEYS} nines or none, {BAGS[scale]} to train on: the area under the curve of "
-        f"ACMIL is above that of attention MIL, and its {TOP} highest weights sum to less, in the mean of {TRAININGS} "
-        f"trainings and in at least {TRAININGS - 1} of them (cannot tell where attention MIL is below 0.6 or above "
-        "0.99)"
+        f"ACMIL is above that of attention MIL, and its {TOP} highest weights sum to less, each by two standard errors "
+        f"over {TRAININGS} pairs of trainings"
     )
-    if not (home := os.environ.get("REGARD_DATA")):
-        return Finding(None, "no digits: set REGARD_DATA to the folder that holds mnist_t10k", expected, seed)
     areas: dict[str, list[float]] = {way: [] for way in WAYS}
     concentrations: dict[str, list[float]] = {way: [] for way in WAYS}
     for run in range(seed, seed + TRAININGS):
         torch.manual_seed(run)
-        train, held = _bags(Path(home), BAGS[scale])
+        train, held = _bags(BAGS[scale])
         for way, sizes in WAYS.items():
             area, concentration = _measure(_train(sizes, train, STEPS[scale], run), *held)
             areas[way].append(area)
             concentrations[way].append(concentration)
     plain, ours = (torch.tensor(areas[way]) for way in WAYS)
     peaked, spread = (torch.tensor(concentrations[way]) for way in WAYS)
-    enough = TRAININGS - 1
-    better = bool(ours.mean() > plain.mean()) and int((ours > plain).sum()) >= enough
-    wider = bool(spread.mean() < peaked.mean()) and int((spread < peaked).sum()) >= enough
-    holds = better and wider if 0.6 <= float(plain.mean()) <= 0.99 else None
+    better, wider = mean(ours - plain), mean(peaked - spread)
+    holds = better.above() and wider.above()
     measured = (
-        f"area under the curve {plain.mean():.3f} with attention MIL, {ours.mean():.3f} with ACMIL (higher in "
-        f"{int((ours > plain).sum())} of {TRAININGS}); weight of the {TOP} highest of {INSTANCES} {peaked.mean():.2f} "
-        f"and {spread.mean():.2f} (lower in {int((spread < peaked).sum())})"
+        f"area under the curve {mean(plain):.3f} with attention MIL, {mean(ours):.3f} with ACMIL (higher by "
+        f"{better:.3f}); weight of the {TOP} highest of {INSTANCES} {mean(peaked):.2f} and {mean(spread):.2f} (lower "
+        f"by {wider:.2f})"
     )
+    premises = [
+        Premise(
+            "attention MIL learns the task, and does not solve it",
+            "area 0.6 to 0.99",
+            f"{mean(plain):.3f}",
+            0.6 <= float(plain.mean()) <= 0.99,
+        ),
+        Premise(
+            "attention MIL looks at too few instances",
+            f"more than half of the weight on {TOP} of {INSTANCES}",
+            f"{mean(peaked):.2f}",
+            float(peaked.mean()) > 0.5,
+        ),
+    ]
 
     def draw(figure: Any) -> None:
         left, side = figure.subplots(1, 2)
@@ -70,12 +80,12 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         left.set(ylabel="area under the curve", title=f"{HELD} bags held out, a line each training")
         side.set(ylabel=f"weight of the {TOP} highest", ylim=(0, 1), title="Concentration of attention")
 
-    return Finding(holds, measured, expected, seed, draw=draw)
+    return Finding(holds, measured, expected, seed, premises=premises, draw=draw)
 
 
-def _bags(home: Path, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _bags(count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Bags and labels to train on, and to test on: of other digits, and half of each positive."""
-    digits = mnist(home / "mnist_t10k")
+    digits = mnist(folder("mnist_t10k"))
     pixels = F.avg_pool2d(torch.from_numpy(digits.images).float()[:, None] / 255, 2).flatten(1)  # 14 x 14
     is_key = torch.from_numpy(digits.labels) == KEY
     half = len(pixels) // 2

@@ -1,13 +1,12 @@
 """Jaegle et al. (arXiv:2103.03206): one model, and here one set of weights, on pictures, sound and points.
 
 Real handwritten digits (MNIST), real spoken digits (Free Spoken Digit Dataset), and points on the surfaces of four
-solids. Nothing in the model is made for any of them but the last linear layer.
+solids. Nothing in the model is made for any of them but the last linear layer. Controls: positions taken away, and a
+model trained as long that reads its input once. One design was tried.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch.nn import functional as F
 from ...catalog import Finding
 from ...data.loaders import mnist, spoken_digits
 from ...models.perceiver import Kind, Perceiver, grid
+from .._data import folder
+from .._measure import mean
 
 SCALES = "small", "large"
 STEPS = {"small": 300, "large": 6000}  # of each kind
@@ -31,31 +32,28 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """One Perceiver trained on the three in turn, each named on examples held out."""
     expected = (
         "one set of weights names 60% or more of handwritten digits (chance: 10%), 40% of spoken ones (10%) and 60% of "
-        "solids from their points (25%), all held out; with positions taken away, each falls by 10 points or more"
+        "solids from their points (25%), all held out; with positions taken away, each falls by 10 points or more, and "
+        "by "
+        "two standard errors; a model that reads once names fewer of all three together, by two standard errors"
     )
-    if not (home := os.environ.get("REGARD_DATA")):
-        return Finding(None, "set REGARD_DATA to the folder of mnist_t10k and audio_fsdd", expected, seed)
     torch.manual_seed(seed)
-    data = {"pictures": _pictures(Path(home)), "sound": _sound(Path(home)), "points": _points(4000)}
-    model = Perceiver(
-        {
-            "pictures": Kind(1, 2, 10, bands=8, resolution=14),
-            "sound": Kind(CHANNELS, 1, 10, bands=8, resolution=FRAMES),
-            "points": Kind(0, 3, len(SOLIDS), bands=8, resolution=14),
-        },
-        num_latents=16,
-        d_latents=64,
-    )
+    data = {"pictures": _pictures(), "sound": _sound(), "points": _points(4000)}
     split = {name: torch.randperm(len(found[-1])) for name, found in data.items()}
     held = {name: order[: len(order) // 6][:500] for name, order in split.items()}
     train = {name: split[name][len(split[name]) // 6 :] for name in split}
-    _train(model, data, train, STEPS[scale])
-    right = {name: _right(model, name, data[name], held[name]) for name in data}
-    nowhere = {name: _right(model, name, data[name], held[name], placed=False) for name in data}
-    holds = all(right[name] >= LEAST[name] and nowhere[name] <= right[name] - 0.1 for name in data)
+    model, once = (_trained(data, train, STEPS[scale], seed, reads) for reads in (3, 1))
+    each = {name: _right(model, name, data[name], held[name]) for name in data}
+    blind = {name: _right(model, name, data[name], held[name], placed=False) for name in data}
+    falls = {name: mean(each[name] - blind[name]) for name in data}
+    more = mean(torch.cat([each[name] - _right(once, name, data[name], held[name]) for name in data]))
+    right, nowhere = ({name: float(of[name].mean()) for name in data} for of in (each, blind))
+    holds = all(right[name] >= LEAST[name] and falls[name].value >= 0.1 and falls[name].above() for name in data)
+    holds = holds and more.above()
     measured = "; ".join(
-        f"{name} {right[name]:.1%}, without positions {nowhere[name]:.1%} ({len(held[name])} held out)" for name in data
+        f"{name} {right[name]:.1%}, less without positions by {falls[name]:.1%} ({len(held[name])} held out)"
+        for name in data
     )
+    measured += f"; together more than by a model that reads once by {more:.1%}"
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -70,15 +68,31 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     return Finding(holds, measured, expected, seed, draw=draw)
 
 
-def _pictures(home: Path) -> Data:
-    digits = mnist(home / "mnist_t10k")
+def _trained(data: dict[str, Data], train: dict[str, Tensor], steps: int, seed: int, reads: int) -> Perceiver:
+    torch.manual_seed(seed)
+    model = Perceiver(
+        {
+            "pictures": Kind(1, 2, 10, bands=8, resolution=14),
+            "sound": Kind(CHANNELS, 1, 10, bands=8, resolution=FRAMES),
+            "points": Kind(0, 3, len(SOLIDS), bands=8, resolution=14),
+        },
+        num_latents=16,
+        d_latents=64,
+        num_blocks=reads,
+    )
+    _train(model, data, train, steps)
+    return model
+
+
+def _pictures() -> Data:
+    digits = mnist(folder("mnist_t10k"))
     pixels = F.avg_pool2d(torch.from_numpy(digits.images).float()[:, None] / 255, 2)  # 14 x 14
     return pixels.flatten(1)[..., None], grid(14, 14), torch.from_numpy(digits.labels).long()
 
 
-def _sound(home: Path) -> Data:
+def _sound() -> Data:
     """Loudness of 32 bands of frequency in each of 48 frames, which a sound fills from its start."""
-    spoken = list(spoken_digits(home / "audio_fsdd" / "recordings.zip"))
+    spoken = list(spoken_digits(folder("audio_fsdd") / "recordings.zip"))
     length, window = 8000, torch.hann_window(256)  # a second
     waves = torch.zeros(len(spoken), length)
     for row, said in zip(waves, spoken):
@@ -127,8 +141,8 @@ def _train(model: Perceiver, data: dict[str, Data], train: dict[str, Tensor], st
 
 
 @torch.no_grad()
-def _right(model: Perceiver, name: str, found: Data, at: Tensor, *, placed: bool = True) -> float:
-    """Share of those held out that are named, with their positions or with all elements in the middle."""
+def _right(model: Perceiver, name: str, found: Data, at: Tensor, *, placed: bool = True) -> Tensor:
+    """Which of those held out are named, with their positions or with all elements in the middle."""
     elements, positions, labels = _batch(found, at)
     scores = model(name, elements, positions if placed else torch.zeros_like(positions))
-    return float((scores.argmax(-1) == labels).float().mean())
+    return (scores.argmax(-1) == labels).float()

@@ -1,6 +1,9 @@
 """Kitada and Iyatomi (arXiv:2009.12064): training on perturbed attention makes it steadier and closer to gradients.
 
 The paper's own architecture: word embeddings, a bidirectional LSTM, one additive attention over words, a linear layer.
+On few sentences of which some have a wrong label, so that there is something to gain. As in the paper, the length of
+perturbations is chosen on sentences that nothing is reported of. One length for all, and all sentences with their own
+labels, were tried before: plain training then names every feeling.
 """
 
 from __future__ import annotations
@@ -13,57 +16,85 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import loading
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...data.sentences import FEELINGS
 from ...objectives import collect
 from ...objectives.attention_at import attention_at, perturbation
 from ...seam import intervene
+from .._measure import Mean, mean
 from .._sentences import Batch, batches, encoded
 
 SCALES = "small", "large"
-STEPS = {"small": 500, "large": 5000}
-SIZE, RATE, DIM, EPSILON = 64, 2e-3, 64, 5.0
-LENGTHS = (0.0, 1.0, 2.0, EPSILON, 2 * EPSILON)
+STEPS = {"small": 250, "large": 3000}
+SIZE, RATE, DIM, SENTENCES, WRONG = 64, 2e-3, 64, 400, 0.15  # WRONG: share of labels
+CHOICES, JUDGED, TRAININGS = (0.5, 1.0, 2.0), 5.0, 3  # lengths to choose from; the one that all stand
+WAYS = ("plain", "AT", "iAT")
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """The same model trained three ways, then its attention compared with gradients and perturbed."""
     expected = (
-        f"with Attention AT, and with iAT, of length {EPSILON:g}: attention and the length of the loss's gradient by "
-        "word correlate more (Pearson, a sentence each, the mean) than with plain training; accuracy is at most a "
-        "point lower; and the worst perturbation of that length costs at most half the points that it costs after "
-        "plain training (cannot tell where plain training names fewer than 90%)"
+        "with Attention AT, and with iAT: attention and the length of the loss's gradient by word correlate more "
+        "(Pearson, a sentence each) than with plain training, by two standard errors over sentences; accuracy is at "
+        f"most a point lower; and the worst perturbation of length {JUDGED:g} raises the loss at most half as much as "
+        "after plain training"
     )
     _, tokenizer = loading.load("namer")
-    pool = encoded(tokenizer, 100 * SIZE, seed=seed, held=False)
-    held = encoded(tokenizer, 1000, seed=seed, held=True)
-    models = {way: _train(way, pool, len(tokenizer), STEPS[scale], seed) for way in ("plain", "AT", "iAT")}
-    alike = {way: _correlation(model, held) for way, model in models.items()}
-    right = {way: [_accuracy(model, held, length) for length in LENGTHS] for way, model in models.items()}
-    lost = {way: shares[0] - shares[LENGTHS.index(EPSILON)] for way, shares in right.items()}
+    alike: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+    right: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+    risen: dict[str, list[float]] = {way: [] for way in WAYS}
+    chosen: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    for run in range(TRAININGS):
+        at = TRAININGS * seed + run
+        pool = encoded(tokenizer, SENTENCES, seed=at, held=False)
+        held = encoded(tokenizer, 1000, seed=at, held=True)
+        others, held = ({name: rows[part] for name, rows in held.items()} for part in (slice(300), slice(300, None)))
+        generator = torch.Generator().manual_seed(at)
+        wrong = torch.rand(SENTENCES, generator=generator) < WRONG
+        drawn = torch.randint(len(FEELINGS), (SENTENCES,), generator=generator)
+        pool["labels"] = torch.where(wrong, drawn, pool["labels"])
+        for way in WAYS:
+            lengths = CHOICES if way in chosen else (0.0,)
+            models = {length: _train(way, length, pool, len(tokenizer), STEPS[scale], at) for length in lengths}
+            best = min(lengths, key=lambda length: float(models[length].loss(others).detach()))
+            if way in chosen:
+                chosen[way].append(best)
+            alike[way].append(_correlations(models[best], held))
+            (plainly, named), (moved, _) = (_judged(models[best], held, length) for length in (0.0, JUDGED))
+            right[way].append(named)
+            risen[way].append(float((moved - plainly).mean()))
 
-    def better(way: str) -> bool:
-        steady = lost[way] <= lost["plain"] / 2
-        return alike[way] > alike["plain"] and right[way][0] >= right["plain"][0] - 0.01 and steady
+    def gain(of: dict[str, list[Tensor]], way: str) -> Mean:
+        return mean(torch.stack(of[way]).nanmean(0) - torch.stack(of["plain"]).nanmean(0))
 
-    holds = None if right["plain"][0] < 0.9 else better("AT") and better("iAT")
-    parts = [
-        f"{way}: correlation {alike[way]:.2f}, accuracy {right[way][0]:.1%}, perturbed {right[way][0] - lost[way]:.1%}"
-        for way in models
+    closer = {way: gain(alike, way) for way in chosen}
+    steadier = {way: sum(risen[way]) / sum(risen["plain"]) for way in chosen}
+    holds = all(closer[way].above() and gain(right, way).value >= -0.01 and steadier[way] <= 0.5 for way in chosen)
+    plain = mean(torch.stack(alike["plain"]).nanmean(0))
+    parts = [f"plain: correlation {plain:.3f}, accuracy {mean(torch.stack(right['plain']).mean(0)):.1%}"] + [
+        f"{way} (length {'/'.join(f'{length:g}' for length in chosen[way])}): correlation higher by {closer[way]:.3f}, "
+        f"accuracy by {gain(right, way):.1%}, the worst perturbation raises the loss {steadier[way]:.2f} times as much"
+        for way in chosen
+    ]
+    named = float(torch.stack(right["plain"]).mean())
+    premises = [
+        Premise(
+            "there is room: plain attention does not follow gradients already",
+            "a correlation of 0.75 at most",
+            f"{plain:.3f}",
+            plain.value <= 0.75,
+        ),
+        Premise("plain training learns the task", "70% right or more", f"{named:.1%}", named >= 0.7),
     ]
 
     def draw(figure: Any) -> None:
         left, side = figure.subplots(1, 2)
-        left.bar(list(alike), list(alike.values()))
+        left.bar(list(WAYS), [float(torch.stack(alike[way]).nanmean()) for way in WAYS])
         left.set(ylabel="mean Pearson correlation", title="Attention and gradients, by word")
-        for way, shares in right.items():
-            side.plot(LENGTHS, shares, "o-", label=way)
-        side.axhline(1 / len(FEELINGS), color="grey", linestyle=":")
-        side.set(ylim=(0, 1.02), xlabel="length of the worst perturbation of scores", ylabel="accuracy")
-        side.set_title("1,000 sentences held out")
-        side.legend()
+        side.bar(list(WAYS), [sum(risen[way]) / TRAININGS for way in WAYS])
+        side.set(ylabel="nats", title=f"What the worst perturbation of length {JUDGED:g} adds to the loss")
 
-    return Finding(holds, "; ".join(parts), expected, seed, draw=draw)
+    return Finding(holds, "; ".join(parts), expected, seed, premises=premises, draw=draw)
 
 
 class _AdditiveAttention(nn.Module):
@@ -94,33 +125,34 @@ class _Model(nn.Module):
         return F.cross_entropy(self(batch), batch["labels"], reduction=reduction)
 
 
-def _train(way: str, pool: Batch, words: int, steps: int, seed: int) -> _Model:
+def _train(way: str, length: float, pool: Batch, words: int, steps: int, seed: int) -> _Model:
     torch.manual_seed(seed)
     model = _Model(words)
     optimizer = torch.optim.Adam(model.parameters(), RATE, weight_decay=1e-5, amsgrad=True)
     for batch in batches(pool, SIZE, steps):
         run = partial(model.loss, batch)
-        loss = run() if way == "plain" else attention_at(model, run, epsilon=EPSILON, interpretable=way == "iAT")
+        loss = run() if way == "plain" else attention_at(model, run, epsilon=length, interpretable=way == "iAT")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
 
 
-def _accuracy(model: _Model, held: Batch, length: float) -> float:
-    """Share of feelings named, where each sentence's attention is moved to raise its own loss."""
+def _judged(model: _Model, held: Batch, length: float) -> tuple[Tensor, Tensor]:
+    """Loss and whether the feeling is named, where each sentence's attention is moved to raise its own loss."""
     worst = perturbation(model, lambda: model.loss(held, "sum"), epsilon=length)
     with torch.no_grad(), intervene(model, worst):
-        return float((model(held).argmax(-1) == held["labels"]).float().mean())
+        logits = model(held)
+    loss = F.cross_entropy(logits, held["labels"], reduction="none")
+    return loss, (logits.argmax(-1) == held["labels"]).float()
 
 
-def _correlation(model: _Model, held: Batch) -> float:
-    """Mean over sentences of the correlation between a word's attention and the length of the loss's gradient by it."""
+def _correlations(model: _Model, held: Batch) -> Tensor:
+    """Of a word's attention and the length of the loss's gradient by it. [sentence]"""
     mask = held["attention_mask"].bool()
     words = model.embedding(held["input_ids"]).detach().requires_grad_()
     with collect(model, lambda call: call.weights.dense()) as seen:
         loss = F.cross_entropy(model.read(words, mask), held["labels"], reduction="sum")
     (gradient,) = torch.autograd.grad(loss, words)
     pairs = torch.stack([seen[0].value[:, 0, 0].detach(), gradient.norm(dim=-1)])  # [2, sentence, token]
-    found = [torch.corrcoef(pairs[:, i, mask[i]])[0, 1] for i in range(len(mask))]
-    return float(torch.stack(found).nanmean())
+    return torch.stack([torch.corrcoef(pairs[:, i, mask[i]])[0, 1] for i in range(len(mask))])

@@ -5,7 +5,10 @@ the zoo's reader, which copy, are trained here on documents that tell facts of f
 answer from them. In this training answers go over, at a random token, into what is remembered of the subject; the
 better known a subject, the more often. So the trained model hallucinates by itself. Two tasks: `question` asks for one
 subject, `summary` goes through three. An answer is grounded where it says of its subject what the document says. Spans
-are given, the easier of the paper's two settings.
+are given, the easier of the paper's two settings; a chunk of guided decoding is as long as a subject and its fact. The
+control is guided by a lens that was fitted on shuffled labels. Three worlds and lengths of training were tried, on
+other seeds: where each subject goes over into memory less than half of the time, the likeliest words are grounded
+already.
 """
 
 from __future__ import annotations
@@ -18,24 +21,25 @@ import torch
 from torch import Tensor
 
 from ... import zoo
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...seam import record
 from ...statistics.lookback_lens import LookbackLens, Span, guided_decoding, span_features
 from ...statistics.lookback_ratio import lookback_ratio
+from .._measure import mean
 
 SCALES = "small", "large"
-SUBJECTS, VALUES = 16, 40
+SUBJECTS, VALUES, KNOWN = 16, 40, 0.65
 LENGTH, TOLD, ANSWERED = 6, 4, {"question": 1, "summary": 3}  # tokens of a fact; subjects of a document, of an answer
 BOS, CUE, SUBJECT = 0, {"question": 1001, "summary": 1002}, 1003  # ids: subjects, then values, are ordinary tokens
 VALUE = SUBJECT + SUBJECTS
-LAYERS, STEPS, BATCH, RATE = 3, 320, 24, 1e-3
+LAYERS, STEPS, BATCH, RATE = 3, 450, 24, 1e-3
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
 TEXTS = {"small": (400, 40), "large": (2000, 200)}  # of each task; continued with guidance
 
 EXPECTED = (
     "on texts not seen, the AUROC of the detector on lookback ratios is at most 0.05 below that of the one on hidden "
     "states, and at least 0.8 on the task that it was not fitted on; guided decoding leaves fewer hallucinated answers "
-    "than sampling (by two standard errors) and than greedy decoding"
+    "than sampling, than greedy decoding and than with a lens of shuffled labels, each by two standard errors"
 )
 
 
@@ -53,7 +57,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.remembered = torch.randint(VALUE, VALUE + VALUES, (SUBJECTS, LENGTH), generator=self.generator)
-        self.known = torch.linspace(0.1, 0.9, SUBJECTS)  # how often an answer goes over into memory
+        self.known = KNOWN * (torch.arange(SUBJECTS) % 2)  # how often an answer comes from memory
 
     def documents(self, n: int, task: str) -> Documents:
         g = self.generator
@@ -64,10 +68,8 @@ class World:
         asked = torch.rand(n, TOLD, generator=g).argsort(1)[:, : ANSWERED[task]]
         about = subjects.gather(1, asked)
         drifts = torch.rand(about.shape, generator=g) < self.known[about]
-        since = torch.randint(LENGTH, about.shape, generator=g)
-        recalled = drifts[..., None] & (torch.arange(LENGTH) >= since[..., None])
         supported = facts.gather(1, asked[..., None].expand(-1, -1, LENGTH))
-        answers = torch.where(recalled, self.remembered[about], supported)
+        answers = torch.where(drifts[..., None], self.remembered[about], supported)
         said = torch.cat([SUBJECT + about[..., None], answers], dim=2).flatten(1)
         ids = torch.cat([torch.full((n, 1), BOS), told, torch.full((n, 1), CUE[task]), said], dim=1)
         cue = 1 + told.shape[1]
@@ -89,10 +91,19 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     world = World(seed)
     model = _trained(world, seed)
     answers = {task: _answers(model, world.documents(n, task), task) for task in CUE}
-    for task, found in answers.items():
-        if not 0.05 < found.grounded.mean() < 0.95:
-            return Finding(None, f"{found.grounded.mean():.0%} of answers to a {task} are grounded", EXPECTED, seed)
+    grounded = {task: float(found.grounded.mean()) for task, found in answers.items()}
+    both = Premise(
+        "some answers are grounded, some are not",
+        "20% to 80% grounded",
+        " and ".join(f"{share:.0%} of a {task}'s" for task, share in grounded.items()),
+        all(0.2 <= share <= 0.8 for share in grounded.values()),
+    )
+    if not all(0 < share < 1 for share in grounded.values()):
+        return Finding(None, "no detector can be fitted", EXPECTED, seed, premises=[both])
     auroc, lenses = _detectors(answers)
+    of = answers["summary"]
+    shuffled = of.grounded[~of.fresh][torch.randperm(int((~of.fresh).sum()), generator=world.generator).numpy()]
+    blind = LookbackLens.fit(of.ratios[~of.fresh], shuffled)
 
     documents = world.documents(guided, "summary")
     wrong = {"greedy": _wrong(documents, _written(model, documents, do_sample=False))}
@@ -100,6 +111,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         ("sampled", lenses["summary"], 1),
         ("guided", lenses["summary"], 8),
         ("guided by the lens of questions", lenses["question"], 8),
+        ("guided by a lens of shuffled labels", blind, 8),
     ):
         rows = [
             guided_decoding(
@@ -107,6 +119,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
                 {"input_ids": ids[None, : documents.prompt]},
                 lens,
                 candidates=candidates,
+                chunk=1 + LENGTH,
                 max_new_tokens=len(ids) - documents.prompt,
                 start=documents.cue,
                 seed=seed + i,
@@ -115,12 +128,19 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         ]
         wrong[name] = _wrong(documents, torch.stack(rows))
 
-    fewer = wrong["sampled"] - wrong["guided"]
+    others = ("sampled", "greedy", "guided by a lens of shuffled labels")
+    fewer = {name: mean(wrong[name] - wrong["guided"]) for name in others}
     holds = (
         all(a["lookback ratios"] >= a["hidden states"] - 0.05 for a in auroc.values())
         and all(a["lens of the other task"] >= 0.8 for a in auroc.values())
-        and float(fewer.mean()) > 2 * float(fewer.std(ddof=1)) / len(fewer) ** 0.5
-        and float(wrong["guided"].mean()) < float(wrong["greedy"].mean())
+        and all(difference.above() for difference in fewer.values())
+    )
+    better = mean(wrong["sampled"] - wrong["greedy"])
+    fair = Premise(
+        "the likeliest words are not grounded already",
+        "greedy decoding less than 0.1 better than sampling",
+        f"{better:.2f}",
+        better.value < 0.1,
     )
     figures = "; ".join(
         f"{task}: AUROC {a['lookback ratios']:.2f} (hidden states {a['hidden states']:.2f}, "
@@ -128,8 +148,11 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         for task, a in auroc.items()
     )
     shares = ", ".join(f"{share.mean():.0%} {name}" for name, share in wrong.items())
-    measured = f"{figures}. Hallucinated answers in {guided} summaries: {shares}."
-    return Finding(holds, measured, EXPECTED, seed, draw=partial(_draw, answers["summary"], auroc, wrong))
+    less = ", ".join(f"{name} {difference:.2f}" for name, difference in fewer.items())
+    measured = f"{figures}. Hallucinated answers in {guided} summaries: {shares}; guided has fewer by: {less}"
+    return Finding(
+        holds, measured, EXPECTED, seed, premises=[both, fair], draw=partial(_draw, answers["summary"], auroc, wrong)
+    )
 
 
 def _trained(world: World, seed: int) -> Any:
@@ -232,7 +255,9 @@ def _draw(found: Sampled, auroc: dict[str, dict[str, float]], wrong: dict[str, n
     middle.set_xticks(range(2), list(auroc))
     middle.set(ylim=(0.5, 1.3), yticks=[0.5, 0.6, 0.7, 0.8, 0.9, 1.0], title="AUROC on answers not seen")
     middle.legend(frameon=False, fontsize=7, loc="upper left")
-    names = [name.replace(" by the lens of questions", ",\nlens of\nquestions") for name in wrong]
+    names = [
+        name.replace(" by the lens of ", ",\nlens of\n").replace(" by a lens of ", ",\nlens of\n") for name in wrong
+    ]
     errors = [share.std(ddof=1) / len(share) ** 0.5 for share in wrong.values()]
     right.bar(names, [share.mean() for share in wrong.values()], yerr=errors, color="grey")
     right.tick_params(axis="x", labelsize=7)

@@ -2,7 +2,10 @@
 
 Texts are twelve words after [CLS]: some glad, fewer or more sad, the others neither; the more frequent feeling is the
 label. So words speak for the label or against it, and it is known which. LIME's own coefficients are those of
-infinitely many samples, from all 4096 ways to mask a text.
+infinitely many samples, from all 4096 ways to mask a text. The paper's factor of 3/2 takes the mean of a head's sum of
+exponentials for the sum, in the limit of long texts and of a mask that draws nothing: it is right to about a third,
+from about 0.6, where a mask draws as much as a word, on. Two controls were tried, on other seeds: correlations do not
+see the masked text, whose term is much the same for all words.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...data import sentences
 from ...studies.attention_vs_posthoc import (
     Classifier,
@@ -25,6 +28,7 @@ from ...studies.attention_vs_posthoc import (
     lime_mean_field,
     masked_score,
 )
+from .._measure import mean
 
 SCALES = "small", "large"
 GLAD = sum((sentences.SINGLE[f] for f in ("joy", "calm")), ())
@@ -35,9 +39,12 @@ HEADS, DIM, EMBEDDING = 6, 16, 32
 STEPS, BATCH, TEXTS = 600, 64, {"small": 60, "large": 400}
 
 EXPECTED = (
-    "the closed-form gradient is autograd's to 1e-9 of its size; in the median text the paper's approximation of LIME "
-    "correlates with LIME at 0.9 or more, and LIME is 0.8 to 1.25 times it (least squares); they differ: words for and "
-    "against the label are told apart by LIME with an AUROC of 0.9 or more, by attention with 0.3 to 0.7"
+    "the closed-form gradient is autograd's to 1e-9 of its size; LIME has a cosine of 0.95 or more with the paper's "
+    "approximation in the mean of the texts, by two standard errors more than with the same without the masked text's "
+    "term, and than with attention alone, below 0.7; in the median text LIME is 0.6 to 4/3 times the approximation "
+    "(least squares); words for and against the label are told apart by LIME with an AUROC of 0.9 or more, by "
+    "attention "
+    "with 0.3 to 0.7"
 )
 
 
@@ -47,7 +54,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     ids, feelings = _texts(TEXTS[scale], torch.Generator().manual_seed(seed + 1))
     accuracy = float((model(ids).sign() == feelings.sum(1).sign()).double().mean())
     classifier, table = model.frozen()
-    off, slopes, correlations = 0.0, [], []
+    off, slopes = 0.0, []
+    alike: dict[str, list[float]] = {"whole": [], "unmasked": [], "attention": []}
+    drawn_by_masks = []
     given: dict[str, list[Tensor]] = {
         "LIME": [],
         "paper": [],
@@ -64,7 +73,12 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         found = attention_vs_posthoc(classifier, embeddings, masked)
         exact = _lime(classifier, embeddings, masked)
         label = feeling.sum().sign()
-        correlations.append(float(torch.corrcoef(torch.stack([exact, found.lime[1:]]))[0, 1]))
+        unmasked = (classifier.weights(embeddings) * classifier.read(embeddings)).mean(0)
+        ways = {"whole": found.lime, "unmasked": unmasked, "attention": found.attention_mean}
+        for name, values in ways.items():
+            alike[name].append(float(F.cosine_similarity(exact, values[1:], dim=0)))
+        one, other = (classifier.scores(e).exp()[:, 1:].sum(-1) for e in (embeddings, masked))
+        drawn_by_masks.append(float((other / (one + other)).mean()))
         slopes.append(float(exact @ found.lime[1:] / found.lime[1:].square().sum()))
         given["LIME"].append(exact * label)
         given["paper"].append(found.lime[1:] * label)
@@ -76,15 +90,20 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     side = torch.cat(sides).numpy()
     aurocs = {name: _auroc(values[side > 0], values[side < 0]) for name, values in every.items()}
     fit = {name: float(every["LIME"] @ every[name] / (every[name] @ every[name])) for name in ("paper", "mean field")}
-    correlation, slope = float(np.median(correlations)), float(np.median(slopes))
-    holds = off <= 1e-9 and correlation >= 0.9 and 0.8 <= slope <= 1.25
-    holds = holds and aurocs["LIME"] >= 0.9 and 0.3 <= aurocs["attention"] <= 0.7
+    slope = float(np.median(slopes))
+    whole, unmasked, attention = (np.array(values) for values in alike.values())
+    more, over = mean(whole - unmasked), mean(whole - attention)
+    holds = off <= 1e-9 and whole.mean() >= 0.95 and more.above() and over.above() and attention.mean() < 0.7
+    holds = holds and 0.6 <= slope <= 4 / 3 and aurocs["LIME"] >= 0.9 and 0.3 <= aurocs["attention"] <= 0.7
     measured = (
-        f"gradients differ by {off:.0e}; LIME correlates with the paper's approximation at {correlation:.3f} and is "
-        f"{slope:.2f} times it (median text), {fit['mean field']:.2f} times the mean field's; AUROC of words for the "
-        f"label against words against it: LIME {aurocs['LIME']:.2f}, gradient x input "
-        f"{aurocs['gradient x input']:.2f}, attention {aurocs['attention']:.2f}. Accuracy {accuracy:.0%}."
+        f"gradients differ by {off:.0e}; LIME has a cosine of {mean(whole):.4f} with the paper's approximation, "
+        f"without the masked text of {mean(unmasked):.4f} (less by {more:.4f}), with attention of "
+        f"{mean(attention):.3f}; it is {slope:.2f} times the approximation (median text), {fit['mean field']:.2f} "
+        "times the mean field's; AUROC of words for the label against words against it: LIME "
+        f"{aurocs['LIME']:.2f}, gradient x input {aurocs['gradient x input']:.2f}, attention "
+        f"{aurocs['attention']:.2f}; beside as many words, masks draw {np.mean(drawn_by_masks):.0%} of the exponentials"
     )
+    learned = Premise("the classifier tells feelings", "80% right or more", f"{accuracy:.0%}", accuracy >= 0.8)
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
@@ -106,7 +125,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         right.set(title="What words get, of the largest")
         right.legend()
 
-    return Finding(None if accuracy < 0.8 else holds, measured, EXPECTED, seed, draw=draw)
+    return Finding(bool(holds), measured, EXPECTED, seed, premises=[learned], draw=draw)
 
 
 def _lime(classifier: Classifier, embeddings: Tensor, masked: Tensor) -> Tensor:

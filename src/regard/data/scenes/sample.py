@@ -29,6 +29,8 @@ class Dials:
         the shape are as they would be otherwise.
     backdrop: (shape, texture, probability): before a scene with the shape the background is this texture with this
         probability, before one without it with one minus this probability; otherwise another of `textures`.
+    painted: any number of (shape, colour, probability): an object of this shape has this colour with this probability,
+        and otherwise any, this one too.
     """
 
     objects: tuple[int, int] = (1, 4)
@@ -41,6 +43,7 @@ class Dials:
     overlap: float = 0.0
     together: tuple[str, str, float] | None = None
     backdrop: tuple[str, str, float] | None = None
+    painted: tuple[tuple[str, str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for what, values, among in (
@@ -69,6 +72,11 @@ class Dials:
                 raise ValueError(f"the probability of {name} lies between 0 and 1, got {probability}")
             if shape == other or not set(others) - {shape, other} or (name == "together" and self.objects[1] < 2):
                 raise ValueError(f"{name} needs two different ones, a third to choose from, and room for two objects")
+        for shape, colour, probability in self.painted:
+            known("shape for painted", shape, SHAPES)
+            known("choice for painted", colour, self.colours)
+            if not 0 <= probability <= 1:
+                raise ValueError(f"the probability of painted lies between 0 and 1, got {probability}")
 
     def countered(self) -> Dials:
         """These dials with every bias turned round: a probability p becomes 1 - p."""
@@ -76,7 +84,8 @@ class Dials:
         def turn(bias):
             return bias and (*bias[:2], 1 - bias[2])
 
-        return replace(self, together=turn(self.together), backdrop=turn(self.backdrop))
+        painted = tuple(map(turn, self.painted))
+        return replace(self, together=turn(self.together), backdrop=turn(self.backdrop), painted=painted)
 
 
 def sample(dials: Dials, seed: int, index: int) -> Scene:
@@ -88,6 +97,10 @@ def sample(dials: Dials, seed: int, index: int) -> Scene:
     rng = generator(seed, index)
     shapes = _shapes(dials, rng)
     colours = [dials.colours[i] for i in rng.integers(len(dials.colours), size=len(shapes))]
+    if dials.painted:
+        usual = {shape: (colour, probability) for shape, colour, probability in dials.painted}
+        chance = zip(shapes, colours, rng.random(len(shapes)))
+        colours = [usual[s][0] if s in usual and x < usual[s][1] else colour for s, colour, x in chance]
     sizes = [dials.sizes[i] for i in rng.integers(len(dials.sizes), size=len(shapes))]
     sizes, centres = _layout(dials, sizes, rng)
     low, high = dials.clutter

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -49,14 +50,16 @@ class Question(NamedTuple):
     about: tuple[int, ...]
 
 
-def caption(scene: Scene) -> str:
+def caption(scene: Scene, *, last: Collection[str] = ()) -> str:
     """Every object with its colour, from left to right, alike ones together, and the background unless it is plain.
+
+    last: shapes that are named after all others.
 
     >>> from regard.data.scenes import Object, Scene, caption
     >>> caption(Scene((Object("star", "red", "small", 0.7, 0.5), Object("fork", "orange", "small", 0.3, 0.5))))
     'an orange fork and a red star'
     """
-    kinds = Counter((o.colour, o.shape) for o in sorted(scene.objects, key=lambda o: o.x))
+    kinds = Counter((o.colour, o.shape) for o in sorted(scene.objects, key=lambda o: (o.shape in last, o.x)))
     parts = [
         _a(f"{colour} {shape}") if n == 1 else f"{_number(n)} {colour} {_plural(shape)}"
         for (colour, shape), n in kinds.items()

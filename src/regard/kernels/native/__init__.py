@@ -11,12 +11,14 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import strips
+from ..derivatives import again, gradients, transformed
 from ..operands import Operands, Reduction
 from ..strips import cut, misfit, stack
 
@@ -48,7 +50,7 @@ class _Attention(Structure):
 class _Results(Structure):
     _fields_ = [
         ("output", _Tensor4),
-        *((n, c_void_p) for n in ("lse", "entropy", "maximum", "squares")),
+        *((n, c_void_p) for n in ("lse", "reference", "above", "entropy", "maximum", "squares")),
         ("n_distance", c_int64),
         ("clips", c_void_p),
         ("start", c_int64),
@@ -76,7 +78,7 @@ class _Gradients(Structure):
     _fields_ = [
         ("output", _Tensor4),
         ("grad", _Tensor4),
-        *((n, c_void_p) for n in ("lse", "query", "key", "value")),
+        *((n, c_void_p) for n in ("lse", "reference", "above", "query", "key", "value")),
         ("bias", _Tensor4),
         ("sinks", c_void_p),
     ]
@@ -94,6 +96,16 @@ class Blocks(NamedTuple):
     indices: Tensor
     query_size: int = 128
     key_size: int = 128
+
+    def pairs(self, n_query: int, n_key: int) -> Tensor:
+        """Which queries see which keys. [batch|1, head|1, query, key] boolean"""
+        shape = torch.broadcast_shapes(self.counts.shape, self.indices.shape[:3])
+        used = torch.arange(self.indices.shape[3]) < self.counts.expand(shape)[..., None]
+        n_block = -(-n_key // self.key_size)
+        at = self.indices.expand(*shape, -1).long().where(used, n_block)  # the last: of no keys
+        seen = torch.zeros(*shape, n_block + 1, dtype=torch.bool).scatter_(-1, at, True)
+        seen = seen.repeat_interleave(self.query_size, 2).repeat_interleave(self.key_size, 3)
+        return seen[:, :, :n_query, :n_key]
 
 
 @cache
@@ -279,7 +291,7 @@ def attention(
     if problem:
         raise ValueError(problem)
     settings = _settings(query, key, scale=scale, causal=causal, window=window, blocks=blocks, softcap=softcap)
-    return _Attend.apply(query, key, value, bias, sinks, mask, settings)  # type: ignore[no-any-return]
+    return _attend(query, key, value, bias, sinks, mask, settings)
 
 
 def part(
@@ -292,8 +304,10 @@ def part(
     """
     if problem := _shapes(query, key, value, settings.get("window"), settings.get("blocks")):
         raise ValueError(problem)
-    out = torch.empty(*query.shape[:3], value.shape[-1])
-    return out, _solve(query, key, value, None, None, mask, _settings(query, key, **settings), out)
+    out, lse = torch.empty(*query.shape[:3], value.shape[-1]), torch.empty(query.shape[:3])
+    results = _Results(output=_tensor4(out), lse=lse.data_ptr())
+    _Job(query, key, value, None, None, mask, **_settings(query, key, **settings)).run("forward", results)
+    return out, lse
 
 
 def part_gradients(
@@ -312,8 +326,10 @@ def part_gradients(
     output [batch, head, query, dim], lse [batch, head, query] and the gradient `grad` of the output are those of whole
     rows, all parts joined.
     """
+    gradients, lse = _Gradients(), lse.contiguous()
+    gradients.lse = lse.data_ptr()
     settings = _settings(query, key, **settings)
-    return _differentiate(query, key, value, None, None, mask, settings, output, lse.contiguous(), grad)[:3]
+    return _differentiate(query, key, value, None, None, mask, settings, output, gradients, grad)[:3]
 
 
 def _settings(
@@ -338,8 +354,11 @@ def _settings(
 def differentiable(call: Operands) -> Tensor:
     """The output of a call, with gradients. [batch, head, query, dim]"""
     settings = {"scale": call.scale, "softcap": call.softcap, **_limits(call.causal, None)}
-    bias = None if call.bias is None else cut(call.bias, 0, call.query.shape[2], call.key.shape[2])
-    return _Attend.apply(call.query, call.key, call.value, bias, call.sinks, call.mask, settings)  # type: ignore[no-any-return]
+    bias, mask = call.bias, call.mask
+    if mask is not None and mask.requires_grad:  # it is learned, as a bias is
+        bias, mask = (mask if bias is None else bias + mask), None
+    bias = None if bias is None else cut(bias, 0, call.query.shape[2], call.key.shape[2])
+    return _attend(call.query, call.key, call.value, bias, call.sinks, mask, settings)
 
 
 def _limits(causal: bool, window: int | None) -> dict[str, int]:
@@ -373,35 +392,65 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor, window: int | None, block
     return None
 
 
+def _attend(*arguments: Any) -> Tensor:
+    return _in_torch(*arguments) if transformed(*arguments[:-1]) else _Attend.apply(*arguments)  # type: ignore[return-value]
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Any, sinks: Any, mask: Any, settings: Any):
         # Laid out as models go on with it: heads side by side.
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
-        lse = _solve(query, key, value, bias, sinks, mask, settings, out)
+        sums = torch.empty(2, *query.shape[:3])  # of each row, in two parts: a rounded log-sum-exp would lose digits
+        results = _Results(output=_tensor4(out), reference=sums[0].data_ptr(), above=sums[1].data_ptr())
+        _Job(query, key, value, bias, sinks, mask, **settings).run("forward", results)
         ctx.settings = settings
-        ctx.save_for_backward(query, key, value, bias, sinks, mask, out, lse)
+        ctx.save_for_backward(query, key, value, bias, sinks, mask, out, sums)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        query, key, value, bias, sinks, mask, out, lse = ctx.saved_tensors
+        *inputs, out, sums = ctx.saved_tensors
+        if again(grad):
+            return *gradients(partial(_in_torch, settings=ctx.settings), grad, *inputs), None
+        found = _Gradients(reference=sums[0].data_ptr(), above=sums[1].data_ptr())
         learned = {"bias": ctx.needs_input_grad[3], "sinks": ctx.needs_input_grad[4]}
-        d_query, d_key, d_value, d_bias, d_sinks = _differentiate(
-            query, key, value, bias, sinks, mask, ctx.settings, out, lse, grad, **learned
-        )
-        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_bias, d_sinks, None, None
+        d_inputs = _differentiate(*inputs, ctx.settings, out, found, grad, **learned)
+        d_query, d_key, d_value = (d.to(t.dtype) for d, t in zip(d_inputs[:3], inputs[:3], strict=True))
+        return d_query, d_key, d_value, *d_inputs[3:], None, None
 
 
-def _solve(
-    query: Tensor, key: Tensor, value: Tensor, bias: Any, sinks: Any, mask: Any, settings: Any, out: Tensor
+def _in_torch(
+    query: Tensor, key: Tensor, value: Tensor, bias: Any, sinks: Any, mask: Any, settings: dict[str, Any]
 ) -> Tensor:
-    """Writes the output, and gives the log-sum-exp of each row."""
-    results, lse = _Results(), torch.empty(query.shape[:3], dtype=torch.float32)
-    results.output, results.lse = _tensor4(out), lse.data_ptr()
-    _Job(query, key, value, bias, sinks, mask, **settings).run("forward", results)
-    return lse
+    """The same in plain torch, at the cost of all pairs."""
+    mask, bias = (None if t is None else cut(t, 0, query.shape[2], key.shape[2]) for t in (mask, bias))
+    met, rows = _met(query, key, settings), None
+    if met is not None:
+        rows = met.any(-1, keepdim=True)
+        met = met | ~rows  # softmax over nothing has no derivative; what it gives is left out below
+        boolean = mask is not None and mask.dtype == torch.bool
+        if boolean and bias is not None:
+            mask = mask | ~met  # beside a bias a mask only lowers scores; limits come after it
+        if bias is None and (boolean or mask is None):
+            mask = met if mask is None else mask & met
+        else:
+            limits = torch.zeros(met.shape).masked_fill(~met, float("-inf"))
+            bias = limits if bias is None else bias + limits
+    scale, softcap = settings["scale"], settings["softcap"]
+    output = strips.output(Operands(query, key, value, scale, mask, False, bias, softcap, sinks))
+    return output if rows is None else output.where(rows, 0.0)
+
+
+def _met(query: Tensor, key: Tensor, settings: dict[str, Any]) -> Tensor | None:
+    """Which pairs its limits leave to a call, [batch|1, head|1, query, key]; None: all."""
+    n_query, n_key = query.shape[2], key.shape[2]
+    apart = torch.arange(n_key) - torch.arange(n_query)[:, None] - settings.get("offset", 0)
+    met = ((apart >= -settings["left"]) & (apart <= settings["right"]))[None, None]
+    blocks: Blocks | None = settings.get("blocks")
+    if blocks is not None:
+        met = met & blocks.pairs(n_query, n_key)
+    return None if met.all() else met
 
 
 def _differentiate(
@@ -413,16 +462,19 @@ def _differentiate(
     mask: Tensor | None,
     settings: Any,
     out: Tensor,
-    lse: Tensor,
+    gradients: _Gradients,
     grad: Tensor,
     *,
     bias: bool = False,
     sinks: bool = False,
 ) -> tuple[Any, ...]:
-    """Gradients of query, key and value, in float32, and of bias and sinks where asked for."""
+    """Gradients of query, key and value, in float32, and of bias and sinks where asked for.
+
+    gradients: what is known of the sum of each row.
+    """
     batch, heads, n_query, dim = query.shape
     group = heads // key.shape[1]
-    gradients = _Gradients(lse=lse.data_ptr(), output=_tensor4(out), grad=_tensor4(grad))
+    gradients.output, gradients.grad = _tensor4(out), _tensor4(grad)
     d_query = torch.empty(batch, heads, n_query, dim)
     d_key = torch.empty(batch, heads, key.shape[2], dim)
     d_value = torch.empty(batch, heads, key.shape[2], value.shape[-1])

@@ -32,7 +32,9 @@ struct Attention {
 // Every result is float32 and contiguous, and absent where not asked for; output excepted.
 struct Results {
   Tensor4 output;                            // [batch, head, query, value_dim]
-  float *lse, *entropy, *maximum, *squares;  // [batch, head, query]
+  float* lse;                                // [batch, head, query], nats
+  float *reference, *above;                  // [batch, head, query]: the same in two parts, see below
+  float *entropy, *maximum, *squares;        // [batch, head, query]
   int64_t n_distance;                        // distances |start + query - key|, clipped
   const float* clips;
   int64_t start;
@@ -52,10 +54,11 @@ struct Results {
   const float* given_lse;  // [batch, head, query]: known already, nats
 };
 
-// Gradients, float32 and contiguous; query_heads of a key head are summed by the caller.
+// Gradients, float32 and contiguous; query_heads of a key head are summed by the caller. Of each row either its
+// log-sum-exp is given or, which loses no digits, a score and the base-2 logarithm of the sum of weights relative to it.
 struct Gradients {
   Tensor4 output, grad;  // [batch, head, query, value_dim]
-  const float* lse;      // [batch, head, query]
+  const float *lse, *reference, *above;  // [batch, head, query]
   float* query;          // [batch, head, query, dim]
   float *key, *value;    // [batch, head, key, dim], [batch, head, key, value_dim]
   Tensor4 bias;          // [batch, head, query, key] by strides; one writer for each element is the caller's care

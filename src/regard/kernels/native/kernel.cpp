@@ -20,10 +20,10 @@ namespace REGARD_ISA {
 namespace {
 
 constexpr int BQ = 48, CP = PN >= 32 ? 8 : 128 / PN;
+constexpr int FEW = 4;  // rows for which packing keys costs more than it saves
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT = std::numeric_limits<float>::quiet_NaN();
 constexpr float FLOOR = -1000.0f;  // a score this far below the maximum weighs nothing, and 0 * FLOOR is still 0
-constexpr float LOWEST = -1e38f;   // log-sum-exp of a row that sees nothing but what is masked
 constexpr int64_t ALIGN = 64;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -158,6 +158,20 @@ void scores(const float* q, const float* k, int64_t dim, float* s, float* top) {
     store(s + r * PN, a[r][0]);
     store(s + r * PN + W, a[r][1]);
     if (top) store(top + r * W, larger(load(top + r * W), larger(a[r][0], a[r][1])));
+  }
+}
+
+// Scores of one row and one panel, from keys as they lie in memory. q: [width], k: PN rows `step` apart; see `scores`.
+void scores_in_place(const float* q, const float* k, int64_t step, int64_t width, float* s, float* top) {
+  for (int j = 0; j < PN; j += W, k += W * step) {
+    vf a[W];
+    for (int w = 0; w < W; w++) {  // in the order of memory
+      a[w] = load(q) * load(k + w * step);
+      for (int64_t d = W; d < width; d += W) a[w] += load(q + d) * load(k + w * step + d);
+    }
+    const vf found = sums(a);
+    store(s + j, found);
+    if (top) store(top, larger(load(top), found));
   }
 }
 
@@ -368,7 +382,14 @@ class Packed {
   Memory<float> keys, values, key_rows, scratch;
   std::vector<Done> done;
 
-  int64_t place(int64_t p, int slot) const { return once ? slot : p; }
+  float* place(Memory<float>& memory, int64_t p, int slot, int64_t width) const {
+    return memory.get((once ? CP : panels) * PN * width) + (once ? slot : p) * PN * width;
+  }
+  // Panel p as it lies in memory, rows `width` apart, where it can be used like that.
+  const float* as_it_is(const Tensor4& t, int64_t dim, int64_t p) const {
+    const bool fits = t.type == FLOAT32 && t.stride[3] == 1 && dim % W == 0 && (p + 1) * PN <= a.n_key;
+    return fits ? static_cast<const float*>(t.data) + at(t, batch, kv_head, p * PN) : nullptr;
+  }
 
  public:
   const int64_t width, value_width;
@@ -379,10 +400,7 @@ class Packed {
         panels((a.n_key + PN - 1) / PN),
         width(up(a.dim, W)),
         value_width(up(a.value_dim, W)) {
-    const int64_t n = (once ? CP : panels) * PN;
-    keys.get(n * width), values.get(n * value_width), scratch.get(PN * std::max(width, value_width));
-    if (turned) key_rows.get(n * width);
-    done.resize(panels);
+    if (!once) done.resize(panels);
   }
   void turn_to(int64_t new_batch, int64_t new_head) {
     if (batch == new_batch && kv_head == new_head) return;
@@ -391,27 +409,31 @@ class Packed {
   }
   // Panel p of the head, as number `slot` of its chunk: keys [width][PN], values [PN][value_width].
   const float* key_panel(int64_t p, int slot) {
-    float* out = keys.own.get() + place(p, slot) * PN * width;
-    if (once || !done[p].keys) {
-      done[p].keys = true;
-      read_panel(a.key, batch, kv_head, p * PN, a.n_key, a.dim, scratch.own.get(), out);
-      if (turned) std::copy_n(scratch.own.get(), PN * width, key_rows.own.get() + p * PN * width);
-    }
+    float* out = place(keys, p, slot, width);
+    if (!once && done[p].keys) return out;
+    float* rows = turned ? place(key_rows, p, slot, width) : scratch.get(PN * std::max(width, value_width));
+    read_panel(a.key, batch, kv_head, p * PN, a.n_key, a.dim, rows, out);
+    if (!once) done[p].keys = true;
     return out;
   }
-  const float* rows_of_keys(int64_t p) const { return key_rows.own.get() + p * PN * width; }
+  const float* rows_of_keys(int64_t p) { return place(key_rows, p, 0, width); }
+  // The keys of panel p as rows, `step` apart, each whole vectors wide.
+  const float* keys_in_place(int64_t p, int64_t* step) {
+    *step = a.key.stride[2];
+    if (const float* own = as_it_is(a.key, a.dim, p)) return own;
+    float* rows = scratch.get(PN * std::max(width, value_width));
+    read_rows(a.key, batch, kv_head, p * PN, std::min<int64_t>(PN, a.n_key - p * PN), PN, a.dim, *step = width, rows);
+    return rows;
+  }
   const float* value_panel(int64_t p, int slot) {
-    float* out = values.own.get() + place(p, slot) * PN * value_width;
+    if (const float* own = as_it_is(a.value, a.value_dim, p); own && once && a.value.stride[2] == value_width) return own;
+    float* out = place(values, p, slot, value_width);
     if (!once && done[p].values) return out;
-    done[p].values = true;
     const int64_t n = std::min<int64_t>(PN, a.n_key - p * PN);
-    if (turned) {
-      read_panel(a.value, batch, kv_head, p * PN, a.n_key, a.value_dim, scratch.own.get(), out);
-      return out;
-    }
-    const bool as_is = a.value.type == FLOAT32 && a.value.stride[3] == 1 && a.value.stride[2] == value_width;
-    if (once && as_is && n == PN) return static_cast<const float*>(a.value.data) + at(a.value, batch, kv_head, p * PN);
-    read_rows(a.value, batch, kv_head, p * PN, n, PN, a.value_dim, value_width, out);
+    float* rows = scratch.get(PN * std::max(width, value_width));
+    if (turned) read_panel(a.value, batch, kv_head, p * PN, a.n_key, a.value_dim, rows, out);
+    else read_rows(a.value, batch, kv_head, p * PN, n, PN, a.value_dim, value_width, out);
+    if (!once) done[p].values = true;
     return out;
   }
 };
@@ -508,6 +530,7 @@ struct State {
   Memory<float> memory, strip_memory, maxima_memory;
   float *maximum, *sum, *entropy, *squares, *distance, *mass, *output, *strip, *maxima;
   int64_t slots = 0;  // panels in the strip
+  int64_t rows = 0;
 };
 
 struct Forward {
@@ -536,23 +559,38 @@ struct Forward {
   void start(State& s, const Block& block, int64_t unit, int64_t slots) {
     packed.turn_to(block.batch, block.kv_head);
     part = unit % parts;
-    const int64_t lanes = BQ * W;
-    float* p = s.memory.get(BQ + lanes * (3 + r.n_distance + r.n_mass) + BQ * width);
+    s.rows = block.tiles.padded;
+    const int64_t lanes = s.rows * W;
+    float* p = s.memory.get(s.rows + lanes * (3 + r.n_distance + r.n_mass) + s.rows * width);
     const auto take = [&](int64_t n) { return (p += n) - n; };
     s.sum = take(lanes), s.entropy = take(lanes), s.squares = take(lanes);
     s.distance = take(lanes * r.n_distance), s.mass = take(lanes * r.n_mass);
-    s.output = take(BQ * width), s.maximum = take(BQ);
+    s.output = take(s.rows * width), s.maximum = take(s.rows);
     std::fill(s.sum, s.maximum, 0.0f);
-    std::fill(s.maximum, s.maximum + BQ, -INF);
+    std::fill(s.maximum, s.maximum + s.rows, -INF);
     s.slots = slots;
     s.strip = s.strip_memory.get((keep ? slots + CP : CP) * block.tiles.padded * PN);
-    s.maxima = s.maxima_memory.get((slots / CP + 1) * BQ);
+    s.maxima = s.maxima_memory.get((slots / CP + 1) * s.rows);
   }
 
+  // A block's queries: turned for the tiles, or as rows where they are few.
   const float* read_block(const Block& block) {
-    float* q = queries.get(BQ * 2 * a.dim);
-    read_queries(a.query, block, a.dim, a.dim, q + BQ * a.dim, q);
-    return q;
+    const int64_t rows = block.tiles.padded;
+    float* q = queries.get(rows * (a.dim + packed.width));
+    read_queries(a.query, block, a.dim, packed.width, q + rows * a.dim, q);
+    return block.m <= FEW ? q + rows * a.dim : q;
+  }
+
+  // Scores of one tile and one panel, before a mask or anything else changes them.
+  void score(const Block& block, const Tile& tile, const float* q, int64_t panel, int slot, float* s, float* top) {
+    if (block.m > FEW) {
+      scores_of(tile.rows, q + tile.start * a.dim, packed.key_panel(panel, slot), a.dim, s, top);
+      return;
+    }
+    int64_t step;
+    const float* k = packed.keys_in_place(panel, &step);
+    for (int i = 0; i < tile.real; i++)
+      scores_in_place(q + (tile.start + i) * packed.width, k, step, packed.width, s + i * PN, top ? top + i * W : top);
   }
 
   // Panels [first, last) of the block's list.
@@ -567,23 +605,22 @@ struct Forward {
       std::fill(top, top + block.tiles.padded * W, -INF);
       for (int u = 0; u < n; u++) {
         const int64_t p = block.panels[t + u];
-        const float* k = packed.key_panel(p, u);
         float* x = strip + u * slot_size;
         for (const Tile& tile : block.tiles) {
           float* tile_top = top + tile.start * W;
           if (!tile.meets(p)) {
             std::fill_n(x + tile.start * PN, tile.rows * PN, 0.0f);
           } else if (dress.needed(tile, p)) {
-            scores_of(tile.rows, q + tile.start * a.dim, k, a.dim, x + tile.start * PN, nullptr);
+            score(block, tile, q, p, u, x + tile.start * PN, nullptr);
             dress(block, tile, p, x, nullptr, top);
           } else {
-            scores_of(tile.rows, q + tile.start * a.dim, k, a.dim, x + tile.start * PN, tile_top);
+            score(block, tile, q, p, u, x + tile.start * PN, tile_top);
           }
         }
         weights[u] = x;
         if (r.output.data) values[u] = packed.value_panel(p, u);
       }
-      float* maxima = s.maxima + (t - first) / CP * BQ;
+      float* maxima = s.maxima + (t - first) / CP * s.rows;
       for (const Tile& tile : block.tiles) {
         int from, to;
         meeting(block, tile, t, n, &from, &to);
@@ -628,8 +665,8 @@ struct Forward {
     if (r.entropy) store(s.entropy + i * W, (load(s.entropy + i * W) + load(s.sum + i * W) * all(down)) * factor);
     scale(s.sum + i * W);
     if (r.squares) store(s.squares + i * W, load(s.squares + i * W) * factor * factor);
-    for (int64_t c = 0; c < r.n_distance; c++) scale(s.distance + (c * BQ + i) * W);
-    for (int64_t g = 0; g < r.n_mass; g++) scale(s.mass + (g * BQ + i) * W);
+    for (int64_t c = 0; c < r.n_distance; c++) scale(s.distance + (c * s.rows + i) * W);
+    for (int64_t g = 0; g < r.n_mass; g++) scale(s.mass + (g * s.rows + i) * W);
     if (r.output.data)
       for (int64_t d = 0; d < width; d += W) scale(s.output + i * width + d);
   }
@@ -662,7 +699,7 @@ struct Forward {
     vf lanes;
     for (int w = 0; w < W; w++) lanes[w] = float(w);
     const vf clip = all(r.clips[c] < 0 ? INF : r.clips[c]);
-    vf d = load(s.distance + (c * BQ + i) * W);
+    vf d = load(s.distance + (c * s.rows + i) * W);
     for (int u = from; u < to; u++) {
       const float* p = x + u * slot_size;
       const vf near = all(float(r.start + block.rows[i].query - block.panels[t + u] * PN)) - lanes;
@@ -671,7 +708,7 @@ struct Forward {
       d += load(p) * (d0 < clip ? d0 : clip);
       d += load(p + W) * (d1 < clip ? d1 : clip);
     }
-    store(s.distance + (c * BQ + i) * W, d);
+    store(s.distance + (c * s.rows + i) * W, d);
   }
 
   void masses(const Block& block, State& s, int64_t g, int64_t t, const float* x, int n, int64_t slot_size) const {
@@ -682,7 +719,7 @@ struct Forward {
         set[j] = j0 + j < a.n_key ? r.sets[block.batch * r.mass_stride + g * a.n_key + j0 + j] : 0.0f;
       const vf g0 = load(set), g1 = load(set + W);
       for (int i = 0; i < block.m; i++) {
-        float* m = s.mass + (g * BQ + i) * W;
+        float* m = s.mass + (g * s.rows + i) * W;
         store(m, load(m) + load(x + i * PN) * g0 + load(x + i * PN + W) * g1);
       }
     }
@@ -744,14 +781,15 @@ struct Forward {
       const float mine = total(&State::sum, i * W);
       const float reference = r.given_lse ? s.maxima[i] : s.maximum[i];
       float above = std::log2(mine), inverse = 1.0f / mine;
+      float level = reference, over = above;  // the same as reference and above, from the sink where it is higher
       if (r.given_lse) {
-        above = 0.0f, inverse = 1.0f;
-        if (!a.sinks.data) above = std::log2(mine), inverse = 1.0f / mine;  // takes its rounding away
+        if (a.sinks.data) above = over = 0.0f, inverse = 1.0f;  // otherwise the total takes its rounding away
       } else if (a.sinks.data) {
         const float sink = sink_of(a, block, row) * (LOG2E / dress.unit), peak = std::max(sink, s.maximum[i]);
         const float own = weight_at((s.maximum[i] - peak) * dress.unit);
         const float all_weight = mine * own + weight_at((sink - peak) * dress.unit);
-        above = (peak - s.maximum[i]) * dress.unit + std::log2(all_weight);
+        level = peak, over = std::log2(all_weight);
+        above = (peak - s.maximum[i]) * dress.unit + over;
         inverse = own / all_weight;
         if (sink != sink) inverse = above = NOT;
       }
@@ -760,13 +798,14 @@ struct Forward {
       if (mine != mine) inverse = above = NOT;
       bad |= inverse != inverse;
       const float zero = blind ? inverse : 0.0f;  // 0, or NaN
-      references[i] = blind ? 0.0f : reference;
-      aboves[i] = blind && inverse == 0.0f ? INF : above;
+      references[i] = blind ? 0.0f : level;
+      aboves[i] = blind && inverse == 0.0f ? INF : inverse != inverse ? NOT : over;
       if (r.lse)
-        r.lse[out] = !blind            ? reference * (dress.unit * LN2) + above * LN2
+        r.lse[out] = !blind            ? level * (dress.unit * LN2) + aboves[i] * LN2
                      : a.sinks.data    ? sink_of(a, block, row)
                      : inverse == 0.0f ? -INF
                                        : NOT;
+      if (r.above) r.reference[out] = references[i], r.above[out] = aboves[i];
       if (r.entropy)
         r.entropy[out] =
             blind || inverse == 0.0f ? zero : LN2 * inverse * (above * mine - total(&State::entropy, i * W));
@@ -774,8 +813,8 @@ struct Forward {
       if (r.squares) r.squares[out] = total(&State::squares, i * W) * inverse * inverse;
       const int64_t rows = a.batch * a.heads * a.n_query;
       for (int64_t c = 0; c < r.n_distance; c++)
-        r.distance[c * rows + out] = total(&State::distance, (c * BQ + i) * W) * inverse;
-      for (int64_t g = 0; g < r.n_mass; g++) r.mass[g * rows + out] = total(&State::mass, (g * BQ + i) * W) * inverse;
+        r.distance[c * rows + out] = total(&State::distance, (c * s.rows + i) * W) * inverse;
+      for (int64_t g = 0; g < r.n_mass; g++) r.mass[g * rows + out] = total(&State::mass, (g * s.rows + i) * W) * inverse;
       if (r.output.data) {
         float* o = s.output + i * width;
         for (int64_t d = 0; d < width; d += W) {
@@ -793,7 +832,7 @@ struct Forward {
       for (int64_t t = 0; t < own.slots; t += CP) {
         const int n = int(std::min<int64_t>(CP, own.slots - t));
         for (int i = 0; i < block.m; i++)
-          factor[i] = weight_at((own.maxima[t / CP * BQ + i] - references[i]) * dress.unit - aboves[i]);
+          factor[i] = weight_at((own.maxima[t / CP * own.rows + i] - references[i]) * dress.unit - aboves[i]);
         float* strip = own.strip + t * slot_size;
         if (r.n_received && !r.given_lse) receive(block, firsts[k] + t, n, strip, slot_size, factor);
         if (r.k || r.n_at)  // looked at again, each row by itself
@@ -883,6 +922,20 @@ void forward(const Attention& a, const Results& r) {
   Memory<float> columns;
   if (r.n_received) std::fill_n(columns.get(plan.parts * columns_size), plan.parts * columns_size, 0.0f);
   const auto make = [&] { return std::make_unique<Forward>(a, r, plan, columns.own.get(), columns_width); };
+  // What a head's keys received, parts of the queries added up always in the same order.
+  const auto give = [&](int64_t i) {
+    for (int64_t j = 0; j < a.n_key; j++) {
+      float total = 0.0f;
+      for (int64_t part = 0; part < plan.parts; part++)
+        total += columns.own.get()[part * columns_size + i * columns_width + j];
+      r.received[i * a.n_key + j] = total;
+    }
+  };
+  const auto end = [&](int64_t unit) {  // a head is one unit's own, unless its queries are in parts
+    const auto of = plan.heads_of(unit);
+    for (int64_t g = 0; g < r.n_received && plan.parts == 1; g++)
+      for (int64_t h = of.first; h < of.last; h++) give((g * a.batch + of.batch) * a.heads + h);
+  };
 
   if (plan.splits == 1) {
     share(plan.units, a.threads, make, [&](Forward& own, int64_t unit) {
@@ -892,6 +945,7 @@ void forward(const Attention& a, const Results& r) {
         own.accumulate(block, own.state, 0, block.panels.size());
         own.finish(block, &own.state, &first, 1);
       });
+      end(unit);
     });
   } else {
     std::vector<State> states(plan.units * plan.splits);
@@ -913,17 +967,10 @@ void forward(const Attention& a, const Results& r) {
         for (int64_t split = 0; split < plan.splits; split++) firsts[split] = from(block, split);
         own.finish(block, &states[unit * plan.splits], firsts, int(plan.splits));
       });
+      end(unit);
     });
   }
-  parallel(r.n_received ? r.n_received * a.batch * a.heads : 0, a.threads, [&](int64_t i) {
-    float* out = r.received + i * a.n_key;
-    for (int64_t j = 0; j < a.n_key; j++) {
-      float total = 0.0f;
-      for (int64_t part = 0; part < plan.parts; part++)
-        total += columns.own.get()[part * columns_size + i * columns_width + j];
-      out[j] = total;
-    }
-  });
+  if (plan.parts > 1) parallel(r.n_received * a.batch * a.heads, a.threads, [&](int64_t i) { give(i); });
 }
 
 // ------------------------------------------------------------------------------------------------------ backward
@@ -939,7 +986,7 @@ struct Backward {
   bool capped;
   int64_t width, value_width, padded_keys, head_size;
   Memory<float> memory, sums_memory;
-  float *q_rows, *q, *d_rows, *d, *o_rows, *d_query, *weights, *d_weights, *slope, *lse, *inner, *sums;
+  float *q_rows, *q, *d_rows, *d, *o_rows, *d_query, *weights, *d_weights, *slope, *reference, *above, *inner, *sums;
 
   Backward(const Attention& a, const Gradients& g, const Plan& plan)
       : a(a),
@@ -952,11 +999,12 @@ struct Backward {
         padded_keys(up(a.n_key, PN)),
         head_size(padded_keys * (width + value_width)) {
     const int64_t area = BQ * CP * PN;
-    float* p = memory.get(BQ * 3 * (width + value_width) + 3 * area + 2 * BQ);
+    float* p = memory.get(BQ * 3 * (width + value_width) + 3 * area + 3 * BQ);
     const auto take = [&](int64_t n) { return (p += n) - n; };
     q_rows = take(BQ * width), q = take(BQ * width), d_query = take(BQ * width);
     d_rows = take(BQ * value_width), d = take(BQ * value_width), o_rows = take(BQ * value_width);
-    weights = take(area), d_weights = take(area), slope = take(area), lse = take(BQ), inner = take(BQ);
+    weights = take(area), d_weights = take(area), slope = take(area);
+    reference = take(BQ), above = take(BQ), inner = take(BQ);
     sums = sums_memory.get(plan.heads_together * head_size);
   }
 
@@ -1009,12 +1057,13 @@ struct Backward {
     vf total = {};
     for (int64_t c = i * value_width; c < (i + 1) * value_width; c += W) total += load(d_rows + c) * load(o_rows + c);
     inner[i] = sum(total);
-    const float natural = g.lse[row_of(block, i)];
-    lse[i] = natural * (LOG2E / dress.unit);
-    if (natural <= LOWEST) lse[i] = INF;  // sees nothing but what is masked: no gradient
+    const int64_t at = row_of(block, i);
+    const bool blind = g.lse && g.lse[at] == -INF;
+    reference[i] = g.lse ? (blind ? 0.0f : g.lse[at] * (LOG2E / dress.unit)) : g.reference[at];
+    above[i] = g.lse ? (blind ? INF : 0.0f) : g.above[at];
     if (!g.sinks) return;
-    const float sink = sink_of(a, block, block.rows[i]);
-    g.sinks[row_of(block, i)] = -weight_at((sink - natural) * LOG2E) * inner[i];
+    const float sink = sink_of(a, block, block.rows[i]) * (LOG2E / dress.unit);
+    g.sinks[at] = -weight_at((sink - reference[i]) * dress.unit - above[i]) * inner[i];
   }
 
   // Weights x and the gradient of scores dx, for the rows of a tile and one panel.
@@ -1030,7 +1079,7 @@ struct Backward {
     if (dress.needed(tile, panel)) dress(block, tile, panel, x, capped ? slope : nullptr, nullptr);
     for (int i = tile.start; i < tile.start + tile.real; i++)
       for (int64_t e = i * PN; e < (i + 1) * PN; e += W) {
-        const vf w = exp2(larger(all(FLOOR), (load(x + e) - all(lse[i])) * all(dress.unit)));
+        const vf w = exp2(larger(all(FLOOR), (load(x + e) - all(reference[i])) * all(dress.unit) - all(above[i])));
         store(x + e, w);
         store(dx + e, w * (load(dx + e) - all(inner[i])));
       }

@@ -78,6 +78,18 @@ static inline float largest(vf x) {
 #endif
 }
 
+// Lane i: the sum of the lanes of a[i], of W vectors, which are used up. Neighbours are added log2(W) times.
+static inline vf sums(vf* a) {
+  vi even, odd;
+  for (int i = 0; i < W; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+#pragma GCC unroll 4
+  for (int n = W; n > 1; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; i++)
+      a[i] = shuffle(a[2 * i], a[2 * i + 1], even) + shuffle(a[2 * i], a[2 * i + 1], odd);
+  return a[0];
+}
+
 // Rows of W floats, `width` apart, turned: out[c * out_width + r] = in[r * width + c]. A perfect shuffle log2(W) times.
 static inline void turn(const float* in, int64_t width, float* out, int64_t out_width) {
   vi low, high;

@@ -73,6 +73,7 @@ NEGATIVES = ("random", "popular", "adversarial")
 
 WORD = {word: i for i, word in enumerate(words.WORDS)}
 ASSISTANT = [WORD["assistant"], WORD[":"]]
+HEAD = [WORD[words.BOS], WORD["user"], WORD[":"], *[WORD[words.IMAGE]] * PATCHES]  # of every sequence
 
 
 def config() -> LlavaConfig:
@@ -122,9 +123,8 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     return [Turn(PROMPTS[rng.integers(len(PROMPTS))], caption(scene)), *(Turn(q.text, q.answer) for q in asked)]
 
 
-def packed(conversations: Sequence[Sequence[Turn]]) -> dict[str, Tensor]:
-    """Inputs and labels of one sequence for each picture, in which the turns do not see each other."""
-    head = [WORD[words.BOS], WORD["user"], WORD[":"], *[WORD[words.IMAGE]] * PATCHES]
+def packed(conversations: Sequence[Sequence[Turn]], head: Sequence[int] = HEAD) -> dict[str, Tensor]:
+    """Inputs and labels of one sequence for each picture, in which the turns see `head` and not each other."""
     rows = []
     for conversation in conversations:
         ids, labels, places, turn = list(head), [-100] * len(head), list(range(len(head))), [0] * len(head)
@@ -168,11 +168,23 @@ def pictures(scenes: Sequence[Scene], *, veil: float = 0.0, seed: int = 0) -> li
     return [Image.fromarray(picture) for picture in levels]
 
 
-def tempting(n: int, *, countered: bool = False, seed: int = 0) -> list[Scene]:
-    """`n` fresh scenes with a shape that seldom comes alone, as in training, or with every bias turned round."""
+def plain(n: int, seed: int = 0) -> list[Scene]:
+    """`n` fresh scenes as in training."""
+    return [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+
+
+usual = plain  # scenes that tell what comes along with what
+said = caption  # of a scene
+
+
+def tempting(n: int, *, countered: bool = False, seed: int = 0, mixture: Sequence[Dials] = MIXTURE) -> list[Scene]:
+    """`n` fresh scenes with a shape that seldom comes alone, as in training, or with every bias turned round.
+
+    mixture: scenes with one of the biases each, in their order.
+    """
 
     def scenes():
-        for i, (kind, (shape, *_)) in enumerate(itertools.cycle(zip(MIXTURE, BIASES))):
+        for i, (kind, (shape, *_)) in enumerate(itertools.cycle(zip(mixture, BIASES))):
             scene = sample(kind.countered() if countered else kind, HELD_OUT + seed, i)
             if scene.find(shape):
                 yield scene
@@ -222,7 +234,7 @@ def reply(
     method: Method | None = None,
     **options: Any,
 ) -> list[str]:
-    """What the model answers to each prompt on each picture, by greedy decoding, in at most `length` words.
+    """What the model answers to each prompt on each picture in at most `length` words, by greedy decoding by default.
 
     images: as PIL pictures or arrays. method: gives, for model and inputs of a batch, the intervention or the logits
     processor to answer under, such as `var.fit`. `options` go to `generate`.
@@ -238,7 +250,8 @@ def reply(
 
 def asked(processor: Any, images: Sequence[Any], prompts: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of the model: each prompt on its picture."""
-    texts = [f"user: <image> {prompt} assistant:" for prompt in prompts]
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]} for prompt in prompts]
+    texts = [processor.apply_chat_template([one], add_generation_prompt=True) for one in said]
     return dict(processor(text=texts, images=list(images), padding=True, return_tensors="pt"))
 
 
@@ -246,17 +259,17 @@ def _generate(model: nn.Module, inputs: Mapping[str, Tensor], made: Any, **optio
     if callable(made):
         options["logits_processor"] = [*options.get("logits_processor", ()), made]
     with nullcontext() if made is None or callable(made) else intervene(model, made), torch.inference_mode():
-        return model.generate(**inputs, do_sample=False, **options)
+        return model.generate(**inputs, **{"do_sample": False, **options})
 
 
 def measure(model: nn.Module, processor: Any, *, seed: int = 0, n: int = 300) -> dict[str, Any]:
     """What it says of `n` fresh scenes, as shares from 0 to 1: `described`, not veiled, and what it `invents`."""
-    scenes = [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+    scenes = plain(n, seed)
     found = described(model, processor, scenes, seed=seed) | {"pope": {}, "chair": {}, "tempted": {}}
     for name in SETS:
         for what, figures in invents(model, processor, name, n=n, seed=seed).items():
             found[what][name] = figures
-    return _rounded(found)
+    return rounded(found)
 
 
 def invents(
@@ -272,7 +285,7 @@ def invents(
     if name not in SETS:
         raise ValueError(f"no scenes {name!r}; there are {', '.join(SETS)}")
     countered, veil = SETS[name]
-    known = [sample(MIXTURE[i % len(MIXTURE)], HELD_OUT + seed, i) for i in range(n)]
+    known = plain(n, seed)
     scenes = tempting(n, countered=countered, seed=seed)
     images = pictures(scenes, veil=veil, seed=seed)
     captions = reply(model, processor, images, [PROMPTS[0]] * n, method=method)
@@ -383,8 +396,9 @@ def _equal(said: Sequence[str], truth: Sequence[str]) -> float:
     return sum(split(a) == split(b) for a, b in zip(said, truth)) / len(truth)
 
 
-def _rounded(found: Any) -> Any:
-    return {k: _rounded(v) for k, v in found.items()} if isinstance(found, dict) else round(found, 4)
+def rounded(found: Any) -> Any:
+    """Figures to four digits, in dicts of dicts."""
+    return {k: rounded(v) for k, v in found.items()} if isinstance(found, dict) else round(found, 4)
 
 
 TOLERANCE = {"caption_words": 0.05, "captions": 0.1, "presence": 0.05, "count": 0.05, "colour": 0.05, "relation": 0.1}

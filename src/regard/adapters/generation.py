@@ -1,0 +1,156 @@
+"""transformers' `generate`: where its own tokens begin, which rows are finished, and which rows come out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.generation import StoppingCriteriaList
+
+_local = threading.local()
+
+
+class Follower(Protocol):
+    """Who is told of the rows that come out of a beam search."""
+
+    def came_out(self, generation: Generation) -> None: ...
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of `generate`, as far as it has come."""
+
+    model: nn.Module
+    runs: dict[Follower, Any] = field(default_factory=dict)  # what each follower saw of it first
+    orders: dict[Follower, int] = field(default_factory=dict)  # how often rows had been put in order before
+    cache: Any = None
+    prompt: Tensor | None = None  # ids [batch, token], once it decodes
+    begins: int | None = None  # position of the first token that it generates, once it decodes
+    assisted: bool = False  # tokens are tried, and taken back
+    padding: list[Tensor] = field(default_factory=list)  # of each token generated: the rows that were finished before
+    finished: Tensor | None = None  # [batch] boolean
+    # Of the sequences that came out of a beam search:
+    beams: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # the row of each step; -1 after the end
+    made: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # ids that were generated
+
+    def tell(self, done: Tensor) -> None:
+        """A token was generated; then these rows were finished."""
+        done = done.detach().cpu()
+        before = torch.zeros_like(done) if self.finished is None else self.finished
+        self.padding.append(before)
+        self.finished = before | done
+
+
+class _Watched(StoppingCriteriaList):
+    """Stopping criteria that say aloud what they find."""
+
+    tell: Callable[[Tensor], None]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.tell(done)
+        return done
+
+
+def now() -> Generation | None:
+    """The innermost call of `generate` that runs in this thread."""
+    running = getattr(_local, "running", None)
+    return running[-1] if running else None
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """While this is held, `now` knows."""
+    with ExitStack() as undo:
+        for name, made in (
+            ("generate", _generating),
+            ("_sample", _sampling),
+            ("_beam_search", _searching),
+            ("_assisted_decoding", _assisted),
+        ):
+            own = getattr(GenerationMixin, name, None)
+            if own is not None:
+                setattr(GenerationMixin, name, made(own))
+                undo.callback(setattr, GenerationMixin, name, own)
+        yield
+
+
+def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        running = _local.__dict__.setdefault("running", [])
+        running.append(Generation(model))
+        try:
+            return own(model, *args, **kwargs)
+        finally:
+            running.pop()
+
+    return generate
+
+
+def _sampling(own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def sample(model: Any, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any) -> Any:
+        generation = _decodes(model, input_ids, kwargs)
+        # Rows that are finished are fed padding with the mask left on, but only where a token ends a row.
+        if generation is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = _Watched(stopping_criteria)
+            stopping_criteria.tell = generation.tell
+        return own(model, input_ids, stopping_criteria=stopping_criteria, **kwargs)
+
+    return sample
+
+
+def _assisted(own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def assisted(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        if (generation := _decodes(model, input_ids, kwargs)) is not None:
+            generation.assisted = True
+        return own(model, input_ids, **kwargs)
+
+    return assisted
+
+
+def _searching(own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def search(model: Any, input_ids: Tensor, *, generation_config: Any, **kwargs: Any) -> Any:
+        generation = _decodes(model, input_ids, {"generation_config": generation_config, **kwargs})
+        asked = generation_config.return_dict_in_generate
+        generation_config.return_dict_in_generate = True  # otherwise it does not say which rows came out
+        try:
+            found = own(model, input_ids, generation_config=generation_config, **kwargs)
+        finally:
+            generation_config.return_dict_in_generate = asked
+        if generation is not None:
+            generation.beams = found.beam_indices.cpu().long()
+            generation.made = found.sequences[:, input_ids.shape[1] :].cpu()
+            for follower in generation.orders:
+                follower.came_out(generation)
+        return found if asked else found.sequences
+
+    return search
+
+
+def _decodes(model: Any, ids: Tensor, kwargs: dict[str, Any]) -> Generation | None:
+    """The call of `generate` that now starts to decode; None where this is called by other code."""
+    generation = now()
+    if generation is None or generation.model is not model or generation.prompt is not None:
+        return None
+    paired = getattr(model.config, "is_encoder_decoder", False)
+    mask = kwargs.get("decoder_attention_mask" if paired else "attention_mask")
+    embeds = None if paired else kwargs.get("inputs_embeds")
+    known = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
+    generation.cache, generation.prompt = kwargs.get("past_key_values"), ids.detach().cpu()
+    if not known:
+        n = ids.shape[1] if embeds is None else embeds.shape[1]
+        past = 0 if generation.cache is None else int(generation.cache.get_seq_length())
+        known = n if n > past else past + n  # all ids may be given, or only those that the cache lacks
+    generation.begins = known
+    return generation

@@ -1,0 +1,70 @@
+"""Scores of whole words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import xarray as xr
+
+CONTINUES = "##"  # before a piece that goes on a word, as WordPiece writes it
+
+
+def joined(found: xr.DataArray, special: Collection[str] = ()) -> xr.DataArray:
+    """Scores of words, each the sum of those of its tokens; shorter samples end in words "" that score 0.
+
+    found: with the coordinate `text`, blanks kept; other coordinates of a word are those of its first token.
+    """
+    if "text" not in found.coords:
+        raise ValueError("words=True: what is scored are no tokens, so there are no words to join")
+    rows = found.text.values.reshape(-1, found.sizes["token"])
+    of_words = [spans([str(token) for token in row], special) for row in rows]
+    longest = max(map(len, of_words))
+    shape = (*found.shape[:-1], longest)
+
+    def filled(values: np.ndarray, put: object) -> np.ndarray:
+        return np.full((len(rows), longest), put, dtype=values.dtype)
+
+    scores = filled(found.values, 0.0)
+    first = np.zeros((len(rows), longest), int)
+    texts = np.full((len(rows), longest), "", dtype=object)
+    for i, words in enumerate(of_words):
+        values = found.values.reshape(rows.shape)[i]
+        for j, span in enumerate(words):
+            scores[i, j], first[i, j] = values[span].sum(), span.start
+            texts[i, j] = "".join(str(t).removeprefix(CONTINUES * bool(k)) for k, t in enumerate(rows[i][span]))
+    coordinates = {}
+    for name, value in found.coords.items():
+        if name == "text":
+            coordinates[name] = (found.dims, texts.astype(str).reshape(shape))
+        elif name != "token" and "token" in value.dims:
+            there = np.take_along_axis(value.values.reshape(rows.shape), first, 1)
+            there = np.where(texts == "", -1, there)
+            coordinates[name] = (found.dims, there.reshape(shape))
+        elif name != "token":
+            coordinates[name] = (value.dims, value.values)
+    coordinates["token"] = range(longest)
+    return xr.DataArray(scores.reshape(shape), coordinates, found.dims, found.name, found.attrs)
+
+
+def spans(tokens: Sequence[str], special: Collection[str] = ()) -> list[slice]:
+    """Which tokens make up each word.
+
+    A token goes on the word before it where it says so, as WordPiece's do, or, of a tokenizer whose tokens carry their
+    blanks, where it carries none; special tokens, and signs that are no letter or digit, stand by themselves.
+    """
+    carried = any(token[:1].isspace() for token in tokens)
+
+    def alone(token: str) -> bool:
+        return token in special or not any(c.isalnum() for c in token)
+
+    starts = [
+        i
+        for i, token in enumerate(tokens)
+        if i == 0
+        or not (
+            token.startswith(CONTINUES)
+            or (carried and not token[:1].isspace() and not alone(token) and not alone(tokens[i - 1]))
+        )
+    ]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tokens)])]
