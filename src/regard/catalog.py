@@ -294,6 +294,7 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
 def _plot(finding: Finding, path: Path) -> None:
     with needs("plots", "claims"):
         import matplotlib
+        import numpy as np
         from matplotlib.collections import Collection, QuadMesh
         from matplotlib.figure import Figure
         from matplotlib.image import AxesImage
@@ -303,15 +304,15 @@ def _plot(finding: Finding, path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     finding.draw(figure)
     for drawn in figure.findobj(Collection):
-        if isinstance(drawn, QuadMesh) or len(drawn.get_offsets()) > DENSE:  # such as colour bars
+        if isinstance(drawn, QuadMesh) or len(np.asarray(drawn.get_offsets())) > DENSE:  # such as colour bars
             drawn.set_rasterized(True)
     for drawn in figure.findobj(Line2D):
-        drawn.set_rasterized(drawn.get_rasterized() or len(drawn.get_xdata()) > DENSE)
+        drawn.set_rasterized(drawn.get_rasterized() or len(np.asarray(drawn.get_xdata())) > DENSE)
     for drawn in figure.findobj(AxesImage):
         drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same picture makes the same file; letters as such, pictures as they are.
-    same = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
+    same: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
     metadata = {_PLOTS[path.suffix]: MARK} | ({"Date": None} if path.suffix == ".svg" else {})
     with matplotlib.rc_context(same), replaced(path) as draft:
         figure.savefig(draft, format=path.suffix[1:], dpi=110, metadata=metadata)

@@ -300,7 +300,7 @@ class Passes:
         that has so many positions, where the states were made in it."""
         if entry.cache is not None and entry.start:
             return run.keys.get(call.site.stack)
-        for states in filter(lambda s: s is not None, (_states(e.inputs) for e in entry.outwards())):
+        for states in (s for e in entry.outwards() if (s := _states(e.inputs)) is not None):
             for given in reversed(self.given):
                 if (rows := given.rows(states)) is not None:
                     return given.tokens.of_rows(rows)
@@ -383,7 +383,7 @@ class Passes:
     def heard(self, cache: Any, rows: Rows | None) -> None:
         """A cache has other rows, or fewer positions, than before."""
         run = None if cache is None else self.held.get(cache)
-        if run is None or run.batch is None:
+        if cache is None or run is None or run.batch is None:
             return
         if rows is None:
             self._shorten(run, int(cache.get_seq_length()))
@@ -402,7 +402,7 @@ class Passes:
     def came_out(self, generation: Generation) -> None:
         """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
         run = self.held.pop(caches.of(generation.cache), None)
-        if run is not None:
+        if run is not None and generation.begins is not None:
             run.choose(generation.beams, generation.orders[self], generation.begins, generation.made)
 
     # A checkpoint's gradient

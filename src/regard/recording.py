@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 import zarr
 from torch import Tensor
+from zarr.errors import ZarrUserWarning
 
 from .call import Call, Site
 from .described import as_html, as_text
@@ -273,7 +274,7 @@ def open(path: str | Path) -> Recording:
         raise FileNotFoundError(f"{path} is not a recording (no {ROOT} in it)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # of what file managers leave there
+            warnings.simplefilter("ignore", ZarrUserWarning)  # of what file managers leave there
             checked, names = intact(path), _declared(path)
             with xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None) as runs:
                 runs.load()
@@ -396,7 +397,8 @@ class Recorder(Recording):
             self.sink(name, call, seen.detach().to(kind, copy=True))
             return
         layers = run.parts.setdefault(call.site.stack, {}).setdefault(name, {})
-        place = Place(*call.query.shape[:2], call.query_positions, call.key_positions, len(run.orders))
+        batch, heads = call.query.shape[:2]
+        place = Place(batch, heads, call.query_positions, call.key_positions, len(run.orders))
         layers.setdefault(call.site.layer, []).append((place, seen.detach().to("cpu", kind, copy=True)))
 
     def __len__(self) -> int:
@@ -466,7 +468,7 @@ class Recorder(Recording):
                     held = np.nan_to_num(variable.values).any(
                         tuple(i for i, d in enumerate(variable.dims) if d != "role")
                     )
-                    present |= set(held.nonzero()[0].tolist())
+                    present |= set(np.flatnonzero(held).tolist())
             dataset = dataset.assign_coords(role=list(ROLES)).isel(role=sorted(present))
         return dataset
 

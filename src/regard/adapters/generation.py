@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.generation import StoppingCriteriaList
+from transformers import GenerationMixin, StoppingCriteriaList
 
 _local = threading.local()
 
@@ -53,7 +52,7 @@ class _Watched(StoppingCriteriaList):
 
     tell: Callable[[Tensor], None]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
         self.tell(done)
         return done

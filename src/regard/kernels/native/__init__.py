@@ -371,7 +371,8 @@ class _Attend(torch.autograd.Function):
             return *gradients(partial(_in_torch, settings=ctx.settings), grad, *inputs), None
         sums = {"reference": reference, "above": above}
         learned = {"bias": ctx.needs_input_grad[3], "sinks": ctx.needs_input_grad[4]}
-        d_inputs = _differentiate(*inputs, ctx.settings, out, sums, grad, **learned)
+        query, key, value, bias, sinks, mask = inputs
+        d_inputs = _differentiate(query, key, value, bias, sinks, mask, ctx.settings, out, sums, grad, **learned)
         d_query, d_key, d_value = (d.to(t.dtype) for d, t in zip(d_inputs[:3], inputs[:3], strict=True))
         return d_query, d_key, d_value, *d_inputs[3:], None, None
 
@@ -386,7 +387,7 @@ def _in_torch(
         rows = met.any(-1, keepdim=True)
         met = met | ~rows  # softmax over nothing has no derivative; what it gives is left out below
         boolean = mask is not None and mask.dtype == torch.bool
-        if boolean and bias is not None:
+        if mask is not None and boolean and bias is not None:
             mask = mask | ~met  # beside a bias a mask only lowers scores; limits come after it
         if bias is None and (boolean or mask is None):
             mask = met if mask is None else mask & met
