@@ -340,10 +340,10 @@ class Passes:
         if entry.cache is not None:
             self.held[entry.cache] = run
             run.cached.add(stack)
-            if mine is not None and caches.of(mine.cache) is entry.cache:
-                mine.orders.setdefault(self, len(run.orders))
         if mine is not None:
             mine.runs.setdefault(self, run)
+            if mine.prompt is not None and self._decoding(entry) is mine:
+                mine.decoded.setdefault(self, (run, len(run.orders)))
         if run is not self.run and (call.query.shape[2] > 1 or not generation.tried()):
             run.latest.clear()
         self.run, self.open = run, None if self.entries[0].module is self.model else run
@@ -357,7 +357,8 @@ class Passes:
             found = mine.runs.get(self)
         if found is None and outside is not None:
             found = next((given.run for given in reversed(self.given) if given.rows(outside) is not None), None)
-        if found is None and outside is None and generation.now() is None and not entry.start:
+        whole = (now := generation.now()) is not None and now.model is self.model  # then it ran the parts itself
+        if found is None and outside is None and not whole and not entry.start:
             found = self.open
         return found if found is not None and key not in found.ends else None
 
@@ -401,9 +402,11 @@ class Passes:
 
     def came_out(self, generation: Generation) -> None:
         """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
-        run = self.held.pop(caches.of(generation.cache), None)
-        if run is not None:
-            run.choose(generation.beams, generation.orders[self], generation.begins, generation.made)
+        run, before = generation.decoded[self]
+        if run.cached:  # otherwise each step is a run
+            run.choose(generation.beams, before, generation.begins, generation.made)
+            for cache in [cache for cache, held in self.held.items() if held is run]:
+                del self.held[cache]
 
     # A checkpoint's gradient
 
