@@ -49,6 +49,7 @@ class _Entry:
     cache: Any = None
     start: int = 0  # positions that the cache held before
     again: bool = False  # for a checkpoint's gradient
+    called: set[nn.Module] = field(default_factory=set)  # models inside it, so far
     turns: dict[nn.Module, _Turn] = field(default_factory=dict)
     layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
     runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
@@ -61,6 +62,16 @@ class _Entry:
         copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
         copied.source = self.source
         return copied
+
+    def told(self) -> Mapping[str, Any]:
+        """What tells of its positions: what the source was given, and the nearest mask."""
+        masks = []
+        for entry in self.outwards():
+            masks.append(entry.inputs.get("attention_mask"))
+            if entry is self.source:
+                break
+        mask = next((mask for mask in masks if mask is not None), None)
+        return {**self.source.inputs, "attention_mask": mask}
 
     def outwards(self) -> Iterator[_Entry]:
         entry: _Entry | None = self
@@ -127,7 +138,10 @@ class Passes:
             self.run, self.ran = None, {}
         entry = _Entry(name, module, inputs, sys._getframe(1), within)
         given = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None
-        entry.source = entry if given or within is None else within.source
+        # A model that is given embeddings once more in one pass may be given another text's.
+        entry.source = entry if given or within is None or module in within.called else within.source
+        if within is not None:
+            within.called.add(module)
         entry.again = within is not None and within.again
         entry.cache = caches.of(inputs.get("past_key_values"))
         if within is not None and entry.source is not entry:
@@ -276,13 +290,13 @@ class Passes:
             known = None  # a layer of another width, as in a pyramid
         decoding = self._decoding(entry)
         if known is None:
-            known = self.names.before(call, entry.source.inputs, decoding)
+            known = self.names.before(call, entry.told(), decoding)
         if len(known) < start:
             known = known.then(Tokens.plain("other", batch, start - len(known)))
         if start + n > len(known):
             late = replace(call, query_start=len(known))
-            source, missing = entry.source, start + n - len(known)
-            known = known.then(self.names.new(late, source.name, source.inputs, missing, decoding))
+            new = self.names.new(late, entry.source.name, entry.told(), start + n - len(known), decoding)
+            known = known.then(new)
         if len(known) >= len(run.tokens.get(stack, ())):
             run.tokens[stack] = known
         return known
