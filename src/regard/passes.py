@@ -60,7 +60,7 @@ class _Entry:
         turns = {module: replace(turn) for module, turn in self.turns.items()}
         layers = {stack: set(ran) for stack, ran in self.layers.items()}
         copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
-        copied.source = self.source
+        copied.source = copied if self.source is self else self.source
         return copied
 
     def told(self) -> Mapping[str, Any]:
