@@ -104,7 +104,7 @@ class Names:
         begins = start + n  # position of the first token that generate made itself
         if generation is not None:
             unknown = start if start and n == 1 else begins  # by decoding code of the model's own
-            begins = unknown if generation.begins is None else generation.begins
+            begins = unknown if generation.prompt is None else generation.begins
         made = (at >= begins).expand(batch, n)
         if self.roles is not None and first and "decoder" not in stack:
             given = int((~made[0]).sum())

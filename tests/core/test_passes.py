@@ -485,24 +485,30 @@ class Pair(nn.Module):
         torch.manual_seed(0)
         self.encoder = t.BertModel(t.BertConfig(**SIZES)).eval()
 
-    def forward(self, a, b, mask_a=None, mask_b=None):
-        one = self.encoder(input_ids=a, attention_mask=mask_a)[0]
-        return one.mean() + self.encoder(input_ids=b, attention_mask=mask_b)[0].mean()
+    def forward(self, input_ids, b, mask_a=None, embedded=False):
+        if embedded:
+            embed = self.encoder.get_input_embeddings()
+            one = self.encoder(inputs_embeds=embed(input_ids), attention_mask=mask_a)[0]
+            return one.mean() + self.encoder(inputs_embeds=embed(b))[0].mean()
+        one = self.encoder(input_ids=input_ids, attention_mask=mask_a)[0]
+        return one.mean() + self.encoder(input_ids=b)[0].mean()
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("n", [12, 9])
-def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n):
+def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n, embedded):
     model, mask = Pair(), torch.ones(1, 12, dtype=torch.long)
     mask[:, 8:] = 0
     with regard.record(model, "received") as recording:
-        model(ids(3), ids(40, n), mask)
+        model(ids(3), ids(40, n), mask, embedded=embedded)
     assert len(recording) == 2
     stack = next(iter(recording[0].children))
     for run, (start, length) in enumerate(((3, 12), (40, n))):
         node = tree(recording, run, stack)
         assert list(node["layer"].values) == [0, 1]
-        assert tokens(node) == [[str(i) for i in range(start, start + length)]]
+        known = not embedded or run == 0
+        assert tokens(node) == [[str(i) if known else "" for i in range(start, start + length)]]
         assert list(roles(node)[0]).count("pad") == (0 if run else 4)
         same(node["received"].sum("key").isel(layer=1, head=0), length if run else 8)
 

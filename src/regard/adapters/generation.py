@@ -28,10 +28,10 @@ class Generation:
 
     model: nn.Module
     runs: dict[Follower, Any] = field(default_factory=dict)  # what each follower saw of it first
-    orders: dict[Follower, int] = field(default_factory=dict)  # how often rows had been put in order before
+    decoded: dict[Follower, tuple[Any, int]] = field(default_factory=dict)  # what decodes, and its orders before
     cache: Any = None
     prompt: Tensor | None = None  # ids [batch, token], once it decodes
-    begins: int | None = None  # position of the first token that it generates, once it decodes
+    begins: int = 0  # position of the first token that it generates, once it decodes
     assisted: bool = False  # tokens are tried, and taken back
     padding: list[Tensor] = field(default_factory=list)  # of each token generated: the rows that were finished before
     finished: Tensor | None = None  # [batch] boolean
@@ -131,7 +131,7 @@ def _searching(own: Callable[..., Any]) -> Callable[..., Any]:
                 generation_config.return_dict_in_generate = asked
             generation.beams = found.beam_indices.cpu().long()
             generation.made = found.sequences[:, input_ids.shape[1] :].cpu()
-            for follower in generation.orders:
+            for follower in generation.decoded:
                 follower.came_out(generation)
         return found if asked else found.sequences
 
