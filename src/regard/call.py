@@ -96,8 +96,13 @@ class Call:
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
         kept = {name: self.__dict__[name] for name in _FIELDS}
-        return Call(**{**kept, "own_output": None, **new})
+        call = Call(**{**kept, "own_output": None, **new})
+        # Of the same operands: what the kernels know of them already is kept.
+        if "operands" in self.__dict__ and all(kept[name] is new[name] for name in new.keys() & _OPERANDS):
+            call.__dict__["operands"] = self.operands
+        return call
 
 
-_operands = attrgetter(*(field.name for field in fields(Operands)))
 _FIELDS = [field.name for field in fields(Call)]
+_OPERANDS = {field.name: None for field in fields(Operands)}
+_operands = attrgetter(*_OPERANDS)

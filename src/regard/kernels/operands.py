@@ -44,6 +44,11 @@ class Operands:
         return self._transformed
 
     @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What a path found out about these already."""
+        return {}
+
+    @cached_property
     def _transformed(self) -> bool:
         return transformed(*self.tensors)
 

@@ -34,7 +34,7 @@ _EVERY = 2**40  # keys to either side: no limit
 # The structures of attention.h, whose every field takes 8 bytes: packed anew for each call, which for one token has to
 # be quick. A tensor is six words: where it lies, four strides and a type.
 _ABSENT = (0,) * 6
-_ATTENTION = Struct("@7q36q3d3q2q3q4q4q")
+_ATTENTION = Struct("@7q36q3d3q2q3q4q3q")
 _OF_RESULTS = dict.fromkeys(
     [
         *("lse", "reference", "above", "entropy", "maximum", "squares"),
@@ -116,28 +116,34 @@ def instructions() -> int:
     """Index in `INSTRUCTIONS`: the machine's best, or as REGARD_INSTRUCTIONS lowers it."""
     library = _library()
     assert not isinstance(library, str)
-    best = int(library.regard_instructions())
-    asked = os.environ.get("REGARD_INSTRUCTIONS")
-    if asked is None:
-        return best
-    if asked not in INSTRUCTIONS:
+    found = int(library.regard_instructions())
+    if found < 0:
+        asked = os.environ.get("REGARD_INSTRUCTIONS")
         raise ValueError(f"REGARD_INSTRUCTIONS={asked!r} is none of {', '.join(INSTRUCTIONS)}")
-    return min(best, INSTRUCTIONS.index(asked))
+    return found
 
 
 def refusal(call: Operands, wanted: Iterable[Reduction] = ()) -> str | None:
     """Why this kernel cannot do this call; None where it can."""
+    if "native" not in call.notes:
+        call.notes["native"] = _unfit(call)
+    if (why := call.notes["native"]) is not None:
+        return why
+    for r in wanted:
+        if r.name not in _ROWWISE:
+            return f"no reduction {r.name}"
+    return None
+
+
+def _unfit(call: Operands) -> str | None:
     if (why := why_not()) is not None:
         return why
-    if call.query.device.type != "cpu":
+    if not call.query.is_cpu:
         return f"tensors on {call.query.device}"
-    if odd := {t.dtype for t in (call.query, call.key, call.value)} - _FLOATS:
-        return f"dtype {', '.join(map(str, odd))}"
-    if call.edits:
-        return "an intervention edits weights"
-    if unknown := {r.name for r in wanted} - _ROWWISE:
-        return f"no reduction {', '.join(sorted(unknown))}"
-    return None
+    for tensor in (call.query, call.key, call.value):
+        if tensor.dtype not in _FLOATS:
+            return f"dtype {tensor.dtype}"
+    return "an intervention edits weights" if call.edits else None
 
 
 def forward(
@@ -495,11 +501,13 @@ def _run(
         *(scale, softcap or 0.0, hidden),
         *(offset, left, right),
         *listed,
-        *(torch.get_num_threads(), instructions()),
+        torch.get_num_threads(),
     )
     code = getattr(_library(), f"regard_{what}")(arguments, results)
     if code == 1:
         raise MemoryError("not enough memory for the attention kernel")
+    if code == 3:
+        instructions()  # says what is wrong with what was asked
     if code:
         raise RuntimeError(f"the attention kernel failed with code {code}")
 
