@@ -18,6 +18,8 @@ from PIL import Image
 
 import regard
 from regard import report
+from regard.observations import observe
+from regard.tokens import ROLES
 
 VIEW = Path(report.__file__).parent / "view"
 
@@ -145,12 +147,32 @@ def test_a_smaller_budget_keeps_fewer_keys_and_is_never_exceeded(tmp_path, budge
     assert 1 <= page.header["stacks"][0]["weights"]["k"] < 20
 
 
-def test_a_budget_too_small_for_one_key_is_refused_and_leaves_the_old_file(tmp_path):
+def test_long_texts_keep_means_of_neighbours_and_no_weights_and_say_so(tmp_path):
+    top = diffuse_top(np.random.default_rng(0), 4, 8, 3000, 2)
+    node = stack(top=top, tokens=[f" t{i}" for i in range(3000)])
+    node["along_query"][0, 2, 3, 4:6] = np.nan
+    page = write(tmp_path, tree(node), budget=420_000)
+    assert len(page.bytes) <= 420_000
+    one = page.header["stacks"][0]
+    assert one["weights"] is None
+    assert "not even the largest of each row fits" in one["notices"][0]
+    (variable,) = (v for v in one["variables"] if v["name"] == "along_query")
+    n = variable["pooled"]
+    assert n > 1
+    assert f"mean of {n} neighbours" in page.html
+    codes = page.block(variable["block"]).reshape(1, 4, 8, -(-3000 // n)).astype(float)
+    drawn = variable["low"] + codes * (variable["high"] - variable["low"]) / 254
+    wide = np.pad(node["along_query"].values, [(0, 0)] * 3 + [(0, -3000 % n)], constant_values=np.nan)
+    true = np.nanmean(wide.reshape(1, 4, 8, -1, n), -1)
+    np.testing.assert_allclose(drawn, true, atol=0.51 * (variable["high"] - variable["low"]) / 254 + 1e-6)
+
+
+def test_a_budget_too_small_for_the_page_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
     top = diffuse_top(np.random.default_rng(0), 4, 8, 300, 20)
-    with pytest.raises(ValueError, match=r"over budget=150,000.*fewer layers"):
-        report.write(tree(stack(top=top, tokens=[f" t{i}" for i in range(300)])), path, budget=150_000)
+    with pytest.raises(ValueError, match=r"over budget=50,000.*fewer layers"):
+        report.write(tree(stack(top=top, tokens=[f" t{i}" for i in range(300)])), path, budget=50_000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -224,6 +246,96 @@ def test_variables_keep_sixteen_bits_and_their_means_are_exact(tmp_path):
             drawn = np.where(codes == 65535, np.nan, variable["low"] + codes * step)
             order = ["batch", "layer", "head", *(["role"] if variable["roles"] else []), variable["along"]]
             np.testing.assert_allclose(drawn, true.transpose(*order).values.ravel(), atol=0.51 * step + 1e-6)
+
+
+def batch(pads: int = 5) -> tuple[xr.Dataset, xr.Dataset]:
+    """A text alone, and the same after padding, beside a longer one; the padding's own numbers are nonsense."""
+    rng = np.random.default_rng(9)
+    rows = weights(rng, queries=8, keys=8, sink=3.0)
+    alone = stack(rows)
+    wide = np.zeros((2, 2, 3, 8 + pads, 8 + pads), np.float32)
+    wide[0] = weights(rng, queries=8 + pads, keys=8 + pads)[0]
+    wide[1, ..., pads:, pads:] = rows[0]
+    wide[1, ..., :pads, :] = 1 / (8 + pads)
+    both = stack(wide)
+    for name in ("along_query", "along_key", "parts"):
+        both[name].values[1] = 99.0
+        both[name].values[1, :, :, pads:] = alone[name].values[0]
+    both["level"].values[1] = alone["level"].values[0]
+    roles = both["query_role"].values
+    roles[1] = ["pad"] * pads + list(alone["query_role"].values[0])
+    return alone, both.assign_coords({f"{side}_role": (("batch", side), roles) for side in ("query", "key")})
+
+
+def test_a_padded_text_has_the_numbers_of_the_text_alone(tmp_path):
+    alone, both = (write(tmp_path, tree(node)) for node in batch())
+    one, two = alone.header["stacks"][0], both.header["stacks"][0]
+    atlas = [
+        page.block(s["atlas"]).view("<f4").reshape(-1, s["samples"], 2, 3) for page, s in ((alone, one), (both, two))
+    ]
+    np.testing.assert_allclose(atlas[1][:, 1], atlas[0][:, 0], rtol=1e-5)
+    assert "2 samples of at most 13 tokens" in both.html
+    np.testing.assert_array_equal(both.dense(sample=1)[..., 5:, 5:], alone.dense())
+    assert not both.dense(sample=1)[..., :5, :].any()
+    for mine, theirs in zip(two["sinks"][1], one["sinks"][0], strict=True):
+        assert {**mine, "key": mine["key"] - 5} == theirs
+    for v, w in zip(one["variables"], two["variables"], strict=True):
+        if v["along"]:
+            series = []
+            for page, variable, samples in ((alone, v, 1), (both, w, 2)):
+                codes = (
+                    page.block(variable["block"])
+                    .view("<u2")
+                    .astype(float)
+                    .reshape(samples, -1, 8 if samples == 1 else 13)
+                )
+                step = (variable["high"] - variable["low"]) / 65534
+                series.append(np.where(codes == 65535, np.nan, variable["low"] + codes * step))
+            np.testing.assert_allclose(series[1][1][:, 5:], series[0][0], atol=1e-3)
+            assert np.isnan(series[1][1][:, :5]).all()
+    rolled = [np.asarray(page.block(s["rollout"]["blocks"][-1])) for page, s in ((alone, one), (both, two))]
+    assert rolled[1][:15].sum() == 0
+    assert rolled[1][15:].sum() == rolled[0].sum()
+
+
+def test_the_page_has_the_sinks_of_the_observations(tmp_path):
+    node = stack(weights(np.random.default_rng(0), 3, 4, 64, 64, sink=6.0))
+    node["received"] = node["rows"].sum("query")
+    (found,) = (one for one in observe(tree(node)) if "of all attention" in one.text)
+    page = write(tmp_path, tree(node))
+    (one,) = page.header["stacks"][0]["sinks"][0]
+    assert (one["key"], one["found"]) == (0, True)
+    assert np.mean(one["share"]) == pytest.approx(found.score, rel=1e-3)
+    assert f"goes to the first token ('t0'), most in layer {np.argmax(one['share'])}" in found.text
+    assert page.header["sink"] == {"share": 0.1, "times": 3.0}
+    even = write(tmp_path, tree(stack(weights(np.random.default_rng(0), 2, 4, 2048, 2048, spread=0.02))))
+    assert not any(one["found"] for one in even.header["stacks"][0]["sinks"][0])
+
+
+def test_a_statistic_that_is_nowhere_defined_is_not_shown(tmp_path):
+    node = stack(weights(np.random.default_rng(5), causal=False), kind="cross", causal=False)
+    node["distance"] = node["along_query"] * np.nan
+    page = write(tmp_path, tree(node, "decoder_cross"))
+    assert "distance" not in [one["name"] for one in page.header["stacks"][0]["variables"]]
+    assert "distance of decoder_cross, which is not defined there" in page.html
+
+
+def test_ids_and_the_last_generated_token_are_told(tmp_path):
+    rows = weights(np.random.default_rng(5))
+    one = write(tmp_path, tree(stack(rows, tokens=[str(i) for i in range(8)], unread=["17"]))).header["stacks"][0]
+    assert one["query"]["ids"]
+    assert one["key"]["ids"]
+    assert one["unread"] == ["17"]
+    one = write(tmp_path, tree(stack(rows))).header["stacks"][0]
+    assert not one["key"]["ids"]
+    assert one["unread"] is None
+
+
+def test_every_role_has_a_colour_of_its_own():
+    style = (VIEW / "report.css").read_text("utf-8")
+    colours = dict(re.findall(r"--role-(\w+): (#[0-9a-f]{6});", style))
+    assert set(colours) == set(ROLES)
+    assert len(set(colours.values())) == len(ROLES)
 
 
 def test_rollout_is_the_product_of_half_identity_means(tmp_path):

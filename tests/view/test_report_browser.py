@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from PIL import Image
 
+import regard
 from regard import report
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -285,6 +289,230 @@ def test_print_is_light_and_without_controls(visit, path):
     assert not page.locator("select").first.is_visible()
     assert page.locator(".atlas").is_visible()
     assert page.locator(".text").first.is_visible()
+
+
+def shown_numbers(page) -> list[str]:
+    """The chosen head's numbers, the medians along the tokens, and what the sinks say."""
+    page.wait_for_selector(".line svg path", state="attached")
+    medians = page.locator(".line output").all_text_contents()
+    return [*page.locator(".numbers td.value").all_text_contents(), *medians, page.locator(".sink-body").text_content()]
+
+
+def test_a_padded_text_shows_the_numbers_of_the_text_alone(visit, tmp_path):
+    model, tokenizer = regard.load("reader")
+    texts = ["To be, or not to be, that is the question: whether it is nobler in the mind to suffer.", "Yes, it is so."]
+    pages = []
+    for name, some, address in (
+        ("both", texts, "#language_model/2/3/-/head/1"),
+        ("one", texts[1:], "#language_model/2/3"),
+    ):
+        inputs = tokenizer(some, padding=True, return_tensors="pt")
+        with torch.no_grad(), regard.record(model, "entropy", "received", "mass", "rows", processor=tokenizer) as made:
+            model(**inputs)
+        pages.append(visit(made.report(tmp_path / f"{name}.html"), address))
+    both, one = pages
+    assert both.locator("nav").text_content().endswith("7 tokensSample1 of 22 of 2")
+    assert re.search(r"\d+ of padding", both.locator(".text").text_content())
+    numbers = [re.sub(r" at \d+", "", words) for words in shown_numbers(both)]
+    assert numbers == [re.sub(r" at \d+", "", words) for words in shown_numbers(one)]
+    assert not any("nan" in words.lower() for words in numbers)
+
+
+def test_sinks_are_those_that_the_report_found(visit, tmp_path):
+    rows = softmax(np.where(np.tri(30, dtype=bool), np.eye(1, 30)[0] * 6.0, -np.inf)[None, None, None])
+    tree = xr.DataTree.from_dict({"language_model": node(rows, [f" t{i}" for i in range(30)])})
+    page = visit(report.write(tree, tmp_path / "page.html"))
+    assert page.locator(".sinks tbody tr").count() == 1
+    share = rows[0, 0, 0].sum(0)[0] / 30
+    assert f"{100 * share:.0f}%" in page.locator(".sinks tbody tr").text_content()
+    even = softmax(np.where(np.tri(2048, dtype=bool), 0.0, -np.inf)[None, None, None])
+    tree = xr.DataTree.from_dict({"language_model": node(even, [f" t{i}" for i in range(2048)])})
+    page = visit(report.write(tree, tmp_path / "even.html"))
+    assert "No key stands out" in page.locator(".sink").text_content()
+    assert "at most 1.0 times" in page.locator(".sink").text_content()
+
+
+def conversation(unread: list[str]) -> xr.Dataset:
+    """A picture of 2 x 2 patches, a question, and words that were generated."""
+    said = ["<|image|>"] * 4 + [" what", "?", "<|assistant|>", " a", " red"]
+    roles = ["image"] * 4 + ["user", "user", "special", "generated", "generated"]
+    made = node(causal(2, 3, 9), said, grids="[[2, 2]]", unread=unread)
+    place = {"image": np.r_[[0] * 4, [-1] * 5]}
+    place["row"], place["column"] = (np.r_[x, [-1] * 5] for x in np.divmod(np.arange(4), 2))
+    coords = {f"{s}_{name}": (("batch", s), x[None]) for s in ("query", "key") for name, x in place.items()}
+    both = {f"{s}_role": (("batch", s), np.array([roles], dtype=object)) for s in ("query", "key")}
+    return made.assign_coords(coords | both)
+
+
+def test_every_generated_word_has_its_map_on_the_picture(visit, tmp_path):
+    given = conversation([" star"])
+    page = visit(
+        report.write(xr.DataTree.from_dict({"language_model": given}), tmp_path / "page.html"), "#language_model/1/2"
+    )
+    rows = given["rows"].values[0, 1, 2]
+    page.wait_for_selector(".words")
+    strip = page.locator(".pictures > .thumbs button")
+    assert [one.strip("·") for one in strip.locator("bdi").all_text_contents()] == ["a", "red", "star"]
+    assert "the row of the token before the word" in page.locator(".pictures").text_content()
+
+    def shares() -> list[str]:
+        return strip.locator(".share-of").all_text_contents()
+
+    def near(words: str, true: float) -> None:
+        assert float(words.rstrip("%")) == pytest.approx(100 * true, abs=1.5)
+
+    for words, query in zip(shares(), (6, 7, 8), strict=True):
+        near(words, rows[query, :4].sum())
+    strip.nth(2).click()  # the last word was never run: its map is the row of the one before
+    page.wait_for_selector("text=Where ‘red’ looks")
+    assert page.evaluate("location.hash") == "#language_model/1/2/8"
+    page.locator("button", has_text="Once it is read").click()
+    own = shares()
+    near(own[0], rows[7, :4].sum())
+    near(own[1], rows[8, :4].sum())
+    assert own[2] == "no row"
+
+
+def test_what_was_generated_begins_with_its_first_word_and_holds_the_last(visit, tmp_path):
+    page = visit(
+        report.write(xr.DataTree.from_dict({"language_model": conversation([" star"])}), tmp_path / "page.html")
+    )
+    assert page.locator(".turn.generated .turn-text").text_content() == " a red star"
+    assert "<|assistant|>" in page.locator(".turn.user .turn-text").text_content()
+    page.locator(".token", has_text="star").click()
+    page.wait_for_selector("text=never run on it")
+
+
+def test_ids_stand_apart(visit, tmp_path):
+    tree = xr.DataTree.from_dict({"language_model": node(causal(1, 1, 4), ["17", "203", "4", "5"])})
+    page = visit(report.write(tree, tmp_path / "page.html"))
+    boxes = [token.bounding_box() for token in page.locator(".token").all()]
+    for a, b in pairwise(boxes):
+        assert b["x"] >= a["x"] + a["width"] + 2
+
+
+def test_a_role_has_the_same_colour_whatever_else_there_is(visit, tmp_path):
+    colours = []
+    for roles in (["text", "generated"], ["bos", "generated"]):
+        given = node(causal(1, 1, 6), list("abcdef"))
+        part = np.full((1, 1, 1, 6, 2), 0.5)
+        given = given.assign(mass=(("batch", "layer", "head", "query", "role"), part)).assign_coords(role=roles)
+        page = visit(report.write(xr.DataTree.from_dict({"language_model": given}), tmp_path / f"{roles[0]}.html"))
+        page.wait_for_selector(".role-keys i", state="attached")
+        colours.append(
+            page.locator(".role-keys i").evaluate_all("all => all.map((i) => getComputedStyle(i).backgroundColor)")
+        )
+    assert colours[0][1] == colours[1][1]
+    assert len({*colours[0], *colours[1]}) == 3
+
+
+def pixels(page) -> np.ndarray:
+    """The map's canvas: [row, column, red green blue]."""
+    shape, values = page.locator(".map-frame canvas").evaluate(
+        "c => [[c.height, c.width], Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)]"
+    )
+    return np.array(values).reshape(*shape, 4)[..., :3]
+
+
+def test_the_map_of_a_long_text_is_drawn_in_blocks_that_open(visit, tmp_path):
+    """Even weights of 16,384 tokens, of which each row keeps a few: what is drawn is not blank, and exact up close."""
+    n, k = 16_384, 4
+    keys = np.minimum(np.random.default_rng(0).integers(0, n, (1, 1, 2, n, k)), np.arange(n)[:, None]).astype(np.int32)
+    keys = np.sort(keys, -1)
+    given = xr.Dataset(
+        {
+            "top_keys": (("batch", "layer", "head", "query", "rank"), keys),
+            "top_weights": (("batch", "layer", "head", "query", "rank"), np.full(keys.shape, 1e-4, np.float32)),
+        },
+        {"layer": [0], "head": [0, 1], "query": np.arange(n), "key": np.arange(n)},
+        {"kind": "self", "causal": True},
+    )
+    page = visit(report.write(xr.DataTree.from_dict({"language_model": given}), tmp_path / "page.html"))
+    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1", timeout=60_000)
+    ground = pixels(page)[0, -1]
+    assert (pixels(page) != ground).any(-1).mean() > 0.3  # half of it is the future
+    assert "pairs" in page.locator(".all-pairs .key").text_content()
+    page.locator(".map-frame").focus()
+    for _ in range(11):
+        page.keyboard.press("+")
+    assert pixels(page).shape[:2] == (8, 8)
+    words = page.locator(".axis.down").text_content()
+    first, last = (int(x) for x in re.findall(r"\d+", words))
+    assert last - first == 7
+    page.locator(".choice button", has_text="All").last.click()
+    assert "query 0 to 16383" in page.locator(".axis.down").text_content()
+
+
+def test_a_box_drawn_on_the_map_opens_it(visit, path):
+    page = visit(path, "#language_model/1/2")
+    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    canvas = page.locator(".map-frame canvas")
+    canvas.scroll_into_view_if_needed()
+    box, n = canvas.bounding_box(), len(SAID)
+    at = [
+        (box["x"] + box["width"] * (k + 0.5) / n, box["y"] + box["height"] * (q + 0.5) / n) for q, k in ((4, 1), (9, 5))
+    ]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    page.mouse.move(*at[1], steps=4)
+    page.mouse.up()
+    assert "query 4 to 9" in page.locator(".axis.down").text_content()
+    assert "key 1 to 5" in page.locator(".map .axis").first.text_content()
+    assert pixels(page).shape[:2] == (6, 5)
+
+
+@pytest.mark.parametrize("name", ["heads", "numbers", "reading", "lists", "all-pairs", "lines", "sink", "pictures"])
+def test_every_card_is_saved_as_svg_and_png(visit, path, tmp_path, name):
+    page = visit(path, "#vision_tower/1/1/0" if name == "pictures" else "#language_model/1/1/9")
+    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    card = page.locator(f".card.{name}")
+    kept = {}
+    for kind in ("SVG", "PNG"):
+        with page.expect_download() as told:
+            card.locator(".save button", has_text=kind).click()
+        assert told.value.suggested_filename.endswith(f".{kind.lower()}")
+        told.value.save_as(kept.setdefault(kind, tmp_path / f"card.{kind.lower()}"))
+    drawn = ElementTree.parse(kept["SVG"]).getroot()
+    words = "".join(drawn.itertext())
+    assert card.locator("h2").text_content() in words
+    assert "foreignObject" not in kept["SVG"].read_text()
+    assert "Save" not in words
+    box = card.bounding_box()
+    assert float(drawn.get("width")) == pytest.approx(box["width"], abs=1)
+    with Image.open(kept["PNG"]) as picture:
+        assert picture.width == pytest.approx(2 * box["width"], abs=3)
+        assert len(picture.convert("RGB").getcolors(2**20)) > 10
+    if name == "all-pairs":
+        assert drawn.find(".//{*}image").get("href").startswith("data:image/png")
+    if name == "reading":
+        assert " mat" in words
+
+
+CUT = """all => all.filter((e) => {
+    const style = getComputedStyle(e), wide = e.scrollWidth > e.clientWidth + 1 && style.overflow !== "visible";
+    return wide || (style.display !== "inline" && e.scrollHeight > e.clientHeight + 2);
+}).map((e) => `${e.className}: ${e.textContent}`)"""
+
+
+@pytest.mark.parametrize("width", [390, 1200, 1600])
+def test_no_words_are_cut(visit, path, width):
+    for address in ("", "#language_model/2/1/9", "#vision_tower/1/1/7"):
+        page = visit(path, address, viewport={"width": width, "height": 900})
+        page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+        cut = page.locator(".status, .hint, .second-key, .legend p, .note, .list.patches .context, figcaption > span")
+        assert cut.evaluate_all(CUT) == []
+
+
+def test_print_holds_the_map_and_keeps_headings_with_what_they_head(visit, path, tmp_path):
+    page = visit(path, "#language_model/1/1/9")
+    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    page.emulate_media(media="print")
+    assert page.locator(".map-frame").is_visible()
+    assert not page.locator(".save").first.is_visible()
+    breaks = page.locator("h2, h3, .card-head").evaluate_all("all => all.map((e) => getComputedStyle(e).breakAfter)")
+    assert set(breaks) == {"avoid"}
+    whole = page.locator(".all-pairs, .lines, .heads, .numbers, .sink")
+    assert set(whole.evaluate_all("all => all.map((e) => getComputedStyle(e).breakInside)")) == {"avoid"}
 
 
 def test_time_to_the_first_drawing(visit, tmp_path, capsys):
