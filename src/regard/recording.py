@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 import xarray as xr
-import zarr
 from torch import Tensor
 from zarr.errors import ZarrUserWarning
 
@@ -174,7 +173,8 @@ class Run:
             chosen = tensor.index_select(dims.index("batch"), here.clamp_min(0))
             if (none := here < 0).any():
                 none = none.reshape([-1 if dim == "batch" else 1 for dim in dims])
-                chosen = chosen.masked_fill(none, 0 if summed else float("nan") if chosen.is_floating_point() else -1)
+                nothing = float("nan") if chosen.is_floating_point() else -1 * (chosen.dtype != torch.bool)
+                chosen = chosen.masked_fill(none, 0 if summed else nothing)
             found.append((place._replace(batch=len(here)), chosen))
         return found
 
@@ -269,6 +269,8 @@ def open(path: str | Path) -> Recording:
     ValueError where a file is missing, too many or other than it was written, with its name. A recording of a version
     that kept no checksums is opened with a warning.
     """
+    import zarr  # takes a while, and most of what imports this file opens nothing
+
     path = Path(path)
     if not (path / ROOT).is_file():
         raise FileNotFoundError(f"{path} is not a recording (no {ROOT} in it)")
@@ -293,6 +295,8 @@ def open(path: str | Path) -> Recording:
 
 def _declared(path: Path) -> list[str]:
     """The runs in a folder. Raises where it holds something else, or declares more bytes than its files can hold."""
+    import zarr
+
     root = zarr.open_group(path, mode="r", zarr_format=3)
     members = dict(root.members())
     runs = [f"run_{i}" for i in range(len(members))]
