@@ -96,9 +96,9 @@ def test_reweighed_weights_by_hand(crowd):
 
     for words in (True, False):
         seen.clear()
-        with torch.inference_mode(), regard.intervene(crowd.model, _oracles.Reweighed(factors, [3], words)):
-            with regard.record(crowd.model, read):
-                crowd.model(**inputs)
+        changed = _oracles.Reweighed(factors, [3], words)
+        with torch.inference_mode(), regard.intervene(crowd.model, changed), regard.record(crowd.model, read):
+            crowd.model(**inputs)
         (_, first, image), (_, weights, _) = seen
         sixth = image.nonzero()[image.nonzero()[:, 0] == 0][5, 1]
         last = int(image[0].nonzero()[-1, 0])
