@@ -294,18 +294,24 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
 def _plot(finding: Finding, path: Path) -> None:
     with needs("plots", "claims"):
         import matplotlib
-        from matplotlib.collections import Collection
+        from matplotlib.collections import Collection, QuadMesh
         from matplotlib.figure import Figure
+        from matplotlib.image import AxesImage
         from matplotlib.lines import Line2D
     if finding.draw is None:
         return
     figure = Figure(figsize=(8, 4), layout="constrained")
     finding.draw(figure)
-    for drawn in figure.findobj(lambda one: isinstance(one, Collection | Line2D)):
-        points = drawn.get_offsets() if isinstance(drawn, Collection) else drawn.get_xdata()
-        drawn.set_rasterized(len(points) > DENSE)
+    for drawn in figure.findobj(Collection):
+        if isinstance(drawn, QuadMesh) or len(drawn.get_offsets()) > DENSE:  # such as colour bars
+            drawn.set_rasterized(True)
+    for drawn in figure.findobj(Line2D):
+        drawn.set_rasterized(drawn.get_rasterized() or len(drawn.get_xdata()) > DENSE)
+    for drawn in figure.findobj(AxesImage):
+        drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
-    same = {"svg.hashsalt": path.stem, "svg.fonttype": "none"}  # the same picture makes the same file, letters as such
+    # The same picture makes the same file; letters as such, pictures as they are.
+    same = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
     metadata = {_PLOTS[path.suffix]: MARK} | ({"Date": None} if path.suffix == ".svg" else {})
     with matplotlib.rc_context(same), replaced(path) as draft:
         figure.savefig(draft, format=path.suffix[1:], dpi=110, metadata=metadata)
