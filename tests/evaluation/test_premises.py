@@ -96,8 +96,8 @@ def test_reweighed_weights_by_hand(crowd):
 
     for words in (True, False):
         seen.clear()
-        edit = _oracles.Reweighed(factors, [3], words)
-        with torch.inference_mode(), regard.intervene(crowd.model, edit), regard.record(crowd.model, read):
+        changed = _oracles.Reweighed(factors, [3], words)
+        with torch.inference_mode(), regard.intervene(crowd.model, changed), regard.record(crowd.model, read):
             crowd.model(**inputs)
         (_, first, image), (_, weights, _) = seen
         sixth = image.nonzero()[image.nonzero()[:, 0] == 0][5, 1]
