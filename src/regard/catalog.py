@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import pkgutil
+import re
 import sqlite3
 import time
 import tomllib
@@ -25,7 +26,7 @@ _FOLDER = Path(__file__).parent / "catalog"
 SHIPPED = _FOLDER / "found.json"
 SCALES = ("small", "real", "large")
 _PLOTS = {".svg": "Creator", ".png": "Software"}  # where their metadata say who made them
-DENSE = 400  # points of a plot, above which they are drawn as pixels
+DENSE = 150  # points of a plot, above which they are drawn as pixels
 VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 
 
@@ -314,7 +315,9 @@ def _plot(finding: Finding, path: Path) -> None:
     same = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
     metadata = {_PLOTS[path.suffix]: MARK} | ({"Date": None} if path.suffix == ".svg" else {})
     with matplotlib.rc_context(same), replaced(path) as draft:
-        figure.savefig(draft, format=path.suffix[1:], dpi=110, metadata=metadata)
+        figure.savefig(draft, format=path.suffix[1:], dpi=90, metadata=metadata)
+        if path.suffix == ".svg":  # hundredths of a point will do
+            draft.write_text(re.sub(r"(\.\d\d)\d+", r"\1", draft.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def claimed() -> list[str]:

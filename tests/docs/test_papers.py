@@ -1,4 +1,5 @@
-"""Pages of papers and the README's numbers agree with what was taken over; a run that changes nothing changes nothing."""
+"""Pages of papers and the README's numbers agree with what was taken over; a run that changes nothing changes "
+"nothing."""
 
 from __future__ import annotations
 
