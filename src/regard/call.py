@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,7 @@ class Call:
     @cached_property
     def operands(self) -> Operands:
         """What the kernels are given: all but the site and the tokens."""
-        return Operands(**{f.name: getattr(self, f.name) for f in fields(Operands)})
+        return Operands(*_operands(self))
 
     @cached_property
     def weights(self) -> Weights:
@@ -94,4 +95,9 @@ class Call:
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
-        return replace(self, **{"own_output": None, **new})
+        kept = {name: self.__dict__[name] for name in _FIELDS}
+        return Call(**{**kept, "own_output": None, **new})
+
+
+_operands = attrgetter(*(field.name for field in fields(Operands)))
+_FIELDS = [field.name for field in fields(Call)]

@@ -178,15 +178,11 @@ class Passes:
         run.ends[stack, call.site.layer] = call.query_positions.stop
         if entry.again:
             return None
-        if self.recorder is not None and self.recorder.sums and entry.cache is not None and self._tried(call):
+        several = entry.cache is not None and call.query.shape[2] > 1
+        # Some of these may be taken back. A long prompt would be much to keep in case.
+        if several and self.recorder is not None and self.recorder.sums and (call.query_start or generation.tried()):
             run.latest.append(call)
         return run
-
-    @staticmethod
-    def _tried(call: Call) -> bool:
-        """Whether some of these queries may be taken back: a long prompt would be much to keep in case."""
-        now = generation.now()
-        return call.query.shape[2] > 1 and (call.query_start > 0 or (now is not None and now.assisted))
 
     # Layers
 
@@ -348,7 +344,7 @@ class Passes:
                 mine.orders.setdefault(self, len(run.orders))
         if mine is not None:
             mine.runs.setdefault(self, run)
-        if run is not self.run:
+        if run is not self.run and (call.query.shape[2] > 1 or not generation.tried()):
             run.latest.clear()
         self.run, self.open = run, None if self.entries[0].module is self.model else run
         return run

@@ -115,7 +115,7 @@ class Run:
     cached: set[str] = field(default_factory=set)  # stacks whose positions a cache holds
     orders: list[Tensor] = field(default_factory=list)  # of which rows the cache's became copies, time after time
     rows: list[Tensor] | None = None  # of what was recorded after so many orders: the rows that came out, -1 for none
-    latest: list[Call] = field(default_factory=list)  # calls of the newest pass, while it may yet be cropped
+    latest: list[Call] = field(default_factory=list)  # the newest calls that may yet be cropped
     changes: int = 0  # of what was recorded before
 
     @property
@@ -346,6 +346,7 @@ class Recorder(Recording):
                 f"num_beams=1, or run the sequence that it found through model(ids): its attention is the same"
             )
 
+    @torch.no_grad()
     def crop(self, run: Run, end: int) -> None:
         """Take back what was recorded at position `end` and after, as the cache did."""
         if self.sink is not None:
@@ -370,7 +371,8 @@ class Recorder(Recording):
         if "query" in dims:
             tensor = tensor.narrow(dims.index("query"), 0, n)
         else:
-            call = next((c for c in run.latest if (c.site.stack, c.site.layer) == (stack, layer)), None)
+            at = stack, layer, place.query.start
+            call = next((c for c in run.latest if (c.site.stack, c.site.layer, c.query_start) == at), None)
             found = None if call is None else self.statistics[name](call.of_queries(n))
             if found is None:
                 raise ValueError(

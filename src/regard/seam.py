@@ -37,6 +37,7 @@ from .weights import union
 _HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
+_watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
 _get_interface = AttentionInterface.get_interface
 # What each statistic asked of its last call: most likely what it asks of the next, so that one pass can serve all.
 _asked: weakref.WeakKeyDictionary[Callable[..., Tensor | None], set[Reduction]] = weakref.WeakKeyDictionary()
@@ -211,8 +212,9 @@ def _open(session: _Session) -> Iterator[None]:
             attach(undo, module.register_forward_pre_hook, passes.turn)
             if sites.calls_interface(module):
                 attach(undo, module.register_forward_hook, passes.check_seen)
-            elif module not in _sessions:
-                undo.enter_context(adapters.watch(module, _route))
+            else:
+                watch = _watches.setdefault(module, shared(partial(adapters.watch, module, _route)))
+                undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
         for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
@@ -233,6 +235,7 @@ def _forget(module: nn.Module, session: _Session) -> None:
     _sessions[module].remove(session)
     if not _sessions[module]:
         del _sessions[module]
+        _watches.pop(module, None)
 
 
 @shared
