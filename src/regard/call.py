@@ -91,7 +91,7 @@ class Call:
 
         cuts = {name: cut(getattr(self, name)) for name in ("query", "mask", "bias", "sinks", "own_output")}
         tokens = None if self.query_tokens is None else self.query_tokens[:n]
-        return replace(self, **cuts, query_tokens=tokens)  # type: ignore[arg-type]
+        return self.but(**cuts, query_tokens=tokens)
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
