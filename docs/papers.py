@@ -223,8 +223,9 @@ def _sentence(words: str) -> str:
 
 
 def _plain(words: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return re.sub(r"(?<!`)([*_<|])", r"\\\1", words)
+    """Text that Markdown leaves as it is, code apart."""
+    parts = re.split(r"(`[^`]*`)", words)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<|])", r"\\\1", part) for part in parts)
 
 
 def _write(path: Path, text: str) -> None:
