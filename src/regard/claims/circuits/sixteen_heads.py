@@ -2,7 +2,8 @@
 
 Heads go greedily, by their importance for a task on some prompts; what that costs is seen on others. Three tasks each
 for itself, as the paper prunes for each data set. In the planted model the truth is known. The control takes as many
-heads at random. At scale `real` the heads are MiniLM's, and what is kept is the embedding of a line of a book.
+heads at random, ten times; an earlier one did so once, and on one task lost nothing by it. At scale `real` the heads
+are MiniLM's, and what is kept is the embedding of a line of a book.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .._planted import INDUCTIVE, WRONG, planted, repeats
 SCALES = "small", "real", "large"
 EXPECTED = (
     "for each of three tasks at least half of the reader's 48 heads go before it is right on 0.02 fewer of other "
-    "prompts, where as many at random cost more in each task; without that half, cut out of its matrices, it gives "
+    "prompts, where as many at random cost more in each task, by two standard errors over ten draws; without that "
+    "half, cut out of its matrices, it gives "
     "what it gives with them masked, and takes at most "
     "0.95 of the time; in the planted model the heads that are least important are those that do nothing"
 )
@@ -58,8 +60,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         fine = [share for share, right in zip(shares, rights) if right >= rights[0] - 0.02]
         curves[name], free[name] = (shares, rights), max(fine)
         at = fine.index(max(fine))
-        drawn_heads = [everything[i] for i in rng.permutation(len(everything))[: len(gone(found, at))]]
-        at_random[name] = rights[at] - _right(model, other, drawn_heads)
+        drawn_sets = ([everything[i] for i in rng.permutation(48)[: len(gone(found, at))]] for _ in range(10))
+        at_random[name] = mean([rights[at] - _right(model, other, heads) for heads in drawn_sets])
         if name == "ioi":
             half = gone(found, int((shares <= 0.5).sum()) - 1)
 
@@ -78,7 +80,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     matter = set(ranked.sortby(ranked)["at"].values[-4:])
     holds = (
         min(free.values()) >= 0.5
-        and min(at_random.values()) > 0
+        and all(cost.above() for cost in at_random.values())
         and less <= 0.95 * whole
         and matter == {*INDUCTIVE, WRONG}
     )
