@@ -144,21 +144,8 @@ def test_pairs_and_likeness(tmp_path, scene):
     clip = t.CLIPModel(t.CLIPConfig(text_config=sizes, vision_config=VISION, projection_dim=16))
     folder = saved(tmp_path / "clip", clip, t.CLIPProcessor(looks, fast))
     out = tmp_path / "a.html"
-    done = run(
-        folder,
-        "-i",
-        scene,
-        "-t",
-        "a red star",
-        "-t",
-        "a blue fork",
-        "--target",
-        "a blue fork",
-        "-m",
-        "gradient_x_input",
-        "-o",
-        out,
-    )
+    asked = ("-t", "a red star", "-t", "a blue fork", "--target", "a blue fork", "-m", "gradient_x_input")
+    done = run(folder, "-i", scene, *asked, "-o", out)
     assert done.exit_code == 0, done.output
     assert "'a blue fork'" in done.output
     assert "similarity" in done.output

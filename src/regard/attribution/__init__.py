@@ -88,7 +88,7 @@ def attribute(
             texts = Tokens.plain("text", *flat.shape, flat).texts(processor)
             along = xr.DataArray(texts, dims=("each", "token")).values.reshape(ids.shape)
             found = found.assign_coords(text=(found.dims, along))
-    return joined(found, set(getattr(tokenizer, "all_special_tokens", ()))) if words else found
+    return joined(found, tokenizer) if words else found
 
 
 def named(model: nn.Module, name: str, processor: Any = None) -> int:
