@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: look test fuzz oldest conformance lint docs bench zoo sanitize clean
+.PHONY: look test fuzz oldest conformance mutants lint docs bench zoo sanitize clean
 
 look: $(VENV)/installed
 	$(VENV)/bin/regard look
@@ -31,6 +31,10 @@ oldest:
 	@$(OLDEST_PIP) install torch
 	@$(OLDEST_PIP) install --group test --editable .
 	$(OLDEST)/bin/python -m pytest tests/core/test_exact.py tests/core/test_seam.py tests/core/test_any_model.py tests/core/test_recording.py
+
+# Small changes of methods that no test sees: make mutants [KEYS="moba act"] [ROOM=circuits]; some minutes a paper
+mutants: $(VENV)/installed-test
+	$(VENV)/bin/python -m tests.mutants $(KEYS) $(if $(ROOM),--room $(ROOM))
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .

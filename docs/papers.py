@@ -29,7 +29,12 @@ COMMANDS = {  # of a room, beside `regard reproduce`
     "attribution": 'regard explain MODEL --text "..." --method {name}',
     "interventions": "regard steer MODEL --with {name} --image picture.png",
 }
-INDEX = """# Papers
+INDEX = """---
+hide:
+  - toc
+---
+
+# Papers
 
 Of {all} papers in the catalog {built} are built. What each is believed for: **parity**, equal values to its authors'
 code; **premises**, what the paper takes for granted, measured; and its **claim**, with a control that must come out
@@ -40,7 +45,7 @@ to call it. Claims are run at `--scale small`, of two minutes on two cores; some
 
 <div id="paper-filters"></div>
 
-| paper | title | room | tags | parity | premises | verdict | real |
+| paper | verdict | premises | parity | real | room | tags | title |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -94,13 +99,13 @@ def index() -> str:
         small, real = runs.get("small"), runs.get("real")
         cells = (
             f"[{row.key}]({row.key}.md)",
-            row.title.replace("|", "/"),
+            small.finding.verdict if small else "not run",
+            _premises(small),
+            _word(row.parity),
+            real.finding.verdict if real else "",
             row.room,
             ", ".join(row.tags),
-            _word(row.parity),
-            _premises(small),
-            small.finding.verdict if small else "not run",
-            real.finding.verdict if real else "",
+            row.title.replace("|", "/"),
         )
         text += f"| {' | '.join(cells)} |\n"
     return text
@@ -218,8 +223,9 @@ def _sentence(words: str) -> str:
 
 
 def _plain(words: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return re.sub(r"(?<!`)([*_<|])", r"\\\1", words)
+    """Text that Markdown leaves as it is, code apart."""
+    parts = re.split(r"(`[^`]*`)", words)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<|])", r"\\\1", part) for part in parts)
 
 
 def _write(path: Path, text: str) -> None:

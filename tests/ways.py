@@ -20,10 +20,10 @@ def is_clean(model):
     return not seam._sessions and AttentionInterface.get_interface is seam._get_interface and not ours
 
 
-def checkpoint(model):
+def checkpoint(model, **settings):
     """Under the name that this version of transformers has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
+    (enable or model.gradient_checkpointing_enable)(*[settings] * bool(settings))
 
 
 class Scale:

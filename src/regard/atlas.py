@@ -45,6 +45,7 @@ QUESTION = "What is in this picture?"
 LONGEST = 256  # tokens of the paragraph
 WINDOW = 8  # positions to either side that count as near
 TIMES = 5.0  # the average patch: a patch that gets more is a sink of its picture
+UNKNOWN = 0.5  # of a text's tokens, from which on it is not read: its words are not in the vocabulary
 BEST = 5  # ranks of the vocabulary that count as copied, or suppressed
 
 
@@ -260,6 +261,12 @@ def text(model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:
     return _given(model, encoded["input_ids"])
 
 
+def unknown(ids: Tensor, tokenizer: Any) -> float:
+    """Share of tokens that the tokenizer does not know, 0 to 1."""
+    unk = getattr(tokenizer, "unk_token_id", None)
+    return 0.0 if unk is None else float((ids == unk).float().mean())
+
+
 class _Battery:
     """The inputs, one method each, and the scores that they give: stack -> name -> [layer, head]."""
 
@@ -271,6 +278,7 @@ class _Battery:
         self.device = next(model.parameters()).device
         self.found: dict[str, xr.Dataset] = {}
         self.notes: list[str] = []
+        self.unread: set[str] = set()  # stacks that read, for which there was no prose
 
     def keep(self, tree: xr.DataTree, name: str, where: Callable[[xr.Dataset], Any] | None = None) -> None:
         """The mean of a statistic over all but layer and head, in the stacks where it is defined somewhere.
@@ -281,6 +289,8 @@ class _Battery:
             dataset = node.to_dataset()
             patches = where is not None and "query_role" in dataset and bool((dataset["query_role"] == "image").any())
             if name in self.found.get(stack, ()) or name not in dataset or patches:
+                continue
+            if name == "self_mass" and stack in self.unread:  # pictures would stand in for prose
                 continue
             values = dataset[name] if where is None else dataset[name].where(where(dataset))
             mean = values.mean([d for d in values.dims if d not in ("layer", "head")])
@@ -334,6 +344,15 @@ class _Battery:
         if self.tokenizer is None:
             self.notes.append("no tokenizer: random tokens stand in for prose, and there were no prompts")
         inputs = text(self.model, self.tokenizer) if self.tokenizer is not None else _given(self.model, self.ids[:1])
+        if self.tokenizer is not None and (share := unknown(inputs["input_ids"], self.tokenizer)) > UNKNOWN:
+            prose = ("local_mass", "global_mass", "self_mass", "sink_mass")
+            kinds = [name for name, kind in TAXONOMY.items() if set(kind.scores) & set(prose)]
+            self.notes.append(
+                f"{share:.0%} of the paragraph's tokens are unknown to the tokenizer, so it is no prose: not measured "
+                f"are the kinds {', '.join(kinds)}"
+            )
+            self.unread = set(self.found)
+            return
         near = {"local_mass": partial(local_mass, window=WINDOW), "sink_mass": partial(sink_mass, n_sink=1)}
         near |= {"global_mass": _net(partial(global_mass, window=WINDOW)), "normalised_entropy": normalised_entropy}
         tree = self.run(inputs, "self_mass", **near)
@@ -417,7 +436,8 @@ class _Battery:
                     encoded = prompts.encode(prompt, self.tokenizer)
                 except ValueError:  # this tokenizer cuts the words in a way that compares nothing
                     continue
-                trees.append(self.asked(encoded, name))
+                if unknown(torch.tensor(encoded.ids), self.tokenizer) <= UNKNOWN:
+                    trees.append(self.asked(encoded, name))
         if len(trees) < tried:
             self.notes.append(f"{tried - len(trees)} of {tried} prompts do not fit the tokenizer, and were left out")
         if trees:

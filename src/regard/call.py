@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,7 @@ class Call:
     @cached_property
     def operands(self) -> Operands:
         """What the kernels are given: all but the site and the tokens."""
-        return Operands(**{f.name: getattr(self, f.name) for f in fields(Operands)})
+        return Operands(*_operands(self))
 
     @cached_property
     def weights(self) -> Weights:
@@ -90,8 +91,18 @@ class Call:
 
         cuts = {name: cut(getattr(self, name)) for name in ("query", "mask", "bias", "sinks", "own_output")}
         tokens = None if self.query_tokens is None else self.query_tokens[:n]
-        return replace(self, **cuts, query_tokens=tokens)  # type: ignore[arg-type]
+        return self.but(**cuts, query_tokens=tokens)
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
-        return replace(self, **{"own_output": None, **new})
+        kept = {name: self.__dict__[name] for name in _FIELDS}
+        call = Call(**{**kept, "own_output": None, **new})
+        # Of the same operands: what the kernels know of them already is kept.
+        if "operands" in self.__dict__ and all(kept[name] is new[name] for name in new.keys() & _OPERANDS):
+            call.__dict__["operands"] = self.operands
+        return call
+
+
+_FIELDS = [field.name for field in fields(Call)]
+_OPERANDS = {field.name: None for field in fields(Operands)}
+_operands = attrgetter(*_OPERANDS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import os
 import pkgutil
+import re
 import sqlite3
 import time
 import tomllib
@@ -13,9 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from torch import Tensor
 
 from .extras import needs, shortened
@@ -25,7 +29,7 @@ _FOLDER = Path(__file__).parent / "catalog"
 SHIPPED = _FOLDER / "found.json"
 SCALES = ("small", "real", "large")
 _PLOTS = {".svg": "Creator", ".png": "Software"}  # where their metadata say who made them
-DENSE = 400  # points of a plot, above which they are drawn as pixels
+DENSE = 150  # points of a plot, above which they are drawn as pixels
 VERDICTS = {True: "held", False: "did not hold", None: "cannot tell"}
 
 
@@ -294,21 +298,41 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
 def _plot(finding: Finding, path: Path) -> None:
     with needs("plots", "claims"):
         import matplotlib
-        from matplotlib.collections import Collection
+        import numpy as np
+        from matplotlib.collections import Collection, QuadMesh
         from matplotlib.figure import Figure
+        from matplotlib.image import AxesImage
         from matplotlib.lines import Line2D
     if finding.draw is None:
         return
     figure = Figure(figsize=(8, 4), layout="constrained")
     finding.draw(figure)
-    for drawn in figure.findobj(lambda one: isinstance(one, Collection | Line2D)):
-        points = drawn.get_offsets() if isinstance(drawn, Collection) else drawn.get_xdata()
-        drawn.set_rasterized(len(points) > DENSE)
+    for drawn in figure.findobj(Collection):
+        if isinstance(drawn, QuadMesh) or len(np.asarray(drawn.get_offsets())) > DENSE:  # such as colour bars
+            drawn.set_rasterized(True)
+    for drawn in figure.findobj(Line2D):
+        drawn.set_rasterized(drawn.get_rasterized() or len(np.asarray(drawn.get_xdata())) > DENSE)
+    for drawn in figure.findobj(AxesImage):
+        drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
-    same = {"svg.hashsalt": path.stem, "svg.fonttype": "none"}  # the same picture makes the same file, letters as such
+    # The same picture makes the same file; letters as such, pictures as they are.
+    same: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
     metadata = {_PLOTS[path.suffix]: MARK} | ({"Date": None} if path.suffix == ".svg" else {})
     with matplotlib.rc_context(same), replaced(path) as draft:
-        figure.savefig(draft, format=path.suffix[1:], dpi=110, metadata=metadata)
+        figure.savefig(draft, format=path.suffix[1:], dpi=90, metadata=metadata)
+        if path.suffix == ".svg":
+            draft.write_text(_lighter(draft.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _lighter(svg: str) -> str:
+    """The same plot with hundredths of a point, and pictures as WebP."""
+
+    def webp(found: re.Match[str]) -> str:
+        made = BytesIO()
+        Image.open(BytesIO(base64.b64decode(found[1]))).save(made, "webp", quality=70)
+        return f"data:image/webp;base64,{base64.b64encode(made.getvalue()).decode()}"
+
+    return re.sub(r"data:image/png;base64,([^\"]+)", webp, re.sub(r"(\.\d\d)\d+", r"\1", svg))
 
 
 def claimed() -> list[str]:

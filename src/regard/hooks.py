@@ -57,7 +57,7 @@ def wrap(undo: ExitStack, module: nn.Module, run: Callable[..., Any]) -> None:
 @shared
 @contextmanager
 def _left_out_of_copies() -> Iterator[None]:
-    nn.Module.__getstate__ = _state
+    nn.Module.__getstate__ = _state  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -86,10 +86,10 @@ class Names:
         """What a cache that was filled elsewhere holds, as far as `generate` and the mask tell."""
         batch, n = call.query.shape[0], call.query_start
         prompt = None if generation is None else generation.prompt
-        whole = prompt is not None and len(prompt) == batch and prompt.shape[1] == generation.begins > n
-        tokens = (
-            self._text(call.site.stack, prompt[:, :n], 0, False, None) if whole else Tokens.plain("other", batch, n)
-        )
+        tokens = Tokens.plain("other", batch, n)
+        begins = None if generation is None else generation.begins
+        if prompt is not None and prompt.shape == (batch, begins) and n < prompt.shape[1]:
+            tokens = self._text(call.site.stack, prompt[:, :n], 0, False, None)
         return _unmasked(tokens, inputs.get("attention_mask"), 0)
 
     def keys(self, call: Call, known: Tokens | None, mask: Any) -> Tokens:
@@ -104,7 +104,7 @@ class Names:
         begins = start + n  # position of the first token that generate made itself
         if generation is not None:
             unknown = start if start and n == 1 else begins  # by decoding code of the model's own
-            begins = unknown if generation.begins is None else generation.begins
+            begins = unknown if generation.prompt is None else generation.begins
         made = (at >= begins).expand(batch, n)
         if self.roles is not None and first and "decoder" not in stack:
             given = int((~made[0]).sum())

@@ -49,6 +49,7 @@ class _Entry:
     cache: Any = None
     start: int = 0  # positions that the cache held before
     again: bool = False  # for a checkpoint's gradient
+    called: set[nn.Module] = field(default_factory=set)  # models inside it, so far
     turns: dict[nn.Module, _Turn] = field(default_factory=dict)
     layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
     runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
@@ -59,8 +60,18 @@ class _Entry:
         turns = {module: replace(turn) for module, turn in self.turns.items()}
         layers = {stack: set(ran) for stack, ran in self.layers.items()}
         copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
-        copied.source = self.source
+        copied.source = copied if self.source is self else self.source
         return copied
+
+    def told(self) -> Mapping[str, Any]:
+        """What tells of its positions: what the source was given, and the nearest mask."""
+        masks = []
+        for entry in self.outwards():
+            masks.append(entry.inputs.get("attention_mask"))
+            if entry is self.source:
+                break
+        mask = next((mask for mask in masks if mask is not None), None)
+        return {**self.source.inputs, "attention_mask": mask}
 
     def outwards(self) -> Iterator[_Entry]:
         entry: _Entry | None = self
@@ -127,7 +138,10 @@ class Passes:
             self.run, self.ran = None, {}
         entry = _Entry(name, module, inputs, sys._getframe(1), within)
         given = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None
-        entry.source = entry if given or within is None else within.source
+        # A model that is given embeddings once more in one pass may be given another text's.
+        entry.source = entry if given or within is None or module in within.called else within.source
+        if within is not None:
+            within.called.add(module)
         entry.again = within is not None and within.again
         entry.cache = caches.of(inputs.get("past_key_values"))
         if within is not None and entry.source is not entry:
@@ -178,15 +192,11 @@ class Passes:
         run.ends[stack, call.site.layer] = call.query_positions.stop
         if entry.again:
             return None
-        if self.recorder is not None and self.recorder.sums and entry.cache is not None and self._tried(call):
+        several = entry.cache is not None and call.query.shape[2] > 1
+        # Some of these may be taken back. A long prompt would be much to keep in case.
+        if several and self.recorder is not None and self.recorder.sums and (call.query_start or generation.tried()):
             run.latest.append(call)
         return run
-
-    @staticmethod
-    def _tried(call: Call) -> bool:
-        """Whether some of these queries may be taken back: a long prompt would be much to keep in case."""
-        now = generation.now()
-        return call.query.shape[2] > 1 and (call.query_start > 0 or (now is not None and now.assisted))
 
     # Layers
 
@@ -280,13 +290,13 @@ class Passes:
             known = None  # a layer of another width, as in a pyramid
         decoding = self._decoding(entry)
         if known is None:
-            known = self.names.before(call, entry.source.inputs, decoding)
+            known = self.names.before(call, entry.told(), decoding)
         if len(known) < start:
             known = known.then(Tokens.plain("other", batch, start - len(known)))
         if start + n > len(known):
             late = replace(call, query_start=len(known))
-            source, missing = entry.source, start + n - len(known)
-            known = known.then(self.names.new(late, source.name, source.inputs, missing, decoding))
+            new = self.names.new(late, entry.source.name, entry.told(), start + n - len(known), decoding)
+            known = known.then(new)
         if len(known) >= len(run.tokens.get(stack, ())):
             run.tokens[stack] = known
         return known
@@ -304,7 +314,7 @@ class Passes:
         that has so many positions, where the states were made in it."""
         if entry.cache is not None and entry.start:
             return run.keys.get(call.site.stack)
-        for states in filter(lambda s: s is not None, (_states(e.inputs) for e in entry.outwards())):
+        for states in (s for e in entry.outwards() if (s := _states(e.inputs)) is not None):
             for given in reversed(self.given):
                 if (rows := given.rows(states)) is not None:
                     return given.tokens.of_rows(rows)
@@ -344,11 +354,11 @@ class Passes:
         if entry.cache is not None:
             self.held[entry.cache] = run
             run.cached.add(stack)
-            if mine is not None and caches.of(mine.cache) is entry.cache:
-                mine.orders.setdefault(self, len(run.orders))
         if mine is not None:
             mine.runs.setdefault(self, run)
-        if run is not self.run:
+            if mine.prompt is not None and self._decoding(entry) is mine:
+                mine.decoded.setdefault(self, (run, len(run.orders)))
+        if run is not self.run and (call.query.shape[2] > 1 or not generation.tried()):
             run.latest.clear()
         self.run, self.open = run, None if self.entries[0].module is self.model else run
         return run
@@ -361,7 +371,8 @@ class Passes:
             found = mine.runs.get(self)
         if found is None and outside is not None:
             found = next((given.run for given in reversed(self.given) if given.rows(outside) is not None), None)
-        if found is None and outside is None and generation.now() is None and not entry.start:
+        whole = (now := generation.now()) is not None and now.model is self.model  # then it ran the parts itself
+        if found is None and outside is None and not whole and not entry.start:
             found = self.open
         return found if found is not None and key not in found.ends else None
 
@@ -387,7 +398,7 @@ class Passes:
     def heard(self, cache: Any, rows: Rows | None) -> None:
         """A cache has other rows, or fewer positions, than before."""
         run = None if cache is None else self.held.get(cache)
-        if run is None or run.batch is None:
+        if cache is None or run is None or run.batch is None:
             return
         if rows is None:
             self._shorten(run, int(cache.get_seq_length()))
@@ -405,9 +416,11 @@ class Passes:
 
     def came_out(self, generation: Generation) -> None:
         """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
-        run = self.held.pop(caches.of(generation.cache), None)
-        if run is not None:
-            run.choose(generation.beams, generation.orders[self], generation.begins, generation.made)
+        run, before = generation.decoded[self]
+        if run.cached and generation.begins is not None:  # otherwise each step is a run
+            run.choose(generation.beams, before, generation.begins, generation.made)
+            for cache in [cache for cache, held in self.held.items() if held is run]:
+                del self.held[cache]
 
     # A checkpoint's gradient
 

@@ -66,7 +66,7 @@ class Question:
         indices = {k: attribution[k].values.astype(int).tolist() for k in ("target", "against", "at") if k in known}
         said = {k: attributes[k] for k in ("over", "output", "pool") if k in attributes}
         beside = {"beside": torch.tensor(attributes["beside"])} if "beside" in attributes else {}
-        return cls(**indices, **said, **beside)
+        return cls(**{**indices, **said, **beside})
 
 
 Target = Index | Question

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 import xarray as xr
-import zarr
 from torch import Tensor
+from zarr.errors import ZarrUserWarning
 
 from .call import Call, Site
 from .described import as_html, as_text
@@ -115,7 +115,7 @@ class Run:
     cached: set[str] = field(default_factory=set)  # stacks whose positions a cache holds
     orders: list[Tensor] = field(default_factory=list)  # of which rows the cache's became copies, time after time
     rows: list[Tensor] | None = None  # of what was recorded after so many orders: the rows that came out, -1 for none
-    latest: list[Call] = field(default_factory=list)  # calls of the newest pass, while it may yet be cropped
+    latest: list[Call] = field(default_factory=list)  # the newest calls that may yet be cropped
     changes: int = 0  # of what was recorded before
 
     @property
@@ -173,7 +173,8 @@ class Run:
             chosen = tensor.index_select(dims.index("batch"), here.clamp_min(0))
             if (none := here < 0).any():
                 none = none.reshape([-1 if dim == "batch" else 1 for dim in dims])
-                chosen = chosen.masked_fill(none, 0 if summed else float("nan") if chosen.is_floating_point() else -1)
+                nothing = float("nan") if chosen.is_floating_point() else -1 * (chosen.dtype != torch.bool)
+                chosen = chosen.masked_fill(none, 0 if summed else nothing)
             found.append((place._replace(batch=len(here)), chosen))
         return found
 
@@ -268,12 +269,13 @@ def open(path: str | Path) -> Recording:
     ValueError where a file is missing, too many or other than it was written, with its name. A recording of a version
     that kept no checksums is opened with a warning.
     """
+
     path = Path(path)
     if not (path / ROOT).is_file():
         raise FileNotFoundError(f"{path} is not a recording (no {ROOT} in it)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)  # of what file managers leave there
+            warnings.simplefilter("ignore", ZarrUserWarning)  # of what file managers leave there
             checked, names = intact(path), _declared(path)
             with xr.open_datatree(path, engine="zarr", consolidated=False, chunks=None) as runs:
                 runs.load()
@@ -292,6 +294,8 @@ def open(path: str | Path) -> Recording:
 
 def _declared(path: Path) -> list[str]:
     """The runs in a folder. Raises where it holds something else, or declares more bytes than its files can hold."""
+    import zarr
+
     root = zarr.open_group(path, mode="r", zarr_format=3)
     members = dict(root.members())
     runs = [f"run_{i}" for i in range(len(members))]
@@ -346,6 +350,7 @@ class Recorder(Recording):
                 f"num_beams=1, or run the sequence that it found through model(ids): its attention is the same"
             )
 
+    @torch.no_grad()
     def crop(self, run: Run, end: int) -> None:
         """Take back what was recorded at position `end` and after, as the cache did."""
         if self.sink is not None:
@@ -370,7 +375,8 @@ class Recorder(Recording):
         if "query" in dims:
             tensor = tensor.narrow(dims.index("query"), 0, n)
         else:
-            call = next((c for c in run.latest if (c.site.stack, c.site.layer) == (stack, layer)), None)
+            at = stack, layer, place.query.start
+            call = next((c for c in run.latest if (c.site.stack, c.site.layer, c.query_start) == at), None)
             found = None if call is None else self.statistics[name](call.of_queries(n))
             if found is None:
                 raise ValueError(
@@ -394,7 +400,8 @@ class Recorder(Recording):
             self.sink(name, call, seen.detach().to(kind, copy=True))
             return
         layers = run.parts.setdefault(call.site.stack, {}).setdefault(name, {})
-        place = Place(*call.query.shape[:2], call.query_positions, call.key_positions, len(run.orders))
+        batch, heads = call.query.shape[:2]
+        place = Place(batch, heads, call.query_positions, call.key_positions, len(run.orders))
         layers.setdefault(call.site.layer, []).append((place, seen.detach().to("cpu", kind, copy=True)))
 
     def __len__(self) -> int:
@@ -464,7 +471,7 @@ class Recorder(Recording):
                     held = np.nan_to_num(variable.values).any(
                         tuple(i for i, d in enumerate(variable.dims) if d != "role")
                     )
-                    present |= set(held.nonzero()[0].tolist())
+                    present |= set(np.flatnonzero(held).tolist())
             dataset = dataset.assign_coords(role=list(ROLES)).isel(role=sorted(present))
         return dataset
 

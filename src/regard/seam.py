@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +36,7 @@ from .weights import union
 _HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
+_watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
 _get_interface = AttentionInterface.get_interface
 # What each statistic asked of its last call: most likely what it asks of the next, so that one pass can serve all.
 _asked: weakref.WeakKeyDictionary[Callable[..., Tensor | None], set[Reduction]] = weakref.WeakKeyDictionary()
@@ -159,6 +159,7 @@ class _Session:
                 )
         self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
         self.closed = False
+        self.expected: set[Reduction] | None = None  # of a call; None: ask what was asked of the last one
 
     def change(self, call: Call) -> Call:
         for thing in self.interventions:
@@ -171,9 +172,10 @@ class _Session:
     def expect(self, call: Call) -> None:
         """Say which reductions its statistics will likely ask of a call."""
         assert self.recorder is not None
-        expected = union(_asked.get(f, set()) for f in self.recorder.statistics.values())
+        if self.expected is None:
+            self.expected = union(_asked.get(f, set()) for f in self.recorder.statistics.values())
         known = call.tokens is not None  # otherwise there are no roles to ask for
-        call.weights.expected = {r for r in expected if known or not isinstance(r.knob, str)}
+        call.weights.expected = {r for r in self.expected if known or not isinstance(r.knob, str)}
 
     @torch.no_grad()
     def see(self, call: Call, run: Run) -> None:
@@ -183,10 +185,12 @@ class _Session:
             recorder.begin(run)
         run.sites.setdefault(call.site.stack, {})[call.site.layer] = call.site
         self.expect(call)
+        weights = call.weights
         for name, function in recorder.statistics.items():
-            call.weights.asked = set()
+            weights.asked = set()
             recorder.add(run, call, name, function(call))
-            _asked[function] = union([call.weights.asked])
+            if self.expected is None or not weights.asked <= self.expected:
+                _asked[function], self.expected = union([weights.asked]), None
 
 
 @contextmanager
@@ -211,8 +215,9 @@ def _open(session: _Session) -> Iterator[None]:
             attach(undo, module.register_forward_pre_hook, passes.turn)
             if sites.calls_interface(module):
                 attach(undo, module.register_forward_hook, passes.check_seen)
-            elif module not in _sessions:
-                undo.enter_context(adapters.watch(module, _route))
+            else:
+                watch = _watches.setdefault(module, shared(partial(adapters.watch, module, _route)))
+                undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
         for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
@@ -233,6 +238,7 @@ def _forget(module: nn.Module, session: _Session) -> None:
     _sessions[module].remove(session)
     if not _sessions[module]:
         del _sessions[module]
+        _watches.pop(module, None)
 
 
 @shared
@@ -325,14 +331,14 @@ def _attended(
     asked: Asked, given: Call, call: Call, sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]]
 ) -> tuple[list[Call], Tensor | None, Tensor | None]:
     """The call as each session sees it, with its output; the model's own result and weights where its function ran."""
-    seen = [replace(call, **context) for context in contexts]
+    seen = [call.but(**context) for context in contexts]
     if call.edits is not given.edits or not _untouched(call, given):
-        seen = _with_output([replace(its, dropout=asked.dropout) for its in seen], sessions)
+        seen = _with_output([its.but(dropout=asked.dropout) for its in seen], sessions)
         # whoever runs eager attention has the map in memory anyway, and may have asked for it
         eager = asked.implementation == "eager"
         return seen, None, seen[0].weights.dense(budget=sys.maxsize) if eager else None
     # The model's own function still says what is wanted. Each kind of call of a module is once compared with it.
-    fused = asked.implementation == "sdpa" and not asked.dropout and _fuses(sessions, call)
+    fused = asked.implementation == "sdpa" and not asked.dropout and _fuses(sessions, seen[0])
     result = weights = None
     if asked.new or not fused:
         changed = (call.query, given.query), (call.key, given.key), (call.value, given.value)
@@ -340,9 +346,9 @@ def _attended(
         result, weights = asked.run(*(ours if ours is not old else own for (ours, old), own in zip(changed, theirs)))
         own = result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2)
         if asked.new:
-            interface.check(asked, replace(call, own_output=own))
+            interface.check(asked, call.but(own_output=own))
         if not fused:
-            return [replace(its, own_output=own) for its in seen], result, weights
+            return [its.but(own_output=own) for its in seen], result, weights
     return _with_output(seen, sessions), None, weights
 
 
@@ -372,7 +378,7 @@ def _with_output(seen: Sequence[Call], sessions: Sequence[_Session]) -> list[Cal
     if sessions[first].recorder is not None:
         sessions[first].expect(seen[first])
     output = seen[first].output
-    return [call if i == first else replace(call, own_output=output) for i, call in enumerate(seen)]
+    return [call if i == first else call.but(own_output=output) for i, call in enumerate(seen)]
 
 
 def _result(thing: Any, hook: str, new: Any, old: Any) -> Any:

@@ -124,8 +124,9 @@ def links(model: nn.Module, name: str) -> list[tuple[nn.Module, str, nn.Module]]
     """The way to a module: what holds what, by which name, from the outermost on."""
     found, holder = [], getattr(model, "_orig_mod", model)
     for part in name.split(".") if name else ():
-        found.append((holder, part, holder._modules[part]))
-        holder = holder._modules[part]
+        inner = holder.get_submodule(part)
+        found.append((holder, part, inner))
+        holder = inner
     return found
 
 

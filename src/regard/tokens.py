@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class Tokens:
 
     def to(self, device: torch.device) -> Tokens:
         return self if self.roles.device == device else replace(self, roles=self.roles.to(device))
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether any position is padding; all layers of a step share it."""
+        return bool(self.role("pad").any())
 
     def role(self, name: str) -> Tensor:
         """Which positions have this role; "real": any but padding. [batch, token] boolean"""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+import transformers as t
 import xarray as xr
+from families import SIZES, VISION
 from PIL import Image
+from scipy.io import wavfile
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 import regard
 from regard.cli import app
-from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _page, _quarters
+from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _given, _page, _quarters
 from regard.data.scenes import Object, Scene, render
 
 SCENE = Scene((Object("star", "red", "large", 0.25, 0.5), Object("fork", "blue", "large", 0.75, 0.5)))
@@ -71,6 +76,96 @@ def test_a_picture_is_coloured_where_it_speaks_for_the_class(tmp_path, scene):
     assert page.read_text().count("data:image/png;base64,") == 2
 
 
+def test_why_this_and_not_that(tmp_path):
+    done = run(
+        "namer", "-t", "with a heavy heart .", "--against", "joy", "-m", "gradient_x_input", "-o", tmp_path / "a.png"
+    )
+    assert done.exit_code == 0, done.output
+    assert "namer: sorrow rather than joy  (gradient_x_input; logit ahead" in done.output
+
+
+def test_words_are_joined(tmp_path):
+    pieces, words = (
+        run("reader", "-t", "unbelievable", "-m", "rollout", "-o", tmp_path / "a.png", *more) for more in ((), ("-w",))
+    )
+    assert "'unbelievable'" in words.output
+    assert "'unbelievable'" not in pieces.output
+
+
+def test_patches_are_shown_on_the_picture_that_the_model_is_given(tmp_path, scene):
+    out = tmp_path / "page.html"
+    done = run("describer", "-i", scene, "-m", "gradient_x_input", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[2].split() == ["position", "token", "row", "column", "score", "share"]
+    page = out.read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "&lt;image&gt;" not in page  # the picture shows them
+    with Image.open(scene) as image:
+        model, processor = regard.load("describer")
+        wide = image.resize((256, 128))
+        inputs = dict(processor(text="<image> what ?", images=wide, return_tensors="pt"))
+        shown = _given(wide, inputs, processor)
+    assert shown.size == tuple(inputs["pixel_values"].shape[:1:-1])
+
+
+def test_a_sound_and_what_was_written(tmp_path):
+    rate = 8000
+    wave = np.sin(np.arange(rate) * 2 * np.pi * np.linspace(200, 900, rate) / rate)
+    wavfile.write(tmp_path / "a.wav", rate, (wave * 2**14).astype(np.int16))
+    out = tmp_path / "a.html"
+    done = run("listener", "-a", tmp_path / "a.wav", "--written", "one", "-m", "gradient_x_input", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "written" in done.output
+    assert "'<|startoftranscript|>'" in done.output
+    assert "[transformers]" not in done.output
+    assert out.read_text().count("<h2>") == 2
+    done = run("namer", "-t", "a lamp .", "--written", "one", "-o", out)
+    assert "has no decoder beside an encoder" in done.output.replace("\n", " ")
+
+
+def saved(folder, model, processor):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_pairs_and_likeness(tmp_path, scene):
+    torch.manual_seed(0)
+    words = ["[UNK]", "[PAD]", "[EOS]", "a", "red", "star", "blue", "fork"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
+    fast = t.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+    size = {"height": 16, "width": 16}
+    looks = t.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    sizes = {**SIZES, "vocab_size": 8, "max_position_embeddings": 16, "eos_token_id": 2, "pad_token_id": 1}
+    clip = t.CLIPModel(t.CLIPConfig(text_config=sizes, vision_config=VISION, projection_dim=16))
+    folder = saved(tmp_path / "clip", clip, t.CLIPProcessor(looks, fast))
+    out = tmp_path / "a.html"
+    asked = ("-t", "a red star", "-t", "a blue fork", "--target", "a blue fork", "-m", "gradient_x_input")
+    done = run(folder, "-i", scene, *asked, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "'a blue fork'" in done.output
+    assert "similarity" in done.output
+    assert {"'blue'", "'fork'"} <= set(done.output.split())
+    assert "'red'" not in done.output.split()
+    page = out.read_text()
+    assert page.count("<h2>") == page.count("data:image/png") == 2
+    done = run(folder, "-i", scene, "-i", scene, "-t", "a", "-o", out)
+    assert "compares one picture" in done.output.replace("\n", " ")
+    bert = saved(tmp_path / "bert", t.BertModel(t.BertConfig(**{**SIZES, "vocab_size": 8})), fast)
+    done = run(bert, "-t", "a red star", "-t", "a red fork", "-m", "gradient_x_input", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "how alike the two texts are" in done.output
+    assert "cosine" in done.output
+    assert [line.strip() for line in done.output.splitlines() if "words" in line] == ["first words", "second words"]
+    done = run(bert, "-t", "a red star", "-m", "gradient_x_input", "-o", out)
+    assert done.exit_code == 2
+    assert "--text or --image twice" in done.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -80,6 +175,8 @@ def test_a_picture_is_coloured_where_it_speaks_for_the_class(tmp_path, scene):
         (("namer", "-t", "a lamp .", "-m", "layerwise_relevance"), "reads text"),
         (("viewer", "-t", "a lamp"), "give one with --image"),
         (("reader", "-t", " "), "the text is empty"),
+        (("reader", "-t", "to be", "-t", "or not"), "no embedding that could be compared"),
+        (("reader", "-t", "a", "-t", "b", "-t", "c"), "two texts, or two pictures, can be compared"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments, said, tmp_path, monkeypatch):

@@ -422,24 +422,25 @@ def test_contrasts_on_every_method(method, name):
 
 def test_words():
     tokens = ["<s>", " un", "believ", "able", ",", " it", "'s", " 3", "rd", "</s>"]
-    parts = ["".join(tokens[span]) for span in spans(tokens, {"<s>", "</s>"})]
+    parts = ["".join(tokens[span]) for span in spans(tokens, {"<s>", "</s>"}, True)]
     assert parts == ["<s>", " unbelievable", ",", " it's", " 3rd", "</s>"]
     pieces = ["[CLS]", "play", "##ing", "a", "gui", "##tar", ".", "[SEP]"]
-    assert ["".join(pieces[span]) for span in spans(pieces)] == [
+    assert ["".join(pieces[span]) for span in spans(pieces, {"[CLS]", "[SEP]"}, False)] == [
         "[CLS]", "play##ing", "a", "gui##tar", ".", "[SEP]",
     ]  # fmt: skip
-    assert spans(["the", "sailor", "stood"]) == [slice(0, 1), slice(1, 2), slice(2, 3)]  # none carries its blank
+    assert spans(["the", "sailor"], (), False) == [slice(0, 1), slice(1, 2)]
     values = np.arange(16.0).reshape(2, 8)
     texts = np.array([pieces, ["[CLS]", "a", "b", "c", "d", "e", "f", "[SEP]"]])
     coordinates = {"text": (("batch", "token"), texts), "id": (("batch", "token"), values.astype(int))}
     found = regard.attribution.xr.DataArray(values, coordinates, ("batch", "token"), "x", {"long_name": "x"})
-    whole = joined(found, ("[CLS]", "[SEP]"))
+    tokenizer = SimpleNamespace(all_special_tokens=["[CLS]", "[SEP]"], get_vocab=lambda: {"play": 0, "##ing": 1})
+    whole = joined(found, tokenizer)
     assert whole.values[0].tolist() == [0, 1 + 2, 3, 4 + 5, 6, 7, 0, 0]
     assert whole.text.values[0].tolist() == ["[CLS]", "playing", "a", "guitar", ".", "[SEP]", "", ""]
     assert whole.id.values[0].tolist() == [0, 1, 3, 4, 6, 7, -1, -1]
     assert whole.values[1].tolist() == values[1].tolist()
     with pytest.raises(ValueError, match="no words to join"):
-        joined(found.drop_vars("text"))
+        joined(found.drop_vars("text"), tokenizer)
 
 
 @pytest.mark.filterwarnings("ignore:integrated_gradients")

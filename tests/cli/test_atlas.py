@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 import numpy as np
 import pytest
 import torch
@@ -349,3 +351,18 @@ def test_tags_are_browsed():
     tags = run(app, ["papers", "tags"], env={"COLUMNS": "200"})
     assert all(tag in tags.output for tag in catalog.tags())
     assert {stage.replace(" ", "-") for stage in STAGES} <= set(catalog.tags())
+
+
+def test_kinds_of_prose_are_refused_where_its_words_are_unknown(tmp_path):
+    done = CliRunner().invoke(app, ["atlas", "namer", "--out", str(tmp_path)], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    said = "of the paragraph's tokens are unknown to the tokenizer, so it is no prose: not measured are the kinds self"
+    assert said in " ".join(done.output.split())
+    tree = regard.open(tmp_path / "atlas.zarr").tree
+    scores = set(tree["encoder"].data_vars)
+    assert {"induction", "previous_token"} <= scores
+    assert not {"self_mass", "sink_mass", "local_mass", "global_mass", "normalised_entropy", "rows"} & scores
+    assert said in unescape((tmp_path / "atlas.html").read_text())
+    known = atlas(*regard.load("reader")).tree  # knows the words
+    assert "sink_mass" in known["language_model"]
+    assert not any("unknown" in note for note in known.attrs["notes"])

@@ -14,7 +14,7 @@ import torch
 import transformers as t
 from families import IMAGE, SIZES, build
 from torch import nn
-from ways import first, is_clean
+from ways import checkpoint, first, is_clean
 
 import regard
 
@@ -485,24 +485,30 @@ class Pair(nn.Module):
         torch.manual_seed(0)
         self.encoder = t.BertModel(t.BertConfig(**SIZES)).eval()
 
-    def forward(self, a, b, mask_a=None, mask_b=None):
-        one = self.encoder(input_ids=a, attention_mask=mask_a)[0]
-        return one.mean() + self.encoder(input_ids=b, attention_mask=mask_b)[0].mean()
+    def forward(self, input_ids, b, mask_a=None, embedded=False):
+        if embedded:
+            embed = self.encoder.get_input_embeddings()
+            one = self.encoder(inputs_embeds=embed(input_ids), attention_mask=mask_a)[0]
+            return one.mean() + self.encoder(inputs_embeds=embed(b))[0].mean()
+        one = self.encoder(input_ids=input_ids, attention_mask=mask_a)[0]
+        return one.mean() + self.encoder(input_ids=b)[0].mean()
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("n", [12, 9])
-def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n):
+def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n, embedded):
     model, mask = Pair(), torch.ones(1, 12, dtype=torch.long)
     mask[:, 8:] = 0
     with regard.record(model, "received") as recording:
-        model(ids(3), ids(40, n), mask)
+        model(ids(3), ids(40, n), mask, embedded=embedded)
     assert len(recording) == 2
     stack = next(iter(recording[0].children))
     for run, (start, length) in enumerate(((3, 12), (40, n))):
         node = tree(recording, run, stack)
         assert list(node["layer"].values) == [0, 1]
-        assert tokens(node) == [[str(i) for i in range(start, start + length)]]
+        known = not embedded or run == 0
+        assert tokens(node) == [[str(i) if known else "" for i in range(start, start + length)]]
         assert list(roles(node)[0]).count("pad") == (0 if run else 4)
         same(node["received"].sum("key").isel(layer=1, head=0), length if run else 8)
 
@@ -512,15 +518,18 @@ def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n):
 @pytest.mark.parametrize("part", ["layer", "attention"])
 def test_shared_layers_are_numbered_as_they_run(order, part):
     model, _ = build("llama", "eager")
-    if part == "layer":
-        model.model.layers = nn.ModuleList([model.model.layers[i] for i in order])
-    else:
-        blocks = [copy.deepcopy(model.model.layers[i]) for i in order]
-        for block, i in zip(blocks, order):
-            block.self_attn = model.model.layers[i].self_attn
-        model.model.layers = nn.ModuleList(blocks)
     model.config.num_hidden_layers = len(order)
+    own = list(model.model.layers)
+    apart = [copy.deepcopy(own[i]) for i in order]
+    for layer, block in enumerate(apart):
+        block.self_attn.layer_idx = layer
+    model.model.layers = nn.ModuleList(apart)
     want = model(input_ids=ids(3), use_cache=False, output_attentions=True).attentions
+    if part == "layer":
+        model.model.layers = nn.ModuleList([own[i] for i in order])
+    else:
+        for block, i in zip(apart, order):
+            block.self_attn = own[i].self_attn
 
     class Layers:
         def __init__(self):
@@ -605,7 +614,7 @@ def test_a_checkpoint_runs_again_as_it_ran(thing, record, reentrant, order):
         model.config.num_hidden_layers = len(order)
         model.train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint(model, use_reentrant=reentrant)
         session = regard.record(model, "entropy") if record else regard.intervene(model, Triple())
         with session, regard.intervene(model, thing):
             loss = model(input_ids=ids(3), use_cache=False).logits.square().sum()
@@ -619,7 +628,7 @@ def test_a_checkpoint_runs_again_as_it_ran(thing, record, reentrant, order):
 def test_a_gradient_outside_the_block_is_refused(reentrant):
     model, _ = build("llama", "sdpa")
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint(model, use_reentrant=reentrant)
     with regard.intervene(model, Triple()):
         loss = model(input_ids=ids(3), use_cache=False).logits.sum()
     with pytest.raises(RuntimeError, match="backward inside the block"):
@@ -684,7 +693,7 @@ def test_sessions_that_close_in_any_order_leave_nothing_behind():
 
     async def one(model, opens, closes):
         await asyncio.sleep(opens)
-        with torch.no_grad(), regard.record(model, "entropy"):
+        with regard.record(model, "entropy"):
             await asyncio.sleep(closes)
 
     async def all_():
@@ -699,6 +708,20 @@ def test_sessions_that_close_in_any_order_leave_nothing_behind():
     assert nn.Module.__getstate__ is getstate
     torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.ones(3))
     assert compiled == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: build("llama", "sdpa")[0], bloom], ids=["interface", "own"])
+def test_a_session_that_outlasts_the_one_around_it_goes_on(make):
+    model = make()
+    outer, inner = regard.record(model, "entropy"), regard.record(model, "entropy")
+    outer.__enter__()
+    recording = inner.__enter__()
+    outer.__exit__(None, None, None)
+    model(input_ids=ids(3))
+    inner.__exit__(None, None, None)
+    assert tokens(recording.tree["language_model"]) == [[str(i) for i in range(3, 15)]]
+    assert is_clean(model)
 
 
 @torch.no_grad()

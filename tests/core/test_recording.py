@@ -213,6 +213,18 @@ def test_what_is_not_there():
     assert (node["whole"].values == np.where(missing, -1, 7)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_beam_that_ended_says_nothing(dtype):
+    """Of two sequences the second, of the first row, has ended at the step."""
+    from regard.recording import Place, Run
+
+    run = Run(cached={"s"}, orders=[torch.tensor([0, 0])], rows=[torch.tensor([0, -1]), torch.tensor([0, -1])])
+    part = (Place(2, 1, range(1), range(1)), torch.ones(2, 1, 1, dtype=dtype))
+    ((_, found),) = run.settled("s", ("batch", "head", "query"), [part])
+    nothing = {torch.bool: False, torch.int64: -1, torch.float32: np.nan}[dtype]
+    np.testing.assert_equal(found[:, 0, 0].tolist(), [1, nothing])
+
+
 def test_nan_and_infinity_stay():
     def odd(call):
         first = call.query_start == 0

@@ -243,6 +243,7 @@ def test_captions_name_every_object():
     assert s.caption(s.Scene()) == "nothing"
     scene = s.Scene((one(x=0.7), one(x=0.5), one("cross", "orange", x=0.3)), texture="dots")
     assert s.caption(scene) == "an orange cross and two red squares on dots"
+    assert s.caption(scene, last=("cross",)) == "two red squares and an orange cross on dots"
     for i in range(40):
         scene = s.sample(BUSY, 4, i)
         text = s.split(s.caption(scene))
@@ -365,6 +366,20 @@ def test_backdrop_has_its_frequency(p):
         assert {x.texture for x in drawn} == {"plain", "dots", "stripes"}
 
 
+@pytest.mark.parametrize("p", [0.6, 0.0, 1.0])
+def test_painted_has_its_frequency(p):
+    plain, painted = s.Dials(), s.Dials(painted=(("star", "red", p), ("ring", "blue", 0.5)))
+    for setting, want in ((painted, p), (painted.countered(), 1 - p)):
+        stars = [o for i in range(900) for o in s.sample(setting, 3, i).objects if o.shape == "star"]
+        assert within(sum(o.colour == "red" for o in stars), len(stars), want + (1 - want) / 8)
+        others = [o for i in range(300) for o in s.sample(setting, 3, i).objects if o.shape == "circle"]
+        assert within(sum(o.colour == "red" for o in others), len(others), 1 / 8)
+    for i in range(40):  # without the shapes, scenes have the same objects as they would have
+        if not {"star", "ring"} & {o.shape for o in s.sample(plain, 3, i).objects}:
+            pairs = [[(o.shape, o.colour) for o in s.sample(d, 3, i).objects] for d in (plain, painted)]
+            assert pairs[0] == pairs[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -377,6 +392,9 @@ def test_backdrop_has_its_frequency(p):
         ({"together": ("fork", "plate", 0.5), "objects": (1, 1)}, "room for two objects"),
         ({"together": ("fork", "plate", 0.5), "shapes": ("fork", "plate")}, "a third to choose from"),
         ({"backdrop": ("star", "dots", 0.5)}, "choice for backdrop 'dots'"),
+        ({"painted": (("spoon", "red", 0.5),)}, "shape for painted 'spoon'"),
+        ({"painted": (("star", "red", 0.5),), "colours": ("blue",)}, "choice for painted 'red'"),
+        ({"painted": (("star", "red", -0.1),)}, "probability of painted"),
     ],
 )
 def test_dials_out_of_range(change, message):

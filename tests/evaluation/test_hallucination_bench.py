@@ -78,25 +78,42 @@ def test_pace_is_of_the_method_and_of_greedy(loaded):
     assert min(found["method"], found["greedy"]) > 0
 
 
+def test_a_model_that_says_one_word_is_right_where_that_is_the_answer(bench):
+    found = {word: bench.answered("describer", "polls", 4, 1, only(word)) for word in ("yes", "no")}
+    for word, figures in found.items():
+        assert sum(figures["right"]) == len(figures["right"]) / 2
+        assert set(figures["yes"]) == {float(word == "yes")}
+    assert [a + b for a, b in zip(*(figures["right"] for figures in found.values()))] == [1.0] * len(figures["right"])
+    red = bench.answered("describer", "crowded", 4, 1, only("red"))["right"]
+    assert red == [float(a.answer == "red") for a in bench.shown("describer", "crowded", 4, 1).colours()]
+
+
+def test_sampling_is_seeded_and_is_not_greedy(bench):
+    once, again = (bench.answered("describer", "sampled", 12, 1, None) for _ in range(2))
+    assert once == again
+    assert once != bench.answered("describer", "captions", 12, 1, None)
+
+
 def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path, monkeypatch, capsys):
     def run():
         arguments = ["--scenes", "2", "--seed", "1", "--state", str(tmp_path), "--only", "avisc"]
-        monkeypatch.setattr("sys.argv", ["hallucination.py", *arguments])
+        monkeypatch.setattr("sys.argv", ["hallucination.py", *arguments, "--models", "describer"])
         bench.main()
         return capsys.readouterr().out
 
-    assert run().count("avisc: ") == 5
-    kept = tmp_path / "avisc-2-1.json"
+    monkeypatch.setattr(bench.oracles, "FAMILIES", {"attention": bench.oracles.attention})
+    assert run().count("describer, avisc: ") == 7
+    kept = tmp_path / "describer-avisc-2-1.json"
     figures = json.loads(kept.read_text())
-    measured = figures.pop("countered")
-    figures["biased"]["chair"]["recall"] = 0.123
+    measured = figures.pop("polls")
+    figures["crowded"]["right"] = [1.0, 0.0]
     kept.write_text(json.dumps(figures))
-    (tmp_path / "var-2-1.json").write_text(json.dumps({"unfit": "var does not fit"}))
+    (tmp_path / "describer-var-2-1.json").write_text(json.dumps({"unfit": "var does not fit"}))
     text = run()
     assert text.count("avisc: ") == 1
-    assert json.loads(kept.read_text())["countered"] == measured
-    assert "| `avisc` |" in text
-    assert "12.3%" in text
+    assert json.loads(kept.read_text())["polls"] == measured
+    assert "| `avisc` | 50.0% (" in text
+    assert "| attention | " in text
     assert "- `var`: var does not fit" in text
     monkeypatch.setattr("sys.argv", ["hallucination.py", "--only", "aviscc"])
     with pytest.raises(SystemExit):

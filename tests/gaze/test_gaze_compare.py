@@ -238,9 +238,11 @@ def test_the_command(tmp_path):
     assert "24 words of 2 texts, 1 readers" in done.output
     kept = xr.open_datatree(tmp_path / "found.zarr", engine="zarr", consolidated=False)
     assert kept["controlled"]["received"].dims == ("layer", "head")
+    assert run("--out", str(tmp_path / "found.zarr")).exit_code == 0  # its own is replaced
+    (tmp_path / "found.zarr" / "notes.txt").write_text("mine")
     again = run("--out", str(tmp_path / "found.zarr"))
     assert again.exit_code == 2
-    assert "exists" in again.output
+    assert "notes.txt" in again.output
     assert "there are reading and search" in run("--task", "sleeping").output
 
 

@@ -61,6 +61,22 @@ def test_a_look_sees_only_those_before():
     assert not torch.allclose(one[:, 3], two[:, 3], atol=1e-3)
 
 
+def test_logits_are_products_over_the_root_of_the_width_mixed_over_heads():
+    net, kept = model(), {"of_object": [], "of_look": []}
+    for name, outputs in kept.items():
+        for head in getattr(net, name):
+            head.register_forward_hook(lambda module, given, output, outputs=outputs: outputs.append(output))
+    features, places, target = scene()
+    with torch.no_grad():
+        found = net(features, places, target, torch.tensor([[0, 1], [2, 3]]))
+    expected = sum(
+        weight * torch.einsum("bsd,bod->bso", look, thing) / TINY.dim**0.5
+        for weight, look, thing in zip(net.readout.weight[0], kept["of_look"], kept["of_object"])
+    )
+    torch.testing.assert_close(found[..., :-1], expected)
+    assert (found[..., -1] == 0).all()
+
+
 def test_absent_objects_do_not_matter_and_are_never_chosen():
     net, (features, places, target) = model(), scene()
     path = torch.tensor([[0, 3], [2, 1]])

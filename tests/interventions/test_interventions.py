@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import cache
 
 import families
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import regard
 from regard import catalog
 from regard.cli import app
-from regard.cli.steer import marked, parsed
+from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
 
 METHODS = catalog.methods("interventions")
 STRONG = {  # knobs that change a tiny random model, and what would be found anew for each batch
@@ -176,7 +177,46 @@ def test_steer_shows_before_and_after(folders, picture):
     assert "before" in done.output
     assert "after" in done.output
     assert "nothing changed" in done.output  # two layers: the first two and the last are left alone
-    assert "ms a token before" in done.output
+    assert "ms of processor time a token before" in done.output
+    assert (" times, over " in done.output) != ("cannot be told" in done.output)
+
+
+class Clock:
+    """Moves on by what is done, a little unevenly, and slows down while it does."""
+
+    def __init__(self, noise):
+        self.now, self.rng, self.noise, self.order = 0.0, np.random.default_rng(0), noise, ""
+
+    def __call__(self):
+        return self.now
+
+    def does(self, name, seconds):
+        def work():
+            self.order += name
+            self.now += seconds * (1 + self.now / 10) * np.exp(self.noise * self.rng.normal())
+
+        return work
+
+
+def test_times_are_taken_in_turns_and_told_where_they_can_be():
+    clock = Clock(0.05)
+    costs = measured(clock.does("b", 0.1), clock.does("a", 0.15), clock)
+    assert clock.order[:8] == "baabbaab"  # neither is always first, so a change of pace counts for both
+    ratio, unsure = told(costs)
+    assert abs(ratio - 1.5) < 2 * unsure
+    assert unsure < 0.1 * ratio
+    noisy = Clock(1.5)
+    costs = measured(noisy.does("b", 0.1), noisy.does("a", 0.1), noisy)
+    assert len(costs) == ROUNDS[1]
+    assert told(costs) is None
+    assert told(np.zeros((5, 2))) is None
+    lines = [
+        str(shown("one", "two", costs, 0.0).renderables[2]),
+        str(shown("one", "two", np.ones((9, 2)), 0.0).renderables[2]),
+    ]
+    assert "cannot be told" in lines[0]
+    assert "times" not in lines[0].replace("how many times that is cannot", "")
+    assert "1.00 ± 0.00 times, over 9 rounds" in lines[1]
 
 
 def test_knobs_go_to_the_methods_that_have_them():

@@ -214,6 +214,14 @@ def test_aaren_by_hand():
         torch.testing.assert_close(found.flatten(), torch.tensor([4.0, 7.0, 7.0], dtype=torch.float64))
 
 
+def test_aaren_keeps_a_prefix_whose_scores_are_far_below_later_ones():
+    query, key, value = column(1.0), column(0.0, 1.0, 2000.0, -2000.0), column(4.0, 8.0, 100.0, 7.0)
+    expected = torch.tensor([4.0, (4 + 8 * math.e) / (1 + math.e), 100.0, 100.0], dtype=torch.float64)
+    for block in (1, 2, 64):
+        found = aaren.aaren(query, key, value, scale=1.0, block=block)
+        torch.testing.assert_close(found.flatten(), expected)
+
+
 @pytest.mark.parametrize("n", [1, 7, 64, 100])
 @pytest.mark.parametrize("block", [1, 8, 64])
 def test_aaren_is_softmax_of_every_prefix(n, block):
@@ -273,6 +281,13 @@ def test_moba_by_hand():
     assert moba.gate(query, key.index_fill(2, torch.tensor([0]), -99.0), mask=there, block=2, top=2)[0, 0, -1, 0]
     with pytest.raises(ValueError, match="top >= 1"):
         moba.moba(query, key, value, top=0)
+
+
+def test_moba_takes_the_mean_of_the_keys_that_are_there():
+    """Of the first block one key of 4 is there, of the second two of 3: over both places the first would have 2."""
+    key = column(99.0, 4.0, 3.0, 3.0, 0.0, 0.0)
+    there = torch.tensor([False, True, True, True, True, True])[None, None, None]
+    assert moba.gate(column(*[1.0] * 6), key, mask=there, block=2, top=2)[0, 0, -1].tolist() == [True, False, True]
 
 
 def test_moba_with_enough_blocks_is_full_attention():

@@ -12,6 +12,7 @@ import xarray as xr
 from families import build
 
 import regard
+from regard import Site
 from regard.claims.statistics.secondary_sinks import DECOY, LAYERS, Plant, planted, sinks_of
 from regard.statistics.secondary_sinks import SinkReader, _primary, levels, secondary_sinks
 from regard.statistics.sink_score import sink_score
@@ -97,6 +98,27 @@ def test_a_sinks_strength_is_its_mean_score_in_the_layers_that_read_it(found):
     np.testing.assert_allclose(sinks["strength"][0, at], sinks["score"][0, 4:10, at].mean(), rtol=1e-5)
     assert float(sinks["strength"][0, at]) > 5 * float(sinks["score"][0, 12:, at].mean()), "erased, it is none"
     assert np.isnan(sinks["strength"][0, places[3]])
+
+
+def test_a_sink_may_point_the_other_way():
+    """The first token leaps in layer 1; the third takes on the opposite direction in layer 2, and keeps it."""
+    hidden = np.full((8, 3, 4), 0.1)
+    hidden[:, 1, 1] = 5.0
+    hidden[1:, 0, 0] = 100.0
+    hidden[2:, 2, 0] = -100.0
+    reader = SinkReader()
+    for layer, states in enumerate(torch.tensor(hidden).float()):
+        site = Site(f"layers.{layer}", "language_model", layer, causal=True)
+        reader.mlp(site, (states - torch.tensor(hidden[max(layer - 1, 0)]).float())[None])
+        reader.hidden(site, states[None])
+    stack = xr.Dataset(
+        {"received": (("batch", "layer", "head", "key"), np.ones((1, 8, 1, 3)))},
+        {"layer": range(8), "query": range(3), "key": range(3)},
+        {"kind": "self", "causal": True},
+    )
+    found = secondary_sinks(stack, reader, shortest=3)
+    assert found["onset"].values[0].tolist() == [1, -1, 2]
+    assert found["kind"].values[0].tolist() == ["primary", "", "secondary"]
 
 
 def test_padding_moves_sinks_and_changes_nothing_else(found):

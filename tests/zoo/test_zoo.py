@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -142,3 +143,17 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     kept = load_file(whole / "reader" / "model.safetensors")
     assert {str(value.dtype) for value in kept.values()} == {"torch.float16"}
     assert "Measured" in (whole / "reader" / "README.md").read_text()
+
+
+def test_a_part_of_a_model_can_learn_faster(tmp_path):
+    parts = torch.nn.ParameterDict({"slow": torch.zeros(1), "fast": torch.zeros(1)})
+    training.train(
+        parts,
+        lambda step: (parts["slow"] + parts["fast"]).sum(),
+        tmp_path,
+        steps=3,
+        rate=lambda step: 0.1,
+        times=lambda name: 4.0 if name == "fast" else 1.0,
+    )
+    assert parts["slow"].item() == pytest.approx(-0.3, abs=1e-4)  # Adam goes one rate a step
+    assert parts["fast"].item() == pytest.approx(-1.2, abs=1e-4)

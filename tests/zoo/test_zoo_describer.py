@@ -144,6 +144,7 @@ def test_it_is_small_and_whole(loaded):
         "generation_config.json",
         "measured.json",
         "model.safetensors",
+        "premises.json",
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def _told(own: Callable[..., Any], rows: Callable[[int, Any], Tensor] | None) ->
         finally:
             _local.busy = False
         for listener in tuple(_listeners):
-            listener(of(cache), None if rows is None else lambda n: rows(n, by))
+            listener(of(cache), None if rows is None else partial(_of, rows, by))
         return result
 
     return change
@@ -80,3 +80,7 @@ _CHANGES: dict[str, Callable[[int, Any], Tensor] | None] = {
     "batch_repeat_interleave": lambda n, repeats: torch.arange(n).repeat_interleave(repeats),
     "crop": None,
 }
+
+
+def _of(rows: Callable[[int, Any], Tensor], by: Any, n: int) -> Tensor:
+    return rows(n, by)

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.generation import StoppingCriteriaList
+from transformers import GenerationMixin, StoppingCriteriaList
 
 _local = threading.local()
 
@@ -29,10 +28,10 @@ class Generation:
 
     model: nn.Module
     runs: dict[Follower, Any] = field(default_factory=dict)  # what each follower saw of it first
-    orders: dict[Follower, int] = field(default_factory=dict)  # how often rows had been put in order before
+    decoded: dict[Follower, tuple[Any, int]] = field(default_factory=dict)  # what decodes, and its orders before
     cache: Any = None
     prompt: Tensor | None = None  # ids [batch, token], once it decodes
-    begins: int | None = None  # position of the first token that it generates, once it decodes
+    begins: int = 0  # position of the first token that it generates, once it decodes
     assisted: bool = False  # tokens are tried, and taken back
     padding: list[Tensor] = field(default_factory=list)  # of each token generated: the rows that were finished before
     finished: Tensor | None = None  # [batch] boolean
@@ -53,7 +52,7 @@ class _Watched(StoppingCriteriaList):
 
     tell: Callable[[Tensor], None]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
         self.tell(done)
         return done
@@ -63,6 +62,11 @@ def now() -> Generation | None:
     """The innermost call of `generate` that runs in this thread."""
     running = getattr(_local, "running", None)
     return running[-1] if running else None
+
+
+def tried() -> bool:
+    """Whether tokens that are now fed may be taken back: by assisted decoding, or by what drafts for it."""
+    return any(generation.assisted for generation in getattr(_local, "running", ()))
 
 
 @contextmanager
@@ -85,12 +89,8 @@ def watched() -> Iterator[None]:
 def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        running = _local.__dict__.setdefault("running", [])
-        running.append(Generation(model))
-        try:
+        with _begun(model):
             return own(model, *args, **kwargs)
-        finally:
-            running.pop()
 
     return generate
 
@@ -98,12 +98,12 @@ def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
 def _sampling(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def sample(model: Any, input_ids: Tensor, *, stopping_criteria: Any, **kwargs: Any) -> Any:
-        generation = _decodes(model, input_ids, kwargs)
-        # Rows that are finished are fed padding with the mask left on, but only where a token ends a row.
-        if generation is not None and any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-            stopping_criteria = _Watched(stopping_criteria)
-            stopping_criteria.tell = generation.tell
-        return own(model, input_ids, stopping_criteria=stopping_criteria, **kwargs)
+        with _decoding(model, input_ids, kwargs) as generation:
+            # Rows that are finished are fed padding with the mask left on, but only where a token ends a row.
+            if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+                stopping_criteria = _Watched(stopping_criteria)
+                stopping_criteria.tell = generation.tell
+            return own(model, input_ids, stopping_criteria=stopping_criteria, **kwargs)
 
     return sample
 
@@ -111,9 +111,9 @@ def _sampling(own: Callable[..., Any]) -> Callable[..., Any]:
 def _assisted(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def assisted(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        if (generation := _decodes(model, input_ids, kwargs)) is not None:
+        with _decoding(model, input_ids, kwargs) as generation:
             generation.assisted = True
-        return own(model, input_ids, **kwargs)
+            return own(model, input_ids, **kwargs)
 
     return assisted
 
@@ -121,36 +121,48 @@ def _assisted(own: Callable[..., Any]) -> Callable[..., Any]:
 def _searching(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def search(model: Any, input_ids: Tensor, *, generation_config: Any, **kwargs: Any) -> Any:
-        generation = _decodes(model, input_ids, {"generation_config": generation_config, **kwargs})
+        kwargs["generation_config"] = generation_config
         asked = generation_config.return_dict_in_generate
-        generation_config.return_dict_in_generate = True  # otherwise it does not say which rows came out
-        try:
-            found = own(model, input_ids, generation_config=generation_config, **kwargs)
-        finally:
-            generation_config.return_dict_in_generate = asked
-        if generation is not None:
+        with _decoding(model, input_ids, kwargs) as generation:
+            generation_config.return_dict_in_generate = True  # otherwise it does not say which rows came out
+            try:
+                found = own(model, input_ids, **kwargs)
+            finally:
+                generation_config.return_dict_in_generate = asked
             generation.beams = found.beam_indices.cpu().long()
             generation.made = found.sequences[:, input_ids.shape[1] :].cpu()
-            for follower in generation.orders:
+            for follower in generation.decoded:
                 follower.came_out(generation)
         return found if asked else found.sequences
 
     return search
 
 
-def _decodes(model: Any, ids: Tensor, kwargs: dict[str, Any]) -> Generation | None:
-    """The call of `generate` that now starts to decode; None where this is called by other code."""
-    generation = now()
-    if generation is None or generation.model is not model or generation.prompt is not None:
-        return None
-    paired = getattr(model.config, "is_encoder_decoder", False)
-    mask = kwargs.get("decoder_attention_mask" if paired else "attention_mask")
-    embeds = None if paired else kwargs.get("inputs_embeds")
-    known = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
-    generation.cache, generation.prompt = kwargs.get("past_key_values"), ids.detach().cpu()
-    if not known:
-        n = ids.shape[1] if embeds is None else embeds.shape[1]
-        past = 0 if generation.cache is None else int(generation.cache.get_seq_length())
-        known = n if n > past else past + n  # all ids may be given, or only those that the cache lacks
-    generation.begins = known
-    return generation
+@contextmanager
+def _begun(model: nn.Module) -> Iterator[Generation]:
+    running = _local.__dict__.setdefault("running", [])
+    running.append(Generation(model))
+    try:
+        yield running[-1]
+    finally:
+        running.pop()
+
+
+@contextmanager
+def _decoding(model: Any, ids: Tensor, kwargs: dict[str, Any]) -> Iterator[Generation]:
+    """The call of `generate` that now starts to decode; one of its own where other code decodes."""
+    with ExitStack() as undo:
+        generation = now()
+        if generation is None or generation.model is not model or generation.prompt is not None:
+            generation = undo.enter_context(_begun(model))
+        paired = getattr(model.config, "is_encoder_decoder", False)
+        mask = kwargs.get("decoder_attention_mask" if paired else "attention_mask")
+        embeds = None if paired else kwargs.get("inputs_embeds")
+        known = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
+        generation.cache, generation.prompt = kwargs.get("past_key_values"), ids.detach().cpu()
+        if not known:
+            n = ids.shape[1] if embeds is None else embeds.shape[1]
+            past = 0 if generation.cache is None else int(generation.cache.get_seq_length())
+            known = n if n > past else past + n  # all ids may be given, or only those that the cache lacks
+        generation.begins = known
+        yield generation

@@ -50,7 +50,9 @@ class Asked:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Calls that the model's own function treats alike."""
-        inner = inspect.unwrap(self.function)  # what stays the same where a function is made anew for every call
+        inner = self.function
+        if hasattr(inner, "__wrapped__"):
+            inner = inspect.unwrap(inner)  # what stays the same where a function is made anew for every call
         return getattr(inner, "__code__", inner), self.query.shape[2] == 1, self.mask is None
 
     @property

@@ -22,9 +22,9 @@ def refuse(inputs: Iterable[Any]) -> None:
 
 
 def _way(inputs: Iterable[Any]) -> str | None:
-    if (level := torch._C._functorch.peek_interpreter_stack()) is not None:
+    if (level := torch._C._functorch.peek_interpreter_stack()) is not None:  # type: ignore[attr-defined]
         return f"torch.func ({level.key().name.lower()})"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace"
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return "torch.export or torch.compile"

@@ -73,9 +73,12 @@ def attribute(
     tokenizer = getattr(processor, "tokenizer", processor)
     if words and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise ValueError("words=True: joining sub-words needs the processor")
-    chosen = [named(model, name, processor) if isinstance(name, str) else name for name in (target, against)]
+    chosen = {
+        role: named(model, name, processor) if isinstance(name, str) else name
+        for role, name in (("target", target), ("against", against))
+    }
     mask = getattr(tokenizer, "mask_token_id", None)
-    question = Question(*chosen, at=at, mask=mask, over=over, beside=beside, pool=pool, output=output)
+    question = Question(**chosen, at=at, mask=mask, over=over, beside=beside, pool=pool, output=output)
     found: xr.DataArray = explain(model, inputs, question, **knobs)
     if "id" in found.coords:
         ids = torch.from_numpy(found["id"].values)
@@ -85,7 +88,7 @@ def attribute(
             texts = Tokens.plain("text", *flat.shape, flat).texts(processor)
             along = xr.DataArray(texts, dims=("each", "token")).values.reshape(ids.shape)
             found = found.assign_coords(text=(found.dims, along))
-    return joined(found, set(getattr(tokenizer, "all_special_tokens", ()))) if words else found
+    return joined(found, tokenizer) if words else found
 
 
 def named(model: nn.Module, name: str, processor: Any = None) -> int:

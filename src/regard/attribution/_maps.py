@@ -156,8 +156,9 @@ def enlarged(prediction: Prediction, found: Tensor, mode: str = "bilinear") -> T
     size = prediction.shape[1:]
     if prediction.dims != ("row", "column") and prediction.channel is not None:
         return found
-    smooth = {"mode": "bilinear" if len(size) == 2 else "linear", "align_corners": False}
-    return interpolate(found[:, None], size, **(smooth if mode == "bilinear" else {"mode": mode}))[:, 0]
+    smooth: dict[str, Any] = {"mode": "bilinear" if len(size) == 2 else "linear", "align_corners": False}
+    chosen: dict[str, Any] = smooth if mode == "bilinear" else {"mode": mode}
+    return interpolate(found[:, None], size, **chosen)[:, 0]
 
 
 def read(prediction: Prediction, stack: str) -> Tensor:

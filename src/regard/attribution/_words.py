@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 CONTINUES = "##"  # before a piece that goes on a word, as WordPiece writes it
+BLANKS = ("\u0120", "\u2581")  # before one that begins a word, as byte-level tokenizers and SentencePiece write it
 
 
-def joined(found: xr.DataArray, special: Collection[str] = ()) -> xr.DataArray:
+def joined(found: xr.DataArray, tokenizer: Any) -> xr.DataArray:
     """Scores of words, each the sum of those of its tokens; shorter samples end in words "" that score 0.
 
     found: with the coordinate `text`, blanks kept; other coordinates of a word are those of its first token.
@@ -18,7 +20,8 @@ def joined(found: xr.DataArray, special: Collection[str] = ()) -> xr.DataArray:
     if "text" not in found.coords:
         raise ValueError("words=True: what is scored are no tokens, so there are no words to join")
     rows = found.text.values.reshape(-1, found.sizes["token"])
-    of_words = [spans([str(token) for token in row], special) for row in rows]
+    special, carried = set(tokenizer.all_special_tokens), any(t.startswith(BLANKS) for t in tokenizer.get_vocab())
+    of_words = [spans([str(token) for token in row], special, carried) for row in rows]
     longest = max(map(len, of_words))
     shape = (*found.shape[:-1], longest)
 
@@ -47,13 +50,12 @@ def joined(found: xr.DataArray, special: Collection[str] = ()) -> xr.DataArray:
     return xr.DataArray(scores.reshape(shape), coordinates, found.dims, found.name, found.attrs)
 
 
-def spans(tokens: Sequence[str], special: Collection[str] = ()) -> list[slice]:
+def spans(tokens: Sequence[str], special: Collection[str], carried: bool) -> list[slice]:
     """Which tokens make up each word.
 
     A token goes on the word before it where it says so, as WordPiece's do, or, of a tokenizer whose tokens carry their
-    blanks, where it carries none; special tokens, and signs that are no letter or digit, stand by themselves.
+    blanks (`carried`), where it carries none; special tokens, and signs that are no letter or digit, stand alone.
     """
-    carried = any(token[:1].isspace() for token in tokens)
 
     def alone(token: str) -> bool:
         return token in special or not any(c.isalnum() for c in token)

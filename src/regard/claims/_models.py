@@ -1,19 +1,28 @@
-"""Where claims find real pretrained models."""
+"""Where claims find real pretrained models, and what these give."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..loading import Loaded, load
 
 HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "dinov2-small": "facebook/dinov2-small"}
 
 
+def sentences(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a sentence transformer makes of each text: the mean over tokens, of length 1. [text, dim]"""
+    hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+    return F.normalize((hidden * mask).sum(1), dim=-1)
+
+
 def pretrained(name: str) -> Loaded:
     """A model of `HUB` and its processor: from the folder that REGARD_MODELS names, if it holds it, else by hub id."""
-    import torch
-
     root = os.environ.get("REGARD_MODELS")
     here = root is not None and (Path(root) / name).is_dir()
     try:

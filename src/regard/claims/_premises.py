@@ -1,6 +1,6 @@
 """What papers on hallucination take for granted of a vision-language model, each with its number.
 
-    python -m regard.claims._premises NAME...     measure the zoo's models anew, and keep the numbers beside them
+    python -m regard.claims._premises NAME...     measure models of the zoo anew, for their folders and their cards
 
 Each premise is measured on `SCENES` scenes or so, and each paper needs some of them: where one of these is not met, a
 claim cannot tell, whatever its numbers say. Bars are ours where a paper gives none.
@@ -31,6 +31,7 @@ from ..files import written_aside
 from ..interventions._method import image_keys, layers
 from ..recording import statistic
 from ..seam import record
+from ..zoo.__main__ import card
 from ..zoo.recipes import describer, lookout, viewer
 from . import _oracles as oracles
 from ._oracles import Muted, as_many, asked_patches, reweighed
@@ -563,7 +564,7 @@ def keep(name: str, found: Mapping[str, Premise]) -> Path:
     path = zoo.folder(name) / FILE
     kept = {"model": _digest(path.parent), "premises": {key: asdict(number) for key, number in found.items()}}
     with written_aside(path) as draft:
-        draft.write_text(json.dumps(kept, indent=1) + "\n")
+        draft.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -593,4 +594,5 @@ def _digest(folder: Path) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for model in sys.argv[1:]:
-        print(keep(model, measure(model)))
+        home = keep(model, measure(model)).parent
+        (home / "README.md").write_text(card(model, home, zoo.load(model).model), encoding="utf-8")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import report
-from ..atlas import TAXONOMY, atlas, best, text
+from ..atlas import TAXONOMY, UNKNOWN, atlas, best, text, unknown
 from ..files import replaced
 from ..loading import Loaded, load
 from ..observations import Observation
@@ -40,6 +40,7 @@ def run(
         recording = atlas(*loaded, pictures=opened, thresholds=thresholds, seed=seed)
     tree = recording.tree
     tree.attrs["model"] = name
+    tree.attrs["note"] = " ".join(f"{note[0].upper()}{note[1:]}." for note in tree.attrs["notes"])
     for stack, node in tree.children.items():
         console.print(_kinds(stack, node.to_dataset()), _layers(node.to_dataset()))
     for note in tree.attrs["notes"]:
@@ -58,8 +59,11 @@ def _with_text(tree: xr.DataTree, loaded: Loaded) -> xr.DataTree:
     tokenizer = getattr(processor, "tokenizer", processor)
     if model.main_input_name != "input_ids" or not hasattr(tokenizer, "convert_ids_to_tokens"):
         return tree
+    inputs = text(model, tokenizer)
+    if unknown(inputs["input_ids"], tokenizer) > UNKNOWN:
+        return tree
     with torch.inference_mode(), record(model, "rows", "received", processor=processor) as recording:
-        model(**text(model, tokenizer))
+        model(**inputs)
     read = recording.tree
     stacks = {f"/{name}": node.to_dataset() for name, node in tree.children.items()}
     for name in set(read.children) & set(tree.children):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +23,10 @@ from ..prediction import writes
 from ..seam import intervene
 from .inputs import InputError, generated, open_picture, prepare, read_text
 
-WARM = 2  # tokens generated before the clock runs: what is done once is done then
+TIMED = 8  # tokens of a round of measuring
+ROUNDS = (10, 50)  # at least and at most
+SECONDS = 20.0  # after which no round begins beyond the least
+SURE = 0.1  # of the ratio: where twice its standard error is more, it is not told
 
 
 def steer(
@@ -49,18 +54,25 @@ def steer(
         raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
     inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
 
-    began = time.perf_counter()
+    began = time.process_time()
     with console.status("fitting"):
         made = [method.fit(model, inputs, loaded.processor, **turned[key]) for key, method in chosen.items()]
-    fitted = time.perf_counter() - began
+    fitted = time.process_time() - began
     inside = [thing for thing in made if not callable(thing)]
     after: dict[str, Any] = {"logits_processor": [thing for thing in made if callable(thing)]}
     with intervene(model, *inside):
         pass  # a model that one does not fit is refused before anything is generated
     with console.status("generating"):
-        plain, plain_cost = _said(loaded, inputs, generate, nullcontext)
-        steered, steered_cost = _said(loaded, inputs, generate, lambda: intervene(model, *inside), **after)
-    return shown(plain, steered, plain_cost, steered_cost, fitted)
+        plain = _said(loaded, inputs, generate, nullcontext)
+        steered = _said(loaded, inputs, generate, lambda: intervene(model, *inside), **after)
+    with console.status("measuring"):
+        costs = measured(
+            lambda: _said(loaded, inputs, generate, nullcontext, min_new_tokens=generate),
+            lambda: _said(
+                loaded, inputs, generate, lambda: intervene(model, *inside), min_new_tokens=generate, **after
+            ),
+        )
+    return shown(plain, steered, costs / generate, fitted)
 
 
 def parsed(methods: dict[str, Any], knobs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -108,30 +120,60 @@ def _example(has: dict[str, dict[str, Any]]) -> str:
     return next((f"{name}=0.5" for some in has.values() for name in some), "alpha=0.5")
 
 
-def _said(loaded: Loaded, inputs: dict[str, Any], steps: int, around: Any, **options: Any) -> tuple[str, float]:
-    """The text that a model generates, and the seconds that a token takes."""
+def _said(loaded: Loaded, inputs: dict[str, Any], steps: int, around: Any, **options: Any) -> str:
+    """The text that a model generates."""
     decoder = bool(getattr(loaded.model.config, "is_encoder_decoder", False))
     begin = 1 if decoder else inputs["input_ids"].shape[1]
-    with torch.inference_mode():
-        with around():
-            generated(loaded, inputs, min(WARM, steps), **options)
-        began = time.perf_counter()
-        with around():
-            ids = generated(loaded, inputs, steps, **options)
-        seconds = time.perf_counter() - began
-    said = ids[0, begin:]
+    with torch.inference_mode(), around():
+        ids = generated(loaded, inputs, steps, **options)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
-    return tokenizer.decode(said, skip_special_tokens=True), seconds / max(1, len(said))
+    return tokenizer.decode(ids[0, begin:], skip_special_tokens=True)
 
 
-def shown(before: str, after: str, before_cost: float, after_cost: float, fitted: float) -> Group:
+def measured(
+    before: Callable[[], Any], after: Callable[[], Any], clock: Callable[[], float] = time.process_time
+) -> NDArray[np.float64]:
+    """Seconds of processor time that each takes, in turns, the one and the other first. [round, before and after]
+
+    Both have run once. What else the machine does counts for neither, and a change of its pace for both.
+    """
+    rounds: list[list[float]] = []
+    began = time.monotonic()
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() - began < SECONDS):
+        took = [0.0, 0.0]
+        for i in (0, 1) if len(rounds) % 2 == 0 else (1, 0):
+            start = clock()
+            (before, after)[i]()
+            took[i] = clock() - start
+        rounds.append(took)
+        if len(rounds) >= ROUNDS[0] and told(np.array(rounds)) is not None:
+            break
+    return np.array(rounds)
+
+
+def told(costs: NDArray[np.float64]) -> tuple[float, float] | None:
+    """After over before, the median of rounds, and twice its standard error; None where that is too much."""
+    if (costs <= 0).any():  # the clock is too coarse
+        return None
+    each = np.log(costs[:, 1] / costs[:, 0])
+    middle = np.median(each)
+    spread = 1.48 * np.median(abs(each - middle))  # of a normal distribution, its standard deviation
+    ratio, unsure = float(np.exp(middle)), float(2 * 1.25 * spread / len(each) ** 0.5)
+    return (ratio, ratio * unsure) if unsure <= SURE else None
+
+
+def shown(before: str, after: str, costs: NDArray[np.float64], fitted: float) -> Group:
     """A table of both texts, with the words that only one has marked, and what a token took."""
     table = Table(box=None, header_style="bold", expand=True, padding=(0, 2, 0, 0))
     for name in ("before", "after"):
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*marked(before, after))
-    ratio = after_cost / before_cost
-    cost = f"{before_cost * 1e3:.1f} ms a token before, {after_cost * 1e3:.1f} after: {ratio:.2f} times"
+    ms = np.median(costs, axis=0) * 1e3
+    cost = f"{ms[0]:.1f} ms of processor time a token before, {ms[1]:.1f} after: "
+    if (found := told(costs)) is not None:
+        cost += f"{found[0]:.2f} ± {found[1]:.2f} times, over {len(costs)} rounds"
+    else:
+        cost += f"how many times that is cannot be told, {len(costs)} rounds differ too much"
     if fitted > 0.01:
         cost += f"; fitting took {fitted:.1f} s"
     return Group(table, Text(), Text(cost if before != after else f"nothing changed; {cost}"))

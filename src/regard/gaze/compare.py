@@ -170,9 +170,9 @@ def _last(call: Call) -> Tensor:
     return call.weights.rows(call.query.shape[2] - 1, call.query.shape[2])[:, :, 0]
 
 
-@statistic("batch head query key", title="Weights, averaged over heads")
+@statistic("batch query key", title="Weights, averaged over heads")
 def _mean_rows(call: Call) -> Tensor:
-    return call.weights.dense().mean(1, keepdim=True)
+    return call.weights.dense().mean(1)
 
 
 @torch.inference_mode()
@@ -193,7 +193,8 @@ def _measures(model: nn.Module, tokenizer: Any, words: tuple[str, ...]) -> dict[
         raise ValueError(f"a language model has one stack of self attention: got {', '.join(recording.tree.children)}")
     (node,) = nodes
     nowhere = np.where(whole, 0.0, np.nan)
-    rolled = rollout(node).isel(batch=0).to_numpy()  # [layer, query, key]
+    mean = node.to_dataset().drop_dims("head").assign(rows=node["rows"].expand_dims("head"))  # as if of one head
+    rolled = rollout(mean).isel(batch=0).to_numpy()  # [layer, query, key]
     spread = rolled.sum(1) / np.maximum((rolled > 0).sum(1), 1)
     found = {
         **{name: node[name].isel(batch=0).to_numpy() @ share.T + nowhere for name in ("received", "last")},

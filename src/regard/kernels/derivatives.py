@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether a tensor is more than the numbers in its memory: a dual number, one of torch.func's, negated lazily."""
-    return any(
-        t is not None
-        and (t.is_neg() or torch.func.debug_unwrap(t) is not t or forward_ad.unpack_dual(t).tangent is not None)
-        for t in tensors
-    )
+    for t in tensors:
+        if t is not None and (
+            t.is_neg() or torch.func.debug_unwrap(t) is not t or forward_ad.unpack_dual(t).tangent is not None
+        ):
+            return True
+    return False
 
 
 def again(grad: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ class Operands:
         """Whether what is made of these is to be differentiated, in whichever way."""
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors):
             return True
+        return self._transformed
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What a path found out about these already."""
+        return {}
+
+    @cached_property
+    def _transformed(self) -> bool:
         return transformed(*self.tensors)
 
     @property

@@ -204,6 +204,7 @@ class _Rows:
                     f"{where}: which field to read? It has {has}, and the rows before were read from {self.field}; "
                     f"give field="
                 )
+        assert self.field is not None
         if self.field not in row:
             raise DataError(f"{where}: no field {self.field}; it has {has}")
         value, where = row[self.field], f"{where}, field {self.field}"

@@ -41,19 +41,22 @@ def on_copies(call: Call, after: int) -> Tensor:
     found = undefined(call)
     if call.site.cross or call.tokens is None or call.query_tokens is None:
         return found
-    device, n_key = call.query.device, call.key.shape[2]
-    counted = call.tokens.ids >= 0
+    # What has left a sliding cache is still an earlier copy, of no weight.
+    tokens = call.tokens if call.earlier is None else call.earlier.to(call.query.device).then(call.tokens)
+    device, n = call.query.device, len(tokens)
+    left = n - call.key.shape[2]
+    counted = tokens.ids >= 0
     for role in UNCOUNTED:
-        counted &= ~call.tokens.role(role).cpu()
-    ids = torch.where(counted, call.tokens.ids, -1).to(device)
+        counted &= ~tokens.role(role).cpu()
+    ids = torch.where(counted, tokens.ids, -1).to(device)
     asked = call.query_tokens.ids.to(device)
-    key_at = torch.arange(n_key, device=device) + call.key_start
+    key_at = torch.arange(n, device=device) + call.key_start - left
     query_at = torch.arange(call.query.shape[2], device=device)[:, None] + call.query_start
     for rows, weights in call.weights.strips():
         a, b = rows.start, rows.stop
         copies = (asked[:, a:b, None] == ids[:, None]) & (asked[:, a:b, None] >= 0) & (key_at < query_at[a:b] - after)
-        chosen = torch.nn.functional.pad(copies, (after, 0))[..., :n_key]
-        mass = (weights * chosen[:, None]).sum(-1)
+        chosen = torch.nn.functional.pad(copies, (after, 0))[..., :n]
+        mass = (weights * chosen[:, None, :, left:]).sum(-1)
         found[:, :, a:b] = mass.masked_fill(~chosen.any(-1)[:, None], float("nan"))
     return found
 

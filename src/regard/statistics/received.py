@@ -14,5 +14,4 @@ def received(call: Call) -> Tensor:
     """
     if call.query_tokens is None:
         return call.weights.received()
-    padded = bool(call.query_tokens.role("pad").any())
-    return call.weights.received("real" if padded else None)
+    return call.weights.received("real" if call.query_tokens.padded else None)

@@ -25,6 +25,7 @@ RECIPES = (
     "viewer",
     "lookout",
     "describer",
+    "witness",
     "painter",
     "listener",
 )  # a later one may build on an earlier

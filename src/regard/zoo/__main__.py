@@ -67,7 +67,7 @@ def _premises(kept: Path) -> str:
     """A section of a card: what papers on hallucination take for granted, as it was measured on the model."""
     rows = "\n".join(
         f"| {key} | {p['what']} | {p['needed']} | {p['measured']} | {'yes' if p['met'] else '**no**'} |"
-        for key, p in json.loads(kept.read_text())["premises"].items()
+        for key, p in json.loads(kept.read_text(encoding="utf-8"))["premises"].items()
     )
     return f"""## What papers take for granted
 

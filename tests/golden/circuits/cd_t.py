@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from regard.circuits.cd_t import cd_t
 
 from .. import Case, Source, Unmapped
+from .._models import loaded
 
 SOURCE = Source("authors", "adelaidehsu/CD_Circuit, prop_GPT")
 TOLERANCE = dict.fromkeys(("output", "rest", "output_weights_split"), 1e-4)  # single precision through all layers
@@ -33,8 +34,10 @@ def compare(case: Case):
 
 
 def _model(case: Case) -> nn.Module:
-    """The files lack the biases of queries, keys and values: all weights were drawn by a seed, which is looked for."""
+    """A file may lack the biases of queries, keys and values: all weights were drawn by a seed, which is looked for."""
     config = GPT2Config(**{name: case.settings[name] for name in SIZES}, attn_implementation="eager")
+    if "transformer.h.0.attn.c_attn.bias" in case.weights:
+        return loaded(GPT2LMHeadModel(config), case.weights)
     for seed in range(16):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config).eval()

@@ -1,7 +1,5 @@
 """Logits, scores and loss of a bag."""
 
-from torch.nn.functional import cross_entropy
-
 from regard.models.acmil import acmil
 
 from .. import Case, Source
@@ -30,7 +28,6 @@ def compare(case: Case):
     model.load_state_dict({_name(name): value for name, value in case.weights.items()})
     found = model(leaves["input"])
     loss = found.loss(case["label"], diversity=settings["diversity"])
-    assert cross_entropy(found.logits, case["label"]) < loss
     return {
         "output": found.logits,
         "branch_logits": found.branch_logits[0],

@@ -1,7 +1,5 @@
 """Rounds of competition from a given start."""
 
-import torch
-
 from regard.models.slot_attention import SlotAttention
 
 from .. import Case, Source, Unmapped
@@ -38,5 +36,4 @@ def compare(case: Case):
     )
     model.load_state_dict(state)
     output = model(leaves["input"], start=case["start"])
-    assert torch.equal(model(case["input"], start=case["start"]), output)  # nothing is drawn
     return {"output": output, **case.gradients(output, leaves)}

@@ -35,7 +35,7 @@ USUAL = 0.6  # share of the usual orientation in the natural and the reversed di
 DIETS: dict[str, float | None] = {"natural": 0.0, "even": None, "reversed": TILT}  # the usual orientation, degrees
 SIZES = (12, 36)  # items of a display
 STEPS, BATCH, RATE = 120, 128, 3e-3
-NETS, DISPLAYS = {"small": 10, "large": 40}, {"small": 10, "large": 60}
+NETS, DISPLAYS = {"small": 5, "large": 40}, {"small": 8, "large": 60}
 
 EXPECTED = (
     "a vertical bar among tilted ones takes more looks than a tilted one among vertical ones after the natural diet, "

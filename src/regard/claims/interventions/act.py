@@ -3,7 +3,7 @@
 On Yu et al., Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through
 Attention Calibration (arXiv:2406.15765). The paper's tasks are public sets of questions; here colours of one of many
 objects are asked for. What is calibrated has to be there: sinks beyond the first token, which the last tokens of a
-prompt, that few see, do not count as.
+prompt, that few see, do not count as; and some that hurt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged
 from .._shown import MODELS, Shown, paired
 
-SCENES = {"small": (60, 150), "large": (300, 1000)}  # to choose heads on, and to judge on
+SCENES = {"small": (120, 150), "large": (300, 1000)}  # to choose heads on, and to judge on
 LAST = 10  # tokens of a prompt that are seen by too few to be sinks
 FEWEST = 0.5  # sinks of a head
 EXPECTED = (
@@ -58,12 +58,15 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             f"{many:.2f}",
             many >= FEWEST,
         )
-        measured = (
-            f"{len(chosen)} of {len(every)} heads help on {choose} other scenes; {found.told('act', 'random heads')}; "
-            f"over all heads calibrated {over}."
+        measured = f"{found.told('act', 'random heads')}; over all heads calibrated {over}."
+        hurt = Premise(
+            "some sinks hurt: heads that help when theirs are calibrated, on other scenes",
+            "one or more",
+            f"{len(chosen)} of {len(every)}",
+            bool(chosen),
         )
-        premises = [there, headroom("attention", found.family)]
-        tried.append(Tried(name, premises, bool(chosen) and found.helps and over.value >= 0, measured))
+        premises = [there, hurt, headroom("attention", found.family)]
+        tried.append(Tried(name, premises, found.helps and over.value >= 0, measured))
         drawn[name] = found.bars("chosen heads", "random heads") | {"all heads": float(in_all.mean())}
     return judged(tried, EXPECTED, seed, partial(draw_bars, drawn))
 

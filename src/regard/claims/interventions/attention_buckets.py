@@ -33,8 +33,8 @@ PROMPTS = {"small": 32, "large": 300}  # for each distance
 
 EXPECTED = (
     "nine in ten troughs of the wave of base 10000 lie where some other base's wave is in its upper half; merged runs "
-    "give the answer a higher log-probability than the model at its own troughs, and than the largest base alone, by two "
-    "standard errors each; over all distances they are right at least as often as the model"
+    "give the answer a higher log-probability than the model at its own troughs, and than the largest base alone, by "
+    "two standard errors each; over all distances they are right at least as often as the model"
 )
 
 

@@ -25,7 +25,7 @@ from .._measure import Mean, mean
 from .._sentences import Batch, batches, encoded
 
 SCALES = "small", "large"
-STEPS = {"small": 250, "large": 3000}
+STEPS = {"small": 220, "large": 3000}
 SIZE, RATE, DIM, SENTENCES, WRONG = 64, 2e-3, 64, 400, 0.15  # WRONG: share of labels
 CHOICES, JUDGED, TRAININGS = (0.5, 1.0, 2.0), 5.0, 3  # lengths to choose from; the one that all stand
 WAYS = ("plain", "AT", "iAT")

@@ -4,7 +4,8 @@ On Wong et al., On the Existence and Behaviour of Secondary Attention Sinks (arX
 with weights set by hand, so that the truth is known: a feed-forward module writes the sink direction onto tokens that
 are marked for its layer, attention looks along that direction and writes nothing, and every layer adds some content to
 every token, which dilutes the direction. That the paper's trained models work like this is not shown here; what the
-bundled reader holds is reported beside it.
+bundled reader holds is reported beside it. What is tested is the detector, with decoys along another direction, weak
+and short-lived ones as controls.
 """
 
 from __future__ import annotations

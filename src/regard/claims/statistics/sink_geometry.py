@@ -48,7 +48,7 @@ KINDS = ("centralised", "distributed", "bidirectional", "")
 FIRST, LAST, MASK, WORDS, TRIGGERS, NEXT = 0, 1, 2, 24, 3, 4  # special tokens; words, of them triggers; successors
 SPECIAL, LENGTH = 3, 48
 HEADS, HEAD, LAYERS = 4, 16, 2
-STEPS, BATCH, TEXTS = 300, 32, 32
+STEPS, BATCH, TEXTS = 270, 32, 32
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:

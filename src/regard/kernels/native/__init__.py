@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import c_char_p, c_int64
 from functools import cache, partial
+from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .. import strips
 from ..derivatives import again, gradients, transformed
-from ..operands import Operands, Reduction
+from ..operands import Chosen, Operands, Reduction
 from ..strips import cut, misfit, stack
 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
@@ -29,59 +31,25 @@ _ROWWISE = {"entropy", "maximum", "squares", "distance", "mass", "at", "top_weig
 _EVERY = 2**40  # keys to either side: no limit
 
 
-class _Tensor4(Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("type", c_int64)]
-
-
-class _Attention(Structure):
-    _fields_ = [
-        *((n, c_int64) for n in ("batch", "heads", "kv_heads", "n_query", "n_key", "dim", "value_dim")),
-        *((n, _Tensor4) for n in ("query", "key", "value", "mask", "bias", "sinks")),
-        *((n, c_double) for n in ("scale", "softcap", "hidden")),
-        *((n, c_int64) for n in ("offset", "left", "right")),
-        ("block_counts", c_void_p),
-        ("block_indices", c_void_p),
-        ("count_stride", c_int64 * 3),
-        ("index_stride", c_int64 * 4),
-        *((n, c_int64) for n in ("block_query", "block_key", "threads", "instructions")),
-    ]
-
-
-class _Results(Structure):
-    _fields_ = [
-        ("output", _Tensor4),
-        *((n, c_void_p) for n in ("lse", "reference", "above", "entropy", "maximum", "squares")),
-        ("n_distance", c_int64),
-        ("clips", c_void_p),
-        ("start", c_int64),
-        ("distance", c_void_p),
-        ("n_mass", c_int64),
-        ("mass_stride", c_int64),
-        ("sets", c_void_p),
-        ("mass", c_void_p),
-        ("n_received", c_int64),
-        ("received_stride", c_int64),
-        ("groups", c_void_p),
-        ("received", c_void_p),
-        ("k", c_int64),
-        ("top", c_void_p),
-        ("top_at", c_void_p),
-        ("n_at", c_int64),
-        ("at_stride", c_int64),
-        ("at", c_void_p),
-        ("at_weight", c_void_p),
-        ("given_lse", c_void_p),
-    ]
-
-
-class _Gradients(Structure):
-    _fields_ = [
-        ("output", _Tensor4),
-        ("grad", _Tensor4),
-        *((n, c_void_p) for n in ("lse", "reference", "above", "query", "key", "value")),
-        ("bias", _Tensor4),
-        ("sinks", c_void_p),
-    ]
+# The structures of attention.h, whose every field takes 8 bytes: packed anew for each call, which for one token has to
+# be quick. A tensor is six words: where it lies, four strides and a type.
+_ABSENT = (0,) * 6
+_ATTENTION = Struct("@7q36q3d3q2q3q4q3q")
+_OF_RESULTS = dict.fromkeys(
+    [
+        *("lse", "reference", "above", "entropy", "maximum", "squares"),
+        *("n_distance", "clips", "start", "distance"),
+        *("n_mass", "mass_stride", "sets", "mass"),
+        *("n_received", "received_stride", "groups", "received"),
+        *("k", "top", "top_at"),
+        *("n_at", "at_stride", "at", "at_weight"),
+        "given_lse",
+    ],
+    0,
+)
+_RESULTS = Struct(f"@6q{len(_OF_RESULTS)}q")
+_OF_GRADIENTS = dict.fromkeys(["lse", "reference", "above", "query", "key", "value"], 0)
+_GRADIENTS = Struct(f"@12q{len(_OF_GRADIENTS)}q6qq")
 
 
 class Blocks(NamedTuple):
@@ -119,12 +87,11 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(path)
     except OSError as error:
         return f"the kernel cannot be loaded: {error}"
-    library.regard_forward.argtypes = [POINTER(_Attention), POINTER(_Results)]
-    library.regard_backward.argtypes = [POINTER(_Attention), POINTER(_Gradients)]
+    library.regard_forward.argtypes = library.regard_backward.argtypes = [c_char_p, c_char_p]
     for name in ("forward", "backward", "instructions", "openmp", "sizes"):
         getattr(library, f"regard_{name}").restype = c_int64
     sizes = [library.regard_sizes(c_int64(i)) for i in range(3)]
-    if sizes != [ctypes.sizeof(s) for s in (_Attention, _Results, _Gradients)]:
+    if sizes != [s.size for s in (_ATTENTION, _RESULTS, _GRADIENTS)]:
         return f"the kernel at {path} was built from another version of regard"
     return library
 
@@ -149,28 +116,34 @@ def instructions() -> int:
     """Index in `INSTRUCTIONS`: the machine's best, or as REGARD_INSTRUCTIONS lowers it."""
     library = _library()
     assert not isinstance(library, str)
-    best = int(library.regard_instructions())
-    asked = os.environ.get("REGARD_INSTRUCTIONS")
-    if asked is None:
-        return best
-    if asked not in INSTRUCTIONS:
+    found = int(library.regard_instructions())
+    if found < 0:
+        asked = os.environ.get("REGARD_INSTRUCTIONS")
         raise ValueError(f"REGARD_INSTRUCTIONS={asked!r} is none of {', '.join(INSTRUCTIONS)}")
-    return min(best, INSTRUCTIONS.index(asked))
+    return found
 
 
 def refusal(call: Operands, wanted: Iterable[Reduction] = ()) -> str | None:
     """Why this kernel cannot do this call; None where it can."""
+    if "native" not in call.notes:
+        call.notes["native"] = _unfit(call)
+    if (why := call.notes["native"]) is not None:
+        return why
+    for r in wanted:
+        if r.name not in _ROWWISE:
+            return f"no reduction {r.name}"
+    return None
+
+
+def _unfit(call: Operands) -> str | None:
     if (why := why_not()) is not None:
         return why
-    if call.query.device.type != "cpu":
+    if not call.query.is_cpu:
         return f"tensors on {call.query.device}"
-    if odd := {t.dtype for t in (call.query, call.key, call.value)} - _FLOATS:
-        return f"dtype {', '.join(map(str, odd))}"
-    if call.edits:
-        return "an intervention edits weights"
-    if unknown := {r.name for r in wanted} - _ROWWISE:
-        return f"no reduction {', '.join(sorted(unknown))}"
-    return None
+    for tensor in (call.query, call.key, call.value):
+        if tensor.dtype not in _FLOATS:
+            return f"dtype {tensor.dtype}"
+    return "an intervention edits weights" if call.edits else None
 
 
 def forward(
@@ -190,62 +163,52 @@ def forward(
     limited = window is not None or blocks is not None  # what is not fits already: `refusal` was asked
     if limited and (problem := _shapes(call.query, call.key, call.value, window, blocks)):
         raise ValueError(problem)
-    wanted, job = list(wanted), _Job.of_call(call, window, blocks)
-    batch, heads, n_query = call.query.shape[:3]
+    wanted = list(wanted)
+    batch, heads, n_query = rows = tuple(call.query.shape[:3])
     n_key = call.key.shape[2]
-    results = _Results(start=call.query_start - call.key_start)
-    rows = (batch, heads, n_query)
-    made: dict[str, Tensor] = {}
-
-    def empty(field: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        made[field] = torch.empty(shape, dtype=dtype)
-        setattr(results, field, made[field].data_ptr())
-        return made[field]
-
-    def given(field: str, tensor: Tensor) -> None:
-        made[field] = tensor = tensor.contiguous()
-        setattr(results, field, tensor.data_ptr())
-
+    numbers = {"start": call.query_start - call.key_start}  # and strides
+    made: dict[str, Tensor] = {}  # and given, by the names of their fields
     by_name: dict[str, list[Reduction]] = {}
     for r in wanted:
         by_name.setdefault("top" if r.name.startswith("top_") else r.name, []).append(r)
-    for name in ("lse", "entropy", "maximum", "squares"):
-        if name in by_name:
-            empty(name, *rows)
-    if distances := by_name.get("distance"):
-        results.n_distance = len(distances)
-        given("clips", torch.tensor([-1.0 if r.knob is None else float(r.knob) for r in distances]))
-        empty("distance", len(distances), *rows)
-    if masses := by_name.get("mass"):
-        sets = stack([r.knob.where for r in masses])
-        results.n_mass, results.mass_stride = len(masses), (len(masses) * n_key if len(sets) > 1 else 0)
-        given("sets", sets.float())
-        empty("mass", len(masses), *rows)
-    if received := by_name.get("received"):
-        results.n_received = len(received)
-        if any(r.knob is not None for r in received):
-            everyone = torch.ones(1, n_query, dtype=torch.bool)
-            groups = stack([everyone if r.knob is None else r.knob.where for r in received])
-            results.received_stride = len(received) * n_query if len(groups) > 1 else 0
-            given("groups", groups.float())
-        empty("received", len(received), batch, heads, n_key)
-    if tops := by_name.get("top"):
-        results.k = max(r.knob for r in tops)
-        empty("top", *rows, results.k)
-        empty("top_at", *rows, results.k, dtype=torch.int64)
-    if ats := by_name.get("at"):
-        places = stack([r.knob.where for r in ats])
-        results.n_at, results.at_stride = len(ats), (len(ats) * n_query if len(places) > 1 else 0)
-        given("at", places.long())
-        empty("at_weight", len(ats), *rows)
+
+    def sets(asked: list[Reduction], name: str, n: int, dtype: torch.dtype = torch.float32) -> None:
+        """Sets of positions, one for all of the batch or each its own."""
+        made[name] = stack([r.knob.where for r in asked]).to(dtype).contiguous()
+        stride = "received_stride" if name == "groups" else "mass_stride" if name == "sets" else "at_stride"
+        numbers[stride] = len(asked) * n if len(made[name]) > 1 else 0
+
+    for name, asked in by_name.items():
+        match name:
+            case "lse" | "entropy" | "maximum" | "squares":
+                made[name] = torch.empty(rows)
+            case "distance":
+                made["clips"] = torch.tensor([-1.0 if r.knob is None else float(r.knob) for r in asked])
+                made[name] = torch.empty(len(asked), *rows)
+            case "mass":
+                sets(asked, "sets", n_key)
+                made[name] = torch.empty(len(asked), *rows)
+            case "received":
+                if any(r.knob is not None for r in asked):
+                    everyone = Chosen(torch.ones(1, n_query, dtype=torch.bool))
+                    sets([r if r.knob else Reduction(name, everyone) for r in asked], "groups", n_query)
+                made[name] = torch.empty(len(asked), batch, heads, n_key)
+            case "top":
+                numbers["k"] = max(r.knob for r in asked)
+                made[name] = torch.empty(*rows, numbers["k"])
+                made["top_at"] = torch.empty(*rows, numbers["k"], dtype=torch.int64)
+            case "at":
+                sets(asked, "at", n_query, torch.int64)
+                made["at_weight"] = torch.empty(len(asked), *rows)
+        if (count := f"n_{name}") in _OF_RESULTS:
+            numbers[count] = len(asked)
     if lse is not None:
-        given("given_lse", lse.float())
-    out = None
-    if output:
-        # Laid out as models go on with it: heads side by side.
-        out = call.query.new_empty(batch, n_query, heads, call.value.shape[-1]).transpose(1, 2)
-        results.output = _tensor4(out)
-    job.run("forward", results)
+        made["given_lse"] = lse.float().contiguous()
+    # Laid out as models go on with it: heads side by side.
+    out = call.query.new_empty(batch, n_query, heads, call.value.shape[-1]).transpose(1, 2) if output else None
+    settings = {"scale": call.scale, "softcap": call.softcap, "blocks": blocks, **_limits(call.causal, window)}
+    inputs = call.query, call.key, call.value, call.bias, call.sinks, call.mask
+    _run("forward", _results(out, made, **numbers), *inputs, **settings)
 
     found: dict[Reduction, Tensor] = {}
     for name, asked in by_name.items():
@@ -305,8 +268,8 @@ def part(
     if problem := _shapes(query, key, value, settings.get("window"), settings.get("blocks")):
         raise ValueError(problem)
     out, lse = torch.empty(*query.shape[:3], value.shape[-1]), torch.empty(query.shape[:3])
-    results = _Results(output=_tensor4(out), lse=lse.data_ptr())
-    _Job(query, key, value, None, None, mask, **_settings(query, key, **settings)).run("forward", results)
+    results = _results(out, {"lse": lse})
+    _run("forward", results, query, key, value, None, None, mask, **_settings(query, key, **settings))
     return out, lse
 
 
@@ -326,10 +289,8 @@ def part_gradients(
     output [batch, head, query, dim], lse [batch, head, query] and the gradient `grad` of the output are those of whole
     rows, all parts joined.
     """
-    gradients, lse = _Gradients(), lse.contiguous()
-    gradients.lse = lse.data_ptr()
-    settings = _settings(query, key, **settings)
-    return _differentiate(query, key, value, None, None, mask, settings, output, gradients, grad)[:3]
+    settings, sums = _settings(query, key, **settings), {"lse": lse.contiguous()}
+    return _differentiate(query, key, value, None, None, mask, settings, output, sums, grad)[:3]
 
 
 def _settings(
@@ -401,21 +362,23 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Any, sinks: Any, mask: Any, settings: Any):
         # Laid out as models go on with it: heads side by side.
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
-        sums = torch.empty(2, *query.shape[:3])  # of each row, in two parts: a rounded log-sum-exp would lose digits
-        results = _Results(output=_tensor4(out), reference=sums[0].data_ptr(), above=sums[1].data_ptr())
-        _Job(query, key, value, bias, sinks, mask, **settings).run("forward", results)
+        # The sum of each row in two parts: a rounded log-sum-exp would lose digits.
+        reference, above = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+        results = _results(out, {"reference": reference, "above": above})
+        _run("forward", results, query, key, value, bias, sinks, mask, **settings)
         ctx.settings = settings
-        ctx.save_for_backward(query, key, value, bias, sinks, mask, out, sums)
+        ctx.save_for_backward(query, key, value, bias, sinks, mask, out, reference, above)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        *inputs, out, sums = ctx.saved_tensors
+        *inputs, out, reference, above = ctx.saved_tensors
         if again(grad):
             return *gradients(partial(_in_torch, settings=ctx.settings), grad, *inputs), None
-        found = _Gradients(reference=sums[0].data_ptr(), above=sums[1].data_ptr())
+        sums = {"reference": reference, "above": above}
         learned = {"bias": ctx.needs_input_grad[3], "sinks": ctx.needs_input_grad[4]}
-        d_inputs = _differentiate(*inputs, ctx.settings, out, found, grad, **learned)
+        query, key, value, bias, sinks, mask = inputs
+        d_inputs = _differentiate(query, key, value, bias, sinks, mask, ctx.settings, out, sums, grad, **learned)
         d_query, d_key, d_value = (d.to(t.dtype) for d, t in zip(d_inputs[:3], inputs[:3], strict=True))
         return d_query, d_key, d_value, *d_inputs[3:], None, None
 
@@ -430,7 +393,7 @@ def _in_torch(
         rows = met.any(-1, keepdim=True)
         met = met | ~rows  # softmax over nothing has no derivative; what it gives is left out below
         boolean = mask is not None and mask.dtype == torch.bool
-        if boolean and bias is not None:
+        if mask is not None and boolean and bias is not None:
             mask = mask | ~met  # beside a bias a mask only lowers scores; limits come after it
         if bias is None and (boolean or mask is None):
             mask = met if mask is None else mask & met
@@ -462,7 +425,7 @@ def _differentiate(
     mask: Tensor | None,
     settings: Any,
     out: Tensor,
-    gradients: _Gradients,
+    sums: dict[str, Tensor],
     grad: Tensor,
     *,
     bias: bool = False,
@@ -470,23 +433,23 @@ def _differentiate(
 ) -> tuple[Any, ...]:
     """Gradients of query, key and value, in float32, and of bias and sinks where asked for.
 
-    gradients: what is known of the sum of each row.
+    sums: of each row, its log-sum-exp (lse), or that in two parts (reference, above).
     """
     batch, heads, n_query, dim = query.shape
     group = heads // key.shape[1]
-    gradients.output, gradients.grad = _tensor4(out), _tensor4(grad)
-    d_query = torch.empty(batch, heads, n_query, dim)
-    d_key = torch.empty(batch, heads, key.shape[2], dim)
-    d_value = torch.empty(batch, heads, key.shape[2], value.shape[-1])
+    found = {
+        "query": torch.empty(batch, heads, n_query, dim),
+        "key": torch.empty(batch, heads, key.shape[2], dim),
+        "value": torch.empty(batch, heads, key.shape[2], value.shape[-1]),
+    }
     d_sinks = torch.empty(batch, heads, n_query) if sinks_given is not None and sinks else None
-    gradients.query, gradients.key, gradients.value = d_query.data_ptr(), d_key.data_ptr(), d_value.data_ptr()
-    gradients.sinks = None if d_sinks is None else d_sinks.data_ptr()
-    d_bias = None
-    if bias_given is not None and bias:
-        # Whole over what it is broadcast to, so that no two threads write one place.
-        d_bias = torch.zeros(batch, heads, n_query, key.shape[2])
-        gradients.bias = _tensor4(d_bias)
-    _Job(query, key, value, bias_given, sinks_given, mask, **settings).run("backward", gradients)
+    # Whole over what it is broadcast to, so that no two threads write one place.
+    d_bias = torch.zeros(batch, heads, n_query, key.shape[2]) if bias_given is not None and bias else None
+    words = _OF_GRADIENTS | {name: tensor.data_ptr() for name, tensor in (sums | found).items()}
+    last = 0 if d_sinks is None else d_sinks.data_ptr()
+    results = _GRADIENTS.pack(*_tensor(out), *_tensor(grad), *words.values(), *_tensor(d_bias), last)
+    _run("backward", results, query, key, value, bias_given, sinks_given, mask, **settings)
+    d_query, d_key, d_value = found.values()
     if group > 1:
         d_key, d_value = (t.unflatten(1, (-1, group)).sum(2) for t in (d_key, d_value))
     if bias_given is not None and d_bias is not None:
@@ -499,73 +462,69 @@ def _differentiate(
     return d_query, d_key, d_value, d_bias, d_sinks
 
 
-class _Job:
-    """The arguments of one run, and what must stay alive meanwhile."""
-
-    @classmethod
-    def of_call(cls, call: Operands, window: int | None, blocks: Blocks | None) -> _Job:
-        tensors = (call.query, call.key, call.value, call.bias, call.sinks, call.mask)
-        return cls(*tensors, scale=call.scale, softcap=call.softcap, blocks=blocks, **_limits(call.causal, window))
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        sinks: Tensor | None,
-        mask: Tensor | None,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        offset: int = 0,
-        left: int = _EVERY,
-        right: int = _EVERY,
-        blocks: Blocks | None = None,
-    ) -> None:
-        batch, heads, n_query, dim = query.shape
-        kv_heads, n_key = key.shape[1], key.shape[2]
-        pairs = (batch, heads, n_query, n_key)
-        self.held: list[Any] = [query, key, value, bias, sinks, mask, blocks]
-        a = self.arguments = _Attention(
-            batch, heads, kv_heads, n_query, n_key, dim, value.shape[-1], threads=torch.get_num_threads()
-        )
-        a.instructions = instructions()
-        a.query = _tensor4(query)
-        a.key, a.value = _tensor4(key.expand(batch, -1, -1, -1)), _tensor4(value.expand(batch, -1, -1, -1))
-        if mask is not None:
-            a.mask = self._pairs(mask, pairs)
-        if bias is not None:
-            a.bias = self._pairs(bias, pairs)
-        if sinks is not None:
-            sinks = sinks.reshape(1, heads, 1, 1) if sinks.numel() == heads else sinks
-            a.sinks = self._pairs(sinks, (batch, heads, n_query, 1), torch.float32)
-        a.scale, a.softcap = scale, softcap or 0.0
-        # With a bias, transformers folds both into one additive mask, whose lowest value is finite.
-        a.hidden = float("-inf") if bias is None else torch.finfo(key.dtype).min
-        a.offset, a.left, a.right = offset, left, right
-        if blocks is not None:
-            counts = blocks.counts.expand(batch, heads, -1)
-            indices = blocks.indices.expand(batch, heads, -1, -1)
-            a.block_counts, a.block_indices = counts.data_ptr(), indices.data_ptr()
-            a.count_stride, a.index_stride = (c_int64 * 3)(*counts.stride()), (c_int64 * 4)(*indices.stride())
-            a.block_query, a.block_key = blocks.query_size, blocks.key_size
-
-    def _pairs(self, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> _Tensor4:
-        """A mask or bias, cut to the pairs of this call and broadcast to them."""
-        tensor = cut(tensor, 0, shape[2], shape[3]).expand(shape)
-        if dtype is not None or tensor.dtype not in _TYPES:
-            tensor = tensor.to(dtype or torch.float32)
-        self.held.append(tensor)
-        return _tensor4(tensor)
-
-    def run(self, what: str, results: _Results | _Gradients) -> None:
-        code = getattr(_library(), f"regard_{what}")(byref(self.arguments), byref(results))
-        if code == 1:
-            raise MemoryError("not enough memory for the attention kernel")
-        if code:
-            raise RuntimeError(f"the attention kernel failed with code {code}")
+def _run(
+    what: str,
+    results: bytes,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    offset: int = 0,
+    left: int = _EVERY,
+    right: int = _EVERY,
+    blocks: Blocks | None = None,
+) -> None:
+    batch, heads, n_query, dim = query.shape
+    kv_heads, n_key = key.shape[1], key.shape[2]
+    pairs = (batch, heads, n_query, n_key)
+    if len(key) != batch:
+        key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+    # With a bias, transformers folds both into one additive mask, whose lowest value is finite.
+    hidden = -math.inf if bias is None else torch.finfo(key.dtype).min
+    mask, bias = _broadcast(mask, pairs), _broadcast(bias, pairs)
+    if sinks is not None:
+        sinks = sinks.reshape(1, heads, 1, 1) if sinks.numel() == heads else sinks
+        sinks = _broadcast(sinks.float(), (batch, heads, n_query, 1))
+    listed: tuple[int, ...] = (0,) * 11
+    if blocks is not None:
+        counts, indices = blocks.counts.expand(batch, heads, -1), blocks.indices.expand(batch, heads, -1, -1)
+        listed = (counts.data_ptr(), indices.data_ptr(), *counts.stride(), *indices.stride())
+        listed += (blocks.query_size, blocks.key_size)
+    arguments = _ATTENTION.pack(
+        *(batch, heads, kv_heads, n_query, n_key, dim, value.shape[-1]),
+        *(word for tensor in (query, key, value, mask, bias, sinks) for word in _tensor(tensor)),
+        *(scale, softcap or 0.0, hidden),
+        *(offset, left, right),
+        *listed,
+        torch.get_num_threads(),
+    )
+    code = getattr(_library(), f"regard_{what}")(arguments, results)
+    if code == 1:
+        raise MemoryError("not enough memory for the attention kernel")
+    if code == 3:
+        instructions()  # says what is wrong with what was asked
+    if code:
+        raise RuntimeError(f"the attention kernel failed with code {code}")
 
 
-def _tensor4(tensor: Tensor) -> _Tensor4:
-    return _Tensor4(tensor.data_ptr(), (c_int64 * 4)(*tensor.stride()), _TYPES[tensor.dtype])
+def _results(output: Tensor | None, tensors: dict[str, Tensor], **numbers: int) -> bytes:
+    """What the forward pass writes, and is given for it; the caller keeps the tensors alive."""
+    words = _OF_RESULTS | {name: tensor.data_ptr() for name, tensor in tensors.items()} | numbers
+    return _RESULTS.pack(*_tensor(output), *words.values())
+
+
+def _broadcast(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask or bias, cut to the pairs of this call and broadcast to them."""
+    if tensor is None:
+        return None
+    tensor = cut(tensor, 0, shape[2], shape[3]).expand(shape)
+    return tensor if tensor.dtype in _TYPES else tensor.float()
+
+
+def _tensor(tensor: Tensor | None) -> tuple[int, ...]:
+    return _ABSENT if tensor is None else (tensor.data_ptr(), *tensor.stride(), _TYPES[tensor.dtype])

@@ -26,7 +26,7 @@ struct Attention {
   const int32_t *block_counts, *block_indices;
   int64_t count_stride[3], index_stride[4];
   int64_t block_query, block_key;
-  int64_t threads, instructions;
+  int64_t threads;
 };
 
 // Every result is float32 and contiguous, and absent where not asked for; output excepted.

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <thread>
 #include <vector>
@@ -29,6 +31,16 @@ int64_t best_instructions() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
   return BASELINE;
+}
+
+// The best, or as REGARD_INSTRUCTIONS lowers it; -1 where that names none.
+int64_t chosen_instructions() {
+  const char* asked = std::getenv("REGARD_INSTRUCTIONS");
+  if (!asked) return best_instructions();
+  const char* names[] = {"baseline", "avx2", "avx512"};
+  for (int64_t i = 0; i < 3; i++)
+    if (!std::strcmp(asked, names[i])) return std::min(i, best_instructions());
+  return -1;
 }
 
 struct Work {
@@ -71,8 +83,10 @@ Fork openmp() {
 // Runs the build for the best instructions that the machine has and the call allows; 0, or what went wrong.
 template <class T, size_t N>
 int64_t run_best(void (*const (&builds)[N])(const Attention&, const T&), const Attention& a, const T& other) {
+  const int64_t chosen = chosen_instructions();
+  if (chosen < 0) return 3;
   try {
-    builds[std::min(a.instructions, best_instructions())](a, other);
+    builds[chosen](a, other);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
@@ -99,7 +113,7 @@ void run_jobs(Job job, void* data, int64_t count, int64_t threads) {
   if (w.failed) std::rethrow_exception(w.error);
 }
 
-REGARD_PUBLIC int64_t regard_instructions() { return best_instructions(); }
+REGARD_PUBLIC int64_t regard_instructions() { return chosen_instructions(); }
 REGARD_PUBLIC int64_t regard_openmp() { return openmp() != nullptr; }
 REGARD_PUBLIC int64_t regard_sizes(int64_t which) {
   return which == 0 ? sizeof(Attention) : which == 1 ? sizeof(Results) : sizeof(Gradients);

@@ -204,7 +204,7 @@ def _alignment(model: Any, processor: Any, found: list[Spoken]) -> dict[str, Any
             spoken[i, k] = (b * per_second - begin).clamp(0, 1) - (a * per_second - begin).clamp(0, 1)
     due = spoken.sum(-1) > 0
 
-    @statistic("batch head query", title="Weight on the time of the digit that is due")
+    @statistic("batch head digit", title="Weight on the time of the digit that is due")
     def on_time(call: Call) -> Tensor | None:
         if not call.site.cross:
             return None
@@ -214,7 +214,7 @@ def _alignment(model: Any, processor: Any, found: list[Spoken]) -> dict[str, Any
     labels = _labels(processor.tokenizer, found)
     with torch.inference_mode(), record(model, on_time) as recording:
         model(input_features=_features(processor, found), labels=labels)
-    by_head = torch.tensor(recording.tree["decoder_cross"]["on_time"].values)  # [batch, layer, head, query]
+    by_head = torch.tensor(recording.tree["decoder_cross"]["on_time"].values)  # [batch, layer, head, digit]
     score = torch.stack([by_head[:, :, :, k][due[:, k]].sum(0) for k in range(LONGEST)]).sum(0) / due.sum()
     layer, head = divmod(int(score.argmax()), score.shape[1])
     return {
