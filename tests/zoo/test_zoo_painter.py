@@ -137,7 +137,7 @@ def test_look(home, tmp_path):
     assert words.sizes["batch"] == 4
     assert "steps 1, 5, 8, 12" in tree.attrs["note"]
     assert [str(word).strip() for word in words["key_token"].values[3]][1:4] == ["a", "red", "circle"]
-    assert {"rows", "top_keys", "entropy"} <= set(words.data_vars)
+    assert {"rows", "entropy"} <= set(words.data_vars)
     assert int(words["query_image"].max()) == 0
     assert '"grids":[[8,8]]' in (tmp_path / "report.html").read_text()
 
