@@ -436,11 +436,11 @@ def test_the_map_of_a_long_text_is_drawn_in_blocks_that_open(visit, tmp_path):
     for _ in range(11):
         page.keyboard.press("+")
     assert pixels(page).shape[:2] == (8, 8)
-    words = page.locator(".axis.down").text_content()
+    words = page.locator(".map .axis.down").text_content()
     first, last = (int(x) for x in re.findall(r"\d+", words))
     assert last - first == 7
     page.locator(".choice button", has_text="All").last.click()
-    assert "query 0 to 16383" in page.locator(".axis.down").text_content()
+    assert "query 0 to 16383" in page.locator(".map .axis.down").text_content()
 
 
 def test_a_box_drawn_on_the_map_opens_it(visit, path):
@@ -456,7 +456,7 @@ def test_a_box_drawn_on_the_map_opens_it(visit, path):
     page.mouse.down()
     page.mouse.move(*at[1], steps=4)
     page.mouse.up()
-    assert "query 4 to 9" in page.locator(".axis.down").text_content()
+    assert "query 4 to 9" in page.locator(".map .axis.down").text_content()
     assert "key 1 to 5" in page.locator(".map .axis").first.text_content()
     assert pixels(page).shape[:2] == (6, 5)
 

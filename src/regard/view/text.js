@@ -35,7 +35,7 @@ export function text(element, data, events) {
   const turns = speakers(items);
   items.forEach((item, i) => {
     if (!i || turns[i] !== turns[i - 1]) {
-      block = make("div", { class: "turn-text", dir: "auto" });
+      block = make("div", { class: "turn-text" });
       box.append(make("div", { class: `turn ${turns[i]}`, role: "presentation" },
         make("span", { class: "turn-role" }, turns[i]), block));
     }
@@ -65,6 +65,8 @@ export function text(element, data, events) {
     block.append(span);
     if (breaks && !quiet) block.append(...Array.from(item.token.match(/\n/g).slice(0, 2), () => make("br")));
   });
+  // Last: it would be looked for anew with every token, in all of a text of ids, which have no direction.
+  for (const one of box.querySelectorAll(".turn-text")) one.setAttribute("dir", "auto");
   element.append(box);
 
   const place = (target) => {
