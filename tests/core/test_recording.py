@@ -519,3 +519,29 @@ def test_what_cannot_be_written_leaves_the_old_one(recording, tmp_path):
         odd.save(path)
     assert regard.open(path).tree.identical(before)
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+@torch.no_grad()
+def test_what_a_statistic_changes_in_place_does_not_reach_the_others():
+    @regard.statistic("batch head query", title="Twice the entropy")
+    def twice(call):
+        return call.weights.entropy().mul_(2)
+
+    model, inputs = build("llama")
+    with regard.record(model, twice, "entropy") as recording:
+        model(**inputs)
+    stack = recording.tree["language_model"]
+    assert stack["twice"].equals(stack["entropy"] * 2)
+
+
+def test_two_statistics_of_one_name_are_refused():
+    @regard.statistic("batch head query", title="Another")
+    def entropy(call):
+        return call.weights.entropy()
+
+    model, _ = build("llama")
+    with (
+        pytest.raises(ValueError, match="two statistics are named 'entropy'"),
+        regard.record(model, "entropy", entropy),
+    ):
+        pass
