@@ -108,7 +108,10 @@ def chosen(
     statistics: Sequence[str | Callable[..., Tensor | None]], named: Mapping[str, str | Callable[..., Tensor | None]]
 ) -> dict[str, Callable[..., Tensor | None]]:
     """Statistics by the names that they are recorded under."""
-    found = {**{_name(s): s for s in statistics}, **named}
+    names = [*map(_name, statistics), *named]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"two statistics are named {twice!r}; give one another name: record(model, my_{twice}=...)")
+    found = dict(zip(names, (*statistics, *named.values())))
     if not found:
         raise ValueError("give at least one statistic, such as 'entropy'")
     return {name: catalog.statistic(s) if isinstance(s, str) else s for name, s in found.items()}

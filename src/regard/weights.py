@@ -46,7 +46,7 @@ class Weights:
         if wanted not in self._done:
             asked = {r: self._resolved(r) for r in {wanted} | (self.expected - self._done.keys())}
             self._keep(asked, kernels.reduce(self._operands, asked.values()))
-        return self._done[wanted]
+        return self._done[wanted].clone()  # one statistic may change it in place, and others ask for it too
 
     def _keep(self, asked: dict[Reduction, Reduction], found: dict[Reduction, Tensor]) -> None:
         self._done |= {r: found[resolved] for r, resolved in asked.items() if resolved in found}

@@ -215,7 +215,9 @@ def two_towers():
     return seeded(model), {**text(), **pixels()}
 
 
-@pytest.mark.parametrize("make", [lambda: build("clip"), siglip, altclip, two_towers], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: build("clip"), siglip, altclip, two_towers], ids=["clip", "siglip", "altclip", "two_towers"]
+)
 def test_a_text_and_a_picture_are_explained_over_both(make):
     model, inputs = make()
     with torch.no_grad():

@@ -76,7 +76,7 @@ def commands(folders, picture, tmp_path, monkeypatch):
         "drawn": (["explain", vit, "-i", picture, "-m", "rollout", "-o", out / "e.png"], ["e.png"]),
         "plot": (["reproduce", key, "--plot", out / "p.svg"], ["p.svg"]),
         "painted": (["reproduce", key, "--plot", out / "p.png"], ["p.png"]),
-        "write": (["reproduce", key, "--write", out / "c.md"], ["c.md", f"assets/claims/{key}.svg"]),
+        "plots": (["reproduce", *catalog.claimed()[:2], "--plot", out / "plots"], [f"plots/{key}.svg"]),
     }
 
 
@@ -84,7 +84,7 @@ def held(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["look", "profile", "explain", "drawn", "plot", "painted", "write"])
+@pytest.mark.parametrize("name", ["look", "profile", "explain", "drawn", "plot", "painted", "plots"])
 def test_a_command_replaces_its_own_and_nothing_else(commands, name):
     out, given = commands
     command, written = given[name]

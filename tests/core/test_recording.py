@@ -531,13 +531,12 @@ def test_a_recording_says_what_it_holds():
         node = found.tree["language_model"]
     size = f"{node.sizes['layer']} × {node.sizes['head']}"
     assert repr(found).splitlines()[0].startswith("Recording of <b>")
-    assert f"  language_model: causal self attention, {size} heads, 2 rows, 4 to 6 tokens; entropy, received" in repr(
-        found
-    )
+    line = f"  language_model: causal self attention, {size} heads, 2 rows, 4 to 6 tokens; entropy, received"
+    assert line in repr(found)
     html = found._repr_html_()
     for words_ in ("Recording of &lt;b&gt;", f"<td>{size}</td>", "<td>2</td>", "<td>4 to 6</td>", "entropy, received"):
         assert words_ in html
-    assert "<b>>" not in html
+    assert html.count("<b>") == 1
     assert "partial" not in repr(found)
 
 
@@ -562,3 +561,29 @@ def test_a_recording_writes_its_page(tmp_path):
         found.report(tmp_path / "page.html")
     page = found.report(str(tmp_path / "page.html"), run=1)
     assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+@torch.no_grad()
+def test_what_a_statistic_changes_in_place_does_not_reach_the_others():
+    @regard.statistic("batch head query", title="Twice the entropy")
+    def twice(call):
+        return call.weights.entropy().mul_(2)
+
+    model, inputs = build("llama")
+    with regard.record(model, twice, "entropy") as recording:
+        model(**inputs)
+    stack = recording.tree["language_model"]
+    assert stack["twice"].equals(stack["entropy"] * 2)
+
+
+def test_two_statistics_of_one_name_are_refused():
+    @regard.statistic("batch head query", title="Another")
+    def entropy(call):
+        return call.weights.entropy()
+
+    model, _ = build("llama")
+    with (
+        pytest.raises(ValueError, match="two statistics are named 'entropy'"),
+        regard.record(model, "entropy", entropy),
+    ):
+        pass

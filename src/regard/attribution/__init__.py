@@ -85,7 +85,7 @@ def attribute(
         found = _with_places(model, inputs, found)
         if processor is not None:
             flat = ids.reshape(-1, ids.shape[-1])
-            texts = Tokens.plain("text", *flat.shape, flat).texts(processor)
+            texts = Tokens.plain("text", len(flat), flat.shape[1], flat).texts(processor)
             along = xr.DataArray(texts, dims=("each", "token")).values.reshape(ids.shape)
             found = found.assign_coords(text=(found.dims, along))
     return joined(found, tokenizer) if words else found

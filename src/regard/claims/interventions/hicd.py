@@ -45,7 +45,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         chosen = inducing_heads(model, *(_labelled(choosing, right) for right in (True, False)))
         found_sites = [s for s in sites.find(model).values() if s.stack == STACK]
         every = list(itertools.product(sorted({s.layer for s in found_sites}), range(found_sites[0].heads)))
-        others = random.Random(seed).sample(sorted(set(every) - set(chosen)), len(chosen))
+        rest = sorted(set(every) - set(chosen))
+        others = random.Random(seed).sample(rest, min(len(chosen), len(rest)))
         found = Compared(
             name,
             SCENES[scale],
@@ -64,7 +65,13 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             f"{over['all dispersed']}. Chosen: {heads}."
         )
         holds = found.helps and all(gain.value >= 0 for gain in over.values())
-        premises = [induced, *kept(name, "P1", "P2"), headroom("a contrast", found.family)]
+        few = Premise(
+            "the chosen heads are some of all",
+            "half at most",
+            f"{len(chosen)} of {len(every)}",
+            len(chosen) <= len(rest),
+        )
+        premises = [few, induced, *kept(name, "P1", "P2"), headroom("a contrast", found.family)]
         tried.append(Tried(name, premises, holds, measured))
         drawn[name] = found.bars("chosen dispersed", "random dispersed") | {
             way: float(some.mean()) for way, some in right.items()
