@@ -52,9 +52,7 @@ def test_every_kind_of_model(folders, picture, tmp_path, kind, arguments, stacks
     tree = regard.open(tmp_path / "out" / "recording.zarr").tree
     assert set(tree.children) == stacks
     for stack in stacks:
-        assert {"entropy", "received", "mass", "distance", "top_keys", "top_weights", "rows"} <= set(
-            tree[stack].data_vars
-        )
+        assert {"entropy", "received", "mass", "distance", "rows"} <= set(tree[stack].data_vars)
     assert not tree.attrs["partial"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["recording.zarr", "report.html"]
     if kind == "llava":
