@@ -31,6 +31,7 @@ from . import stream
 from .call import Call
 from .data import paragraph, prompts, scenes
 from .names import vocabulary
+from .padding import unpadded
 from .prediction import evaluating
 from .recording import Recording, statistic
 from .seam import record
@@ -286,7 +287,7 @@ class _Battery:
         where: the queries that count, by their position; then stacks of patches, which have no order, are left out.
         """
         for stack, node in tree.children.items():
-            dataset = node.to_dataset()
+            dataset = unpadded(node.to_dataset())
             patches = where is not None and "query_role" in dataset and bool((dataset["query_role"] == "image").any())
             if name in self.found.get(stack, ()) or name not in dataset or patches:
                 continue

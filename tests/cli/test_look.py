@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import resource
@@ -13,8 +14,11 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 import regard
+from regard.cli import look as look_command
+from regard.cli.printed import tables
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 TEXT = "it was the best of times , it was the worst of times , it was the age of wisdom"
@@ -52,7 +56,13 @@ def test_every_kind_of_model(folders, picture, tmp_path, kind, arguments, stacks
     tree = regard.open(tmp_path / "out" / "recording.zarr").tree
     assert set(tree.children) == stacks
     for stack in stacks:
-        assert {"entropy", "received", "mass", "distance", "rows"} <= set(tree[stack].data_vars)
+        assert set(tree[stack].data_vars) == {
+            "entropy",
+            "received",
+            "mass",
+            "distance",
+            "rows",
+        }  # rows hold the largest
     assert not tree.attrs["partial"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["recording.zarr", "report.html"]
     if kind == "llava":
@@ -63,6 +73,75 @@ def test_every_kind_of_model(folders, picture, tmp_path, kind, arguments, stacks
     if kind == "gpt2":
         words = list(tree["language_model"]["query_token"].values[0])
         assert words[:4] == ["it", "was", "the", "best"]
+
+
+def test_what_was_generated_is_printed_and_is_the_page_s_row(folders, tmp_path):
+    done = look(folders["gpt2"], "--text", TEXT, "--generate", "5", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"^said +(.*)$", done.stdout, re.M)[1]
+    tree = regard.open(tmp_path / "recording.zarr").tree
+    node = tree["language_model"].to_dataset()
+    assert tree.attrs["said"].strip() == said
+    words = node["query_token"].values[0][node["query_role"].values[0] == "generated"].tolist()
+    assert len(words) == 4
+    assert "".join([*words, *node.attrs["unread"]]).replace(" ", "").startswith(said.replace(" ", ""))
+
+
+def test_keys_are_asked_for_only_where_a_page_can_show_them(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(look_command, "ROWS_BUDGET", 0)
+    for shown, there in ((4e6, True), (10, False)):
+        monkeypatch.setattr(look_command, "SHOWN", shown)
+        seen = look_command.look(str(folders["gpt2"]), text=TEXT, out=tmp_path / str(there))
+        found = set(regard.open(seen.recording).tree["language_model"].data_vars)
+        assert ({"top_keys", "top_weights"} <= found) == there
+        assert "rows" not in found
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_keep_every_cell_whole_in_the_width(width):
+    cells = {f"a statistic {i}": [f"{i}.123 (h{j} 0.1 .. h5 0.2)" for j in range(3)] for i in range(7)}
+    made = tables("title", "layer", ["0", "1", "2"], cells, width)
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in made:
+        console.print(table)
+    drawn = console.export_text()
+    assert all(len(line) <= width for line in drawn.splitlines())
+    assert all(cell in drawn for column in cells.values() for cell in column)
+    assert drawn.count("title") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["look", "GIVEN"], ["look", "reader", "--file", "GIVEN"], ["steer", "reader", "--with", "GIVEN"]]
+)
+def test_errors_quote_little(arguments):
+    given = "a word or two " * 200
+    arguments = [given if one == "GIVEN" else one for one in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "regard", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "(2,800 characters)" in done.stderr
+    assert len(done.stderr) < 400
+
+
+@pytest.mark.parametrize(
+    ("command_name", "names"), [("steer", "attention_buckets"), ("explain", "normgrad"), ("profile", "gini")]
+)
+def test_help_names_the_methods(command_name, names):
+    done = subprocess.run(
+        [sys.executable, "-m", "regard", command_name, "--help"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"COLUMNS": "80"},
+        timeout=300,
+        check=False,
+    )
+    assert names in done.stdout
 
 
 @pytest.mark.parametrize(

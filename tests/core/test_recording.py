@@ -545,3 +545,46 @@ def test_two_statistics_of_one_name_are_refused():
         regard.record(model, "entropy", entropy),
     ):
         pass
+
+
+def test_a_recording_says_what_it_holds():
+    model, inputs = build("llama", "sdpa")
+    inputs["input_ids"] = inputs["input_ids"][:, :6].expand(2, -1)
+    inputs["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    with torch.no_grad(), regard.record(model, "entropy", "received", attributes={"model": "<b>"}) as found:
+        assert repr(found) == "Recording: nothing in it"
+        model(**inputs)
+        node = found.tree["language_model"]
+    size = f"{node.sizes['layer']} × {node.sizes['head']}"
+    assert repr(found).splitlines()[0].startswith("Recording of <b>")
+    assert f"  language_model: causal self attention, {size} heads, 2 rows, 4 to 6 tokens; entropy, received" in repr(
+        found
+    )
+    html = found._repr_html_()
+    for words_ in ("Recording of &lt;b&gt;", f"<td>{size}</td>", "<td>2</td>", "<td>4 to 6</td>", "entropy, received"):
+        assert words_ in html
+    assert "<b>>" not in html
+    assert "partial" not in repr(found)
+
+
+def test_a_recording_says_that_it_is_partial_and_how_many_runs_there_are():
+    model, inputs = build("llama", "sdpa")
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), regard.record(model, "entropy") as found:
+        for _ in range(5):
+            model(**inputs)
+        raise KeyboardInterrupt
+    assert ", 5 runs, partial" in repr(found)
+    assert "run 2, language_model" in repr(found)
+    assert "and 2 more runs" in repr(found)
+    assert "<th>run</th>" in found._repr_html_()
+
+
+def test_a_recording_writes_its_page(tmp_path):
+    model, inputs = build("llama", "sdpa")
+    with torch.no_grad(), regard.record(model, "entropy", "rows") as found:
+        model(**inputs)
+        model(**inputs)
+    with pytest.raises(ValueError, match="2 runs were recorded"):
+        found.report(tmp_path / "page.html")
+    page = found.report(str(tmp_path / "page.html"), run=1)
+    assert page.read_text("utf-8").startswith("<!doctype html>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import warnings
 from functools import partial
 from itertools import pairwise
 
@@ -30,6 +31,7 @@ from transformers import (
 
 from regard import catalog, mechanisms
 from regard.adapters.mechanisms import register
+from regard.mechanisms.flashbias import alibi
 
 OPERATORS = mechanisms.operators()
 CASES = [(name, pattern) for name, operator in OPERATORS.items() for pattern in operator.spec.patterns]
@@ -418,3 +420,38 @@ def test_examples_in_docstrings(name):
     failed, tried = doctest.testmod(importlib.import_module(f"regard.mechanisms.{name}"))
     assert tried
     assert not failed
+
+
+@pytest.mark.parametrize("name", [n for n, p in CASES if p == "causal"])
+def test_a_mechanism_answers_to_the_name_of_its_file(name):
+    hyphens, file = llama(), llama(f"regard:{name}")
+    hyphens.set_attn_implementation(f"regard:{name.replace('_', '-').replace('flash', '')}")
+    assert file.config._attn_implementation == hyphens.config._attn_implementation
+    with torch.no_grad():
+        assert torch.equal(file(IDS).logits, hyphens(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("lightening", "lightning-2"), ("memory", "memory-efficient"), ("pwer", "power")]
+)
+def test_a_wrong_name_is_answered_with_the_near_ones(given, near):
+    model = llama()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"no mechanism 'regard:{given}' .did you mean regard:{near}"):
+        model.set_attn_implementation(f"regard:{given}")
+    assert model.config._attn_implementation == before
+    with pytest.raises(ValueError, match="not supported"):  # transformers' own answer
+        model.set_attn_implementation("nothing")
+
+
+def test_bias_is_added_to_the_scores_of_rotated_queries():
+    """ALiBi beside the rotary positions of a Llama: what its own attention gives under that bias, and no warning."""
+    own, seen = llama(), llama("regard:flashbias")
+    n, heads = IDS.shape[1], own.config.num_attention_heads
+    bias = alibi(heads, n).bias()
+    mask = bias.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    own.set_attn_implementation("eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = own(IDS, attention_mask=mask).logits
+        torch.testing.assert_close(seen(IDS).logits, right, atol=1e-5, rtol=1e-4)

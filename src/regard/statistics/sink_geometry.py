@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from .. import padding
 from .sink_score import sink_score
 
 
@@ -45,8 +46,8 @@ def reference_frame(stack: xr.Dataset, *, threshold: float = 0.1, dominant: floa
     ('batch',)
     """
     score = sink_score(stack).values  # [batch, layer, head, key]
-    real, sees = _real(stack, "query").astype(float), _sees(stack)
-    keys = _real(stack, "key")
+    real, sees = padding.real(stack, "query").values.astype(float), _sees(stack)
+    keys = padding.real(stack, "key").values
     visible = sees * keys[:, None]  # [batch, query, key]
     even = visible / np.maximum(visible.sum(-1, keepdims=True), 1)
     seen_by = np.einsum("bq,bqk->bk", real, visible)
@@ -103,7 +104,7 @@ def sink_geometry(
     if stack.attrs["kind"] != "self" or not np.array_equal(stack["query"], stack["key"]):
         raise ValueError("a graph of tokens is made of self-attention over a whole sequence, from its start on")
     maps = stack["rows"].fillna(0.0)
-    real = xr.DataArray(_real(stack, "query"), dims=("batch", "query"))
+    real = padding.real(stack, "query")
     found = reference_frame(stack.assign(received=(maps * real).sum("query")), threshold=threshold, dominant=dominant)
     mean = maps.mean("head").transpose("batch", "layer", "query", "key").values.astype(float)
     batch, layer = mean.shape[:2]
@@ -130,13 +131,6 @@ def sink_geometry(
         {name: (by_layer, values) for name, values in measured.items()}
         | {f"betti_{k}": ((*by_layer, "edge"), betti[k]) for k in (0, 1)}
     ).assign_coords(layer=stack["layer"].values, edge=list(edges))
-
-
-def _real(stack: xr.Dataset, axis: str) -> np.ndarray:
-    """Which positions are no padding. [batch, query or key]"""
-    if f"{axis}_role" not in stack.coords:
-        return np.ones((stack.sizes["batch"], stack.sizes[axis]), bool)
-    return stack[f"{axis}_role"].transpose("batch", axis).values != "pad"
 
 
 def _sees(stack: xr.Dataset) -> np.ndarray:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from ..padding import real
+
 
 def sink_score(stack: xr.Dataset) -> xr.DataArray:
     """Mean weight on each key over all queries at or after it, 0 to 1. [batch, layer, head, key]
@@ -30,9 +32,7 @@ def sink_score(stack: xr.Dataset) -> xr.DataArray:
     if "received" not in stack:
         raise ValueError("a sink score is made from what keys receive: regard.record(model, 'received')")
     keys, queries = stack["key"].values, stack["query"].values
-    counted = np.ones((stack.sizes["batch"], len(queries)))
-    if "query_role" in stack.coords:
-        counted = (stack["query_role"] != "pad").transpose("batch", "query").values.astype(float)
+    counted = real(stack, "query").values.astype(float)
     sees = queries[:, None] >= keys if stack.attrs["causal"] else np.ones((len(queries), len(keys)), bool)
     n = xr.DataArray(counted @ sees, dims=("batch", "key"))
     scores = stack["received"] / n.where(n > 0)

@@ -140,7 +140,8 @@ export function textCard(now) {
       if (!fill && side === "query") continue;
       const format = shares ? percent : (value) => (now.shade() ? measure(value, now.shade()) : "");
       const cut = ` Cut, so that the largest (${format(scale.most)}) does not wash out the rest; outlined is beyond it.`;
-      key.replaceChildren(...(fill ? [legend(scale, format, `Square-root scale.${scale.clipped ? cut : ""}`)] : []));
+      key.style.visibility = fill ? "" : "hidden"; // its room stays: the text below must not move from under the pointer
+      if (fill) key.replaceChildren(legend(scale, format, `Square-root scale.${scale.clipped ? cut : ""}`));
     }
     const most = at && column ? column.reduce((a, b) => Math.max(a, b), 0) : 0;
     second.replaceChildren(make("i", { "aria-hidden": "true" }),
