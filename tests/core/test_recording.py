@@ -521,6 +521,32 @@ def test_what_cannot_be_written_leaves_the_old_one(recording, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
+@torch.no_grad()
+def test_what_a_statistic_changes_in_place_does_not_reach_the_others():
+    @regard.statistic("batch head query", title="Twice the entropy")
+    def twice(call):
+        return call.weights.entropy().mul_(2)
+
+    model, inputs = build("llama")
+    with regard.record(model, twice, "entropy") as recording:
+        model(**inputs)
+    stack = recording.tree["language_model"]
+    assert stack["twice"].equals(stack["entropy"] * 2)
+
+
+def test_two_statistics_of_one_name_are_refused():
+    @regard.statistic("batch head query", title="Another")
+    def entropy(call):
+        return call.weights.entropy()
+
+    model, _ = build("llama")
+    with (
+        pytest.raises(ValueError, match="two statistics are named 'entropy'"),
+        regard.record(model, "entropy", entropy),
+    ):
+        pass
+
+
 def test_a_recording_says_what_it_holds():
     model, inputs = build("llama", "sdpa")
     inputs["input_ids"] = inputs["input_ids"][:, :6].expand(2, -1)
@@ -561,29 +587,3 @@ def test_a_recording_writes_its_page(tmp_path):
         found.report(tmp_path / "page.html")
     page = found.report(str(tmp_path / "page.html"), run=1)
     assert page.read_text("utf-8").startswith("<!doctype html>")
-
-
-@torch.no_grad()
-def test_what_a_statistic_changes_in_place_does_not_reach_the_others():
-    @regard.statistic("batch head query", title="Twice the entropy")
-    def twice(call):
-        return call.weights.entropy().mul_(2)
-
-    model, inputs = build("llama")
-    with regard.record(model, twice, "entropy") as recording:
-        model(**inputs)
-    stack = recording.tree["language_model"]
-    assert stack["twice"].equals(stack["entropy"] * 2)
-
-
-def test_two_statistics_of_one_name_are_refused():
-    @regard.statistic("batch head query", title="Another")
-    def entropy(call):
-        return call.weights.entropy()
-
-    model, _ = build("llama")
-    with (
-        pytest.raises(ValueError, match="two statistics are named 'entropy'"),
-        regard.record(model, "entropy", entropy),
-    ):
-        pass

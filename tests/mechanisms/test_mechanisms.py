@@ -110,7 +110,7 @@ def test_every_derivative(name, pattern, dtype):
         return weights @ value.repeat_interleave(2, 1)
 
     ours = partial(derivatives, partial(OPERATORS[name], causal=causal, **knobs), [t.to(dtype) for t in tensors])
-    if dtype == torch.float64 and name in ("flashbias", "neighborhood"):
+    if dtype == torch.float64 and name == "neighborhood":
         with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
             ours()
         return

@@ -281,20 +281,23 @@ def oracle(call: Call) -> dict[str, torch.Tensor]:
         found["sink_mass"] = torch.where(elsewhere, (p * first).sum(-1), nan)
     found |= {"duplicate_token": nan.clone(), "induction": nan.clone()}
     if call.tokens is not None and not call.site.cross:
-        ids, asked = call.tokens.ids, call.query_tokens.ids
+        # What has left a sliding cache is still an earlier copy, of no weight.
+        held = call.tokens if call.earlier is None else call.earlier.then(call.tokens)
+        left = len(held) - n_key
+        ids, asked, at = held.ids, call.query_tokens.ids, torch.arange(len(held)) + call.key_start - left
         for b, a in ((b, a) for b in range(len(p)) for a in range(n_query)):
             copies = [
                 k
-                for k in range(n_key)
+                for k in range(len(held))
                 if ids[b, k] >= 0
                 and ids[b, k] == asked[b, a]
-                and j[k] < i[a, 0]
-                and regard.tokens.ROLES[call.tokens.roles[b, k]] not in ("image", "pad", "frame")
+                and at[k] < i[a, 0]
+                and regard.tokens.ROLES[held.roles[b, k]] not in ("image", "pad", "frame")
             ]
-            after = [k + 1 for k in copies if j[k] + 1 < i[a, 0] and k + 1 < n_key]
+            after = [k + 1 for k in copies if at[k] + 1 < i[a, 0] and k + 1 < len(held)]
             for name, keys in (("duplicate_token", copies), ("induction", after)):
                 if keys:
-                    found[name][b, :, a] = p[b, :, a, keys].sum(-1)
+                    found[name][b, :, a] = p[b, :, a, [k - left for k in keys if k >= left]].sum(-1)
     if call.site.cross:
         found |= dict.fromkeys(("effective_span", "local_mass", "global_mass", "self_mass", "previous_token"), nan)
     return found

@@ -64,13 +64,14 @@ def _settings(context: Any) -> Iterator[None]:
 
 
 class _Actor:
-    """One worker: a copy of the model, with a session open on it."""
+    """One worker: a copy of the model. A session is one thread's, and Ray may call from any."""
 
     def __init__(self, model: Any, processor: Any, statistics: dict[str, Any]) -> None:
         import ray
 
         model = ray.get(model) if isinstance(model, ray.ObjectRef) else model
-        self.look = Looker(model, processor, statistics).__enter__()
+        self.look = Looker(model, processor, statistics)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        return {"bytes": [self.look(pickle.loads(raw)).to_bytes() for raw in rows["bytes"]]}
+        with self.look:
+            return {"bytes": [self.look(pickle.loads(raw)).to_bytes() for raw in rows["bytes"]]}
