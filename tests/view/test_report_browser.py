@@ -249,6 +249,7 @@ def test_pointing_at_a_token_without_a_row_moves_nothing(visit, tmp_path):
         report.write(xr.DataTree.from_dict({"language_model": conversation([" star"])}), tmp_path / "page.html")
     )
     token = page.locator(".token.unread")
+    token.scroll_into_view_if_needed()
     before = token.bounding_box()
     token.hover()
     page.wait_for_selector("text=never run on it")
