@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import transformers as t
 from families import GROUPED, IMAGE, NO_IDS, SIZES, VISION, VOCAB
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+# Each process of xdist is told the width of the terminal, which a console would keep whatever a test asks for.
+os.environ.pop("COLUMNS", None)
 
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
