@@ -68,7 +68,7 @@ class Call:
 
     @cached_property
     def weights(self) -> Weights:
-        return Weights(self.operands, self.tokens, self.query_tokens, str(self.site))
+        return Weights(self.operands, self.tokens, self.query_tokens, self.site)
 
     @cached_property
     def output(self) -> Tensor:

@@ -85,10 +85,9 @@ class Names:
     def before(self, call: Call, inputs: Mapping[str, Any], generation: Generation | None) -> Tokens:
         """What a cache that was filled elsewhere holds, as far as `generate` and the mask tell."""
         batch, n = call.query.shape[0], call.query_start
-        prompt = None if generation is None else generation.prompt
         tokens = Tokens.plain("other", batch, n)
-        begins = None if generation is None else generation.begins
-        if prompt is not None and prompt.shape == (batch, begins) and n < prompt.shape[1]:
+        prompt = None if generation is None else generation.whole
+        if prompt is not None and len(prompt) == batch and prompt.shape[1] > n:
             tokens = self._text(call.site.stack, prompt[:, :n], 0, False, None)
         return _unmasked(tokens, inputs.get("attention_mask"), 0)
 

@@ -314,7 +314,7 @@ class Passes:
         that has so many positions, where the states were made in it."""
         if entry.cache is not None and entry.start:
             return run.keys.get(call.site.stack)
-        for states in (s for e in entry.outwards() if (s := _states(e.inputs)) is not None):
+        for states in [states for e in entry.outwards() if (states := _states(e.inputs)) is not None]:
             for given in reversed(self.given):
                 if (rows := given.rows(states)) is not None:
                     return given.tokens.of_rows(rows)
@@ -397,8 +397,7 @@ class Passes:
 
     def heard(self, cache: Any, rows: Rows | None) -> None:
         """A cache has other rows, or fewer positions, than before."""
-        run = None if cache is None else self.held.get(cache)
-        if cache is None or run is None or run.batch is None:
+        if cache is None or (run := self.held.get(cache)) is None or run.batch is None:
             return
         if rows is None:
             self._shorten(run, int(cache.get_seq_length()))
@@ -417,7 +416,7 @@ class Passes:
     def came_out(self, generation: Generation) -> None:
         """A beam search is over: the run is of the sequences that it found. Its cache is of those that ran last."""
         run, before = generation.decoded[self]
-        if run.cached and generation.begins is not None:  # otherwise each step is a run
+        if run.cached:  # otherwise each step is a run
             run.choose(generation.beams, before, generation.begins, generation.made)
             for cache in [cache for cache, held in self.held.items() if held is run]:
                 del self.held[cache]

@@ -269,7 +269,6 @@ def open(path: str | Path) -> Recording:
     ValueError where a file is missing, too many or other than it was written, with its name. A recording of a version
     that kept no checksums is opened with a warning.
     """
-
     path = Path(path)
     if not (path / ROOT).is_file():
         raise FileNotFoundError(f"{path} is not a recording (no {ROOT} in it)")

@@ -32,7 +32,7 @@ class Weights:
         operands: Operands,
         tokens: Tokens | None = None,
         query_tokens: Tokens | None = None,
-        where: str = "a call",
+        where: object = "a call",  # as it is called in errors
     ) -> None:
         self._operands, self._where = operands, where
         self._tokens = {"key": tokens, "query": query_tokens}

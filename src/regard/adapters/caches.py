@@ -53,7 +53,7 @@ def _kinds(kind: type) -> Iterator[type]:
         yield from _kinds(inner)
 
 
-def _told(own: Callable[..., Any], rows: Callable[[int, Any], Tensor] | None) -> Callable[..., Any]:
+def _told(own: Callable[..., Any], rows: Callable[[Any, int], Tensor] | None) -> Callable[..., Any]:
     @wraps(own)
     def change(cache: Any, by: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(_local, "busy", False):  # a part of a cache that tells for all of it
@@ -63,24 +63,21 @@ def _told(own: Callable[..., Any], rows: Callable[[int, Any], Tensor] | None) ->
             result = own(cache, by, *args, **kwargs)
         finally:
             _local.busy = False
+        order = None if rows is None else partial(rows, by)
         for listener in tuple(_listeners):
-            listener(of(cache), None if rows is None else partial(_of, rows, by))
+            listener(of(cache), order)
         return result
 
     return change
 
 
-def _selected(n: int, indices: Any) -> Tensor:
+def _selected(indices: Any, n: int) -> Tensor:
     return torch.arange(n)[indices.cpu() if isinstance(indices, Tensor) else indices]
 
 
-_CHANGES: dict[str, Callable[[int, Any], Tensor] | None] = {
+_CHANGES: dict[str, Callable[[Any, int], Tensor] | None] = {
     "reorder_cache": _selected,
     "batch_select_indices": _selected,
-    "batch_repeat_interleave": lambda n, repeats: torch.arange(n).repeat_interleave(repeats),
+    "batch_repeat_interleave": lambda repeats, n: torch.arange(n).repeat_interleave(repeats),
     "crop": None,
 }
-
-
-def _of(rows: Callable[[int, Any], Tensor], by: Any, n: int) -> Tensor:
-    return rows(n, by)

@@ -39,6 +39,11 @@ class Generation:
     beams: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # the row of each step; -1 after the end
     made: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # ids that were generated
 
+    @property
+    def whole(self) -> Tensor | None:
+        """The prompt, where it holds all that comes before the first token generated."""
+        return self.prompt if self.prompt is not None and self.prompt.shape[1] == self.begins else None
+
     def tell(self, done: Tensor) -> None:
         """A token was generated; then these rows were finished."""
         done = done.detach().cpu()

@@ -24,7 +24,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
 
 from ... import loading
 from ...data.scenes import KINDS, SHAPES, TEXTURES, Dials, Scene, ask, caption, questions, render, sample, split
@@ -76,37 +84,44 @@ ASSISTANT = [WORD["assistant"], WORD[":"]]
 HEAD = [WORD[words.BOS], WORD["user"], WORD[":"], *[WORD[words.IMAGE]] * PATCHES]  # of every sequence
 
 
-def config() -> LlavaConfig:
+def config(
+    vision: ViTConfig | None = None,
+    *,
+    word: Mapping[str, int] = WORD,
+    length: int = LENGTH,
+    attention_bias: bool = True,
+) -> LlavaConfig:
+    """Of a tower, by default the viewer's, and a small language model that knows these words."""
     text = LlamaConfig(
-        vocab_size=len(WORD),
+        vocab_size=len(word),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=6,
         num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        attention_bias=True,
+        max_position_embeddings=length,
+        attention_bias=attention_bias,
         initializer_range=0.08,  # about width ** -0.5
-        pad_token_id=WORD[words.PAD],
-        bos_token_id=WORD[words.BOS],
-        eos_token_id=WORD[words.EOS],
+        pad_token_id=word[words.PAD],
+        bos_token_id=word[words.BOS],
+        eos_token_id=word[words.EOS],
     )
     return LlavaConfig(
-        vision_config=viewer.config(),
+        vision_config=viewer.config() if vision is None else vision,
         text_config=text,
-        image_token_index=WORD[words.IMAGE],
+        image_token_index=word[words.IMAGE],
         image_seq_length=PATCHES,
         vision_feature_layer=[1, -2],  # where things are, and what they are
     )
 
 
-def processor() -> LlavaProcessor:
+def processor(tokenizer: PreTrainedTokenizerFast | None = None, template: str = TEMPLATE) -> LlavaProcessor:
     return LlavaProcessor(
         viewer.processor(),
-        words.tokenizer(LENGTH, padding_side="left"),
+        words.tokenizer(LENGTH, padding_side="left") if tokenizer is None else tokenizer,
         patch_size=viewer.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
 
 

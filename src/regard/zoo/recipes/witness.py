@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ... import loading
 from ...data.scenes import COLOURS, SHAPES, TEXTURES, Dials, Scene, ask, caption, questions, render, sample
@@ -106,36 +106,11 @@ def usual(n: int, seed: int = 0) -> list[Scene]:
 
 
 def config() -> LlavaConfig:
-    text = LlamaConfig(
-        vocab_size=len(WORD),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.08,  # about width ** -0.5
-        pad_token_id=WORD[words.PAD],
-        bos_token_id=WORD[words.BOS],
-        eos_token_id=WORD[words.EOS],
-    )
-    return LlavaConfig(
-        vision_config=lookout.config(),
-        text_config=text,
-        image_token_index=WORD[words.IMAGE],
-        image_seq_length=PATCHES,
-        vision_feature_layer=[1, -2],  # where things are, and what they are
-    )
+    return describer.config(lookout.config(), word=WORD, length=LENGTH, attention_bias=False)
 
 
 def processor() -> LlavaProcessor:
-    return LlavaProcessor(
-        viewer.processor(),
-        words.tokenizer(LENGTH, words=WORDS, padding_side="left"),
-        patch_size=viewer.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
+    return describer.processor(words.tokenizer(LENGTH, words=WORDS, padding_side="left"), TEMPLATE)
 
 
 def said(scene: Scene) -> str:
