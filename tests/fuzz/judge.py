@@ -60,6 +60,7 @@ class Seen:
 
     at_pass: int
     call: regard.Call
+    own: Tensor  # weights of what the call was given, as it was then: static caches are written over
     found: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -78,7 +79,7 @@ def judge(case: Case) -> str:
     def sink(name: str, call: regard.Call, tensor: Tensor) -> None:
         calls = seen[call.site.stack, call.site.layer]
         if not calls or name in calls[-1].found:
-            calls.append(Seen(passes.count, call))
+            calls.append(Seen(passes.count, call, dense(call)))
         calls[-1].found[name] = tensor.detach().clone()
 
     try:
@@ -125,13 +126,12 @@ def _compare(case: Case, truth: dict[str, dict[int, list[Tensor]]], seen: Calls)
             maps = maps[:1]  # checkpointing runs a layer again
         assert len(calls) == len(maps), f"{stack} layer {layer}: {len(calls)} calls of {len(maps)}"
         for number, (one, weights) in enumerate(zip(calls, maps)):
-            own = dense(one.call)  # of what the call says it was given
             tolerance = TOLERANCE.get(case.dtype)
             where = f"{stack} layer {layer} call {number}"
             if tolerance is None:
-                weights, tolerance = own, 1e-3
+                weights, tolerance = one.own, 1e-3
             elif not one.call.edits:
-                weights = _cut(weights.double(), own.shape[-1], where)
+                weights = _cut(weights.double(), one.own.shape[-1], where)
             real = _rows_that_see(one.call, weights)
             told = reductions(weights, query_start=one.call.query_start, key_start=one.call.key_start)
             for name, tensor in one.found.items():
