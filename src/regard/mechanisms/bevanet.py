@@ -45,6 +45,8 @@ class KernelSelection(nn.Module):
         self.places = nn.Conv2d(2, 3, 7, padding=3)
 
     def forward(self, *maps: Tensor) -> Tensor:
+        if self.training and len(maps[0]) < 2:
+            raise ValueError("KernelSelection: in training its norms need two pictures or more; or call eval()")
         together = sum(maps[1:], maps[0])
         squeezed = self.reduce(together.mean((2, 3), keepdim=True))
         largest, mean = largest_and_mean(together, 1)

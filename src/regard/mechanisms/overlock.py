@@ -112,7 +112,7 @@ def _mixed(value: Tensor, weights: Tensor, rows: Tensor, columns: Tensor, width:
     groups = weights.shape[1]
     windows = value.unfold(2, width, 1).unfold(3, width, 1)[:, :, rows][:, :, :, columns]
     windows = windows.flatten(4).unflatten(1, (groups, -1))  # [batch, group, channel, row, column, place]
-    return torch.einsum("bgcyxk,bgyxk->bgcyx", windows, weights).flatten(1, 2)
+    return (windows * weights.unsqueeze(2)).sum(-1).flatten(1, 2)
 
 
 def _starts(length: int, width: int) -> Tensor:
