@@ -79,10 +79,8 @@ class _Model(nn.Module):
         knobs: dict[str, Any] = {"relations": 2, "symbols": "positional", "symmetric": True, "length": OBJECTS}
         self.attention = nn.ModuleList(DualAttention(dim, *heads, **knobs) for _ in range(2))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in range(2)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.read = nn.Linear(dim, 2)
         self.place.requires_grad_(way == SENSORY)
         if way == NONE:
@@ -92,10 +90,10 @@ class _Model(nn.Module):
 
     def forward(self, objects: Tensor) -> Tensor:
         hidden = self.embed(objects) + self.place
-        for attention, mlp, norm in zip(self.attention, self.mlp, self.norms, strict=False):
-            hidden = hidden + attention(norm(hidden))
+        for attention, mlp in zip(self.attention, self.mlp, strict=True):
+            hidden = hidden + attention(hidden)
             hidden = hidden + mlp(hidden)
-        return self.read(self.norms[-1](hidden).mean(1))
+        return self.read(hidden.mean(1))
 
 
 def _trained(way: str, n: int, seed: int, *, relation: bool = True) -> tuple[float, float]:
