@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.loaders.pictures import mnist
 from ..data.scenes import Scene, render
 from ..zoo.recipes import viewer
+from ._data import folder
 
 Block = Callable[[int], nn.Module]  # of so many channels
 
@@ -34,9 +37,9 @@ class Residual(nn.Module):
 class Network(nn.Module):
     """A stem, residual blocks of which each halves the map, and a linear reading of the mean over positions."""
 
-    def __init__(self, widths: Sequence[int], classes: int, block: Block | None = None) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, block: Block | None = None, *, channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*normed(3, widths[0], 2), nn.ReLU())
+        self.stem = nn.Sequential(*normed(channels, widths[0], 2), nn.ReLU())
         self.stages = nn.ModuleList(Residual(a, b, 2, block) for a, b in pairwise(widths))
         self.read = nn.Linear(widths[-1], classes)
 
@@ -55,6 +58,21 @@ def normed(channels: int, out: int, stride: int, width: int = 3) -> tuple[nn.Mod
 def pixels(scenes: Sequence[Scene], size: int) -> Tensor:
     """[batch, channel, row, column]"""
     return viewer.pixels(render(scenes, size))
+
+
+def digits(n: int, held: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Handwritten digits [digit, 1, 14, 14] with their classes, `n` to train on and `held` to be judged by."""
+    images, labels = _digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    some, others = order[:n], order[n : n + held]
+    return images[some], labels[some], images[others], labels[others]
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    found = mnist(folder("mnist_t10k"))
+    images = torch.tensor(found.images)[:, None].float() / 255
+    return F.avg_pool2d(images, 2), torch.tensor(found.labels).long()
 
 
 def train(

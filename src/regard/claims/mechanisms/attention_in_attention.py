@@ -22,8 +22,8 @@ from .._measure import mean
 from .._nets import bars, pixels, size
 
 DIALS = Dials(objects=(2, 4), textures=TEXTURES, clutter=(0, 8))
-LOW, CHANNELS, WIDER, BLOCKS = 16, 12, 14, 3  # WIDER: of the arm without a second branch
-TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 200, 250, 8, 3
+LOW, CHANNELS, WIDER, BLOCKS = 12, 12, 14, 3  # WIDER: of the arm without a second branch
+TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 200, 200, 8, 3
 DYNAMIC, FIXED, ON = "dynamic", "both at one half", "always on"
 
 

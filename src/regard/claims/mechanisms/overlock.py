@@ -23,7 +23,7 @@ from .._nets import bars, normed, pixels, train
 
 DIALS = Dials(objects=(2, 2), textures=("plain", "grain"), clutter=(0, 4))
 SIZE, WIDTH, KERNEL, BLOCKS = 48, 16, 3, 4  # four 3 x 3 convolutions see 9 of 12 positions
-TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 300, 140, 12, 1
+TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1000, 200, 80, 8, 1
 STATIC, OWN, GUIDED = "static", "own overview", "overview first"
 
 
