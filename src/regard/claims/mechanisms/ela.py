@@ -24,7 +24,7 @@ from .._nets import Network, bars, pixels, right, size, train
 NAMES = tuple(COLOURS)
 DIALS = Dials(objects=(1, 1), textures=("plain", "grain"), clutter=(0, 6))
 SIZE, WIDTHS, HIDDEN = 32, (16, 32), 2
-TRAINING, HELD_OUT, STEPS, RUNS = 2000, 500, 200, 2
+TRAINING, HELD_OUT, STEPS, RUNS = 2000, 500, 120, 2
 ELA_B, CA, NORMED = "ELA", "coordinate attention", "ELA with batch norm"
 
 
