@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..zoo.recipes import viewer
 from ._data import folder
 
 Block = Callable[[int], nn.Module]  # of so many channels
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -76,7 +77,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: nn.Module,
+    model: Net,
     x: Tensor,
     y: Tensor,
     *,
@@ -85,7 +86,7 @@ def train(
     batch: int = 32,
     rate: float = 4e-3,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> nn.Module:
+) -> Net:
     """The model, trained in place; models of one seed see the same batches. Left in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), rate)

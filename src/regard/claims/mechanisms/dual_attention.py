@@ -85,7 +85,7 @@ class _Model(nn.Module):
         self.place.requires_grad_(way == SENSORY)
         if way == NONE:
             for attention in self.attention:
-                weight = attention.relational.relation_query.weight  # type: ignore[union-attr]
+                weight: Any = attention.relational.relation_query.weight  # type: ignore[union-attr]
                 nn.init.zeros_(weight).requires_grad_(False)
 
     def forward(self, objects: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .._nets import Block, bars, normed, right, train
 
 SIZE, WIDTHS, CLASSES = 32, (16, 32, 32), 4
 SHARES = 0.4, 0.2, 0.2, 0.2  # of none, dark, bright and both
-TRAINING, HELD_OUT, STEPS, RUNS = 2000, 1000, 250, 2
+TRAINING, HELD_OUT, STEPS, RUNS = 2000, 1000, 150, 1
 BARE, OURS = "none", "GCG"
 
 
@@ -74,7 +74,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     measured = (
         f"accuracy {', '.join(f'{mean(of).value:.1%} {way}' for way, of in share.items())}; GCG over {best} "
         f"{gain.value:+.1f} ± {gain.error:.1f} points; its gate at lesions {ratio:.2f} times that elsewhere; with the "
-        f"gate at its mean less by {fall.value:.1f} ± {fall.error:.1f}; {RUNS} trainings each"
+        f"gate at its mean less by {fall.value:.1f} ± {fall.error:.1f}; trainings of each: {RUNS}"
     )
     draw = partial(bars, values=share, ylabel="accuracy", title="Small lesions, by block")
     return Finding(holds, measured, expected, seed, premises=premises, draw=draw)

@@ -19,7 +19,7 @@ from .._measure import mean, seconds
 from .._nets import bars, digits, normed, operations, right, size, train
 
 WIDTH, BLOCKS = 32, 3
-TRAINING, HELD_OUT, STEPS, RUNS = 4000, 2000, 250, 2
+TRAINING, HELD_OUT, STEPS, RUNS = 4000, 2000, 250, 1
 NONE, PARTIAL, FULL = "partial convolution alone", "partial", "full"
 
 
@@ -59,7 +59,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         f"accuracy {', '.join(f'{mean(of).value:.1%} {way}' for way, of in share.items())}; partial over full "
         f"{lost.value:+.1f} ± {lost.error:.1f} points, over none {gained.value:+.1f} ± {gained.error:.1f}; time "
         f"{faster:.2f} of the full form's, operations {counted[PARTIAL] / counted[FULL]:.2f}, parameters "
-        f"{size(networks[PARTIAL]) / size(networks[FULL]):.2f}; {RUNS} trainings each"
+        f"{size(networks[PARTIAL]) / size(networks[FULL]):.2f}; trainings of each: {RUNS}"
     )
     draw = partial(bars, values=share, ylabel="accuracy", title="Handwritten digits")
     return Finding(holds, measured, expected, seed, premises=premises, draw=draw)

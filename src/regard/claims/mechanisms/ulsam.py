@@ -53,7 +53,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     measured = (
         f"accuracy {', '.join(f'{mean(of).value:.1%} {way}' for way, of in share.items())}; operations fewer by "
         f"{saved:.0%}; lost to the full network {100 * lost.value:.1f} ± {100 * lost.error:.1f} points, gained on "
-        f"leaving the layers out {100 * gained.value:.1f} ± {100 * gained.error:.1f}; {RUNS} trainings each"
+        f"leaving the layers out {100 * gained.value:.1f} ± {100 * gained.error:.1f}; trainings of each: {RUNS}"
     )
     draw = partial(bars, values=share, ylabel="accuracy", title="Two of five layers replaced")
     return Finding(holds, measured, expected, seed, premises=[premise], draw=draw)
