@@ -22,7 +22,8 @@ from .._measure import mean
 from .._nets import bars
 
 OBJECTS, LIBRARY, VECTOR = 6, 64, 16
-FEW, MANY, HELD_OUT, STEPS, RUNS = 2000, 8000, 1000, 300, 2
+FEW, MANY, HELD_OUT, RUNS = 2000, 8000, 1000, 2
+STEPS = {True: 400, False: 150}  # with a relation in the task, and without, which is learned sooner
 DUAL, SENSORY, NONE = "dual", "sensory", "relations at zero"
 WIDTH = {DUAL: 32, SENSORY: 36, NONE: 32}
 
@@ -40,9 +41,11 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for run in range(RUNS):
         at = RUNS * seed + run
         for way, of in found.items():
+            if way == NONE and run:
+                continue
             right, loss = _trained(way, FEW, at)
             of.append(right)
-            if way != NONE:
+            if way == DUAL:
                 fell.append(loss)
         for way, of in plain.items():
             of.append(_trained(way, FEW, at, relation=False)[0])
@@ -51,7 +54,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     apart = mean([a - b for a, b in zip(plain[DUAL], plain[SENSORY], strict=True)])
     holds = min(found[DUAL]) >= 0.9 and min(more) >= 0.2 and abs(apart.value) <= 0.05
     premises = [
-        Premise("training fits", "loss below 0.65 nats", f"{max(fell):.2f} at most", max(fell) < 0.65),
+        Premise("dual attention fits what it is trained on", "0.1 nats or less", f"{max(fell):.2f}", max(fell) <= 0.1),
         Premise(
             f"sensory attention can learn something of it from {MANY}",
             "above 55%",
@@ -61,7 +64,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     ]
     measured = (
         f"right on a new library: dual {mean(found[DUAL]):.2f} (at least {min(found[DUAL]):.2f}), sensory "
-        f"{mean(found[SENSORY]):.2f}, relations at zero {mean(found[NONE]):.2f}; without a relation in the task "
+        f"{mean(found[SENSORY]):.2f}, relations at zero {found[NONE][0]:.2f}; without a relation in the task "
         f"{mean(plain[DUAL]):.2f} and {mean(plain[SENSORY]):.2f}; sensory after {MANY} {many[0]:.2f}"
     )
     draw = partial(bars, values=found, ylabel="right on a library never seen", title=f"After {FEW} sequences")
@@ -106,7 +109,7 @@ def _trained(way: str, n: int, seed: int, *, relation: bool = True) -> tuple[flo
     model = _Model(way)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(STEPS[relation]):
         some = torch.randint(n, (64,), generator=generator)
         loss = F.cross_entropy(model(x[some]), y[some])
         optimiser.zero_grad()
