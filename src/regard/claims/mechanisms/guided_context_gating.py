@@ -73,8 +73,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     ]
     measured = (
         f"accuracy {', '.join(f'{mean(of).value:.1%} {way}' for way, of in share.items())}; GCG over {best} "
-        f"{gain.value:+.1f} ± {gain.error:.1f} points; its gate at lesions {ratio.value:.2f} times that elsewhere; with "
-        f"the gate at its mean less by {fall.value:.1f} ± {fall.error:.1f}; trainings of each: {RUNS}"
+        f"{gain.value:+.1f} ± {gain.error:.1f} points; its gate at lesions {ratio.value:.2f} times that elsewhere; "
+        f"with the gate at its mean less by {fall.value:.1f} ± {fall.error:.1f}; trainings of each: {RUNS}"
     )
     draw = partial(bars, values=share, ylabel="accuracy", title="Small lesions, by block")
     return Finding(holds, measured, expected, seed, premises=premises, draw=draw)
