@@ -22,7 +22,7 @@ from .._measure import mean
 from .._nets import bars, pixels, size
 
 DIALS = Dials(objects=(1, 2), sizes=("medium", "large"), textures=TEXTURES, clutter=(0, 8))
-LOW, CHANNELS, WIDER, BLOCKS = 12, 12, 14, 3  # WIDER: of the arm without a second branch
+LOW, CHANNELS, WIDER, BLOCKS = 12, 14, 16, 3  # WIDER: of the arm without a second branch
 TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 200, 120, 8, 3
 DYNAMIC, FIXED, ON = "dynamic", "both at one half", "always on"
 
@@ -102,6 +102,8 @@ class _Network(nn.Module):
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.blocks = nn.Sequential(*(kind(channels, reduction=2) for _ in range(BLOCKS)))
         self.last = nn.Conv2d(channels, 12, 3, padding=1)
+        nn.init.zeros_(self.last.weight)  # begins as the bilinear picture
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]  # it has one
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.first(x)
