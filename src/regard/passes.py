@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import caches, checkpoints, generation, transforms
+from .adapters import caches, checkpoints, generation, parallel, transforms
 from .adapters.caches import Rows
 from .adapters.generation import Generation
 from .call import Call, Site, UnreachableAttention
@@ -134,6 +134,7 @@ class Passes:
         within = self._innermost()
         if within is None:
             transforms.refuse(inputs.values())
+            parallel.refuse(self.model)
             self._unchanged()
             self.run, self.ran = None, {}
         entry = _Entry(name, module, inputs, sys._getframe(1), within)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..call import Call, Site, UnreachableAttention
 from ..functions import arguments
+from .parallel import Share
 
 READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
@@ -37,6 +38,15 @@ class Asked:
     value: Tensor
     mask: Tensor | None
     keywords: dict[str, Any]
+    share: Share | None = None  # of its heads, where this process has only some
+
+    def whole(self, output: Tensor) -> Tensor:
+        """An output of this process's heads with that of all others."""
+        return output if self.share is None else self.share.joined(output)
+
+    def mine(self, tensor: Tensor, of: Tensor) -> Tensor:
+        """Of all heads of a tensor, those that this process has of `of`."""
+        return tensor if self.share is None else self.share.mine(tensor, of.shape[1])
 
     def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own function: output [batch, query, head, dim], and weights where it gives them."""
