@@ -212,6 +212,9 @@ def _open(session: _Session) -> Iterator[None]:
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
                 attach(undo, module.register_forward_hook, passes.leave)
+        for name, module in passes.plain.items():
+            attach(undo, module.register_forward_pre_hook, partial(passes.enter_plain, name), with_kwargs=True)
+            attach(undo, module.register_forward_hook, passes.leave_plain)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
             attach(undo, reader.register_forward_hook, passes.names.read, with_kwargs=True)

@@ -21,6 +21,7 @@ from ways import is_clean
 
 import regard
 from regard.adapters import parallel
+from regard.objectives import collect
 
 pytestmark = [pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")]
 
@@ -96,9 +97,15 @@ def generated(model):
 
 
 def gradient(model, change):
-    with regard.intervene(model, CHANGES[change]()):
-        logits = model(input_ids=ids()).logits
-    (slope,) = torch.autograd.grad(logits.float().square().sum(), model.get_input_embeddings().weight)
+    with contextlib.ExitStack() as blocks:
+        if change == "collect":  # of what all heads do, and not of the output
+            seen = blocks.enter_context(collect(model, "entropy"))
+        else:
+            blocks.enter_context(regard.intervene(model, CHANGES[change]()))
+        loss = model(input_ids=ids()).logits.float().square().sum()
+    if change == "collect":
+        loss = torch.stack([(value * torch.arange(8.0)[:, None]).mean() for _, value in seen]).sum()
+    (slope,) = torch.autograd.grad(loss, model.get_input_embeddings().weight)
     return slope.full_tensor() if hasattr(slope, "full_tensor") else slope
 
 
@@ -375,7 +382,7 @@ def folder(tmp_path_factory):
                 found[change] = logits, list(recording)
             made, recording = generated(model)
             torch.save({"looked": found, "generated": (made, list(recording))}, at / f"{name}-{implementation}.pt")
-    torch.save({change: gradient(grouped, change) for change in CHANGES}, at / "slopes.pt")
+    torch.save({change: gradient(grouped, change) for change in (*CHANGES, "collect")}, at / "slopes.pt")
     return at
 
 

@@ -54,27 +54,43 @@ class Share:
 
     def joined(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """What all ranks have, one after the other along an axis."""
-        return _Joined.apply(tensor, dim, self.group, self.rank, self.size)
+        return _Joined.apply(tensor, dim, self)
 
     def mine(self, tensor: Tensor, heads: int) -> Tensor:
         """Of all ranks' heads, the `heads` that are this one's."""
-        return tensor if tensor.shape[1] == heads else tensor.narrow(1, self.rank * heads, heads)
+        return tensor if tensor.shape[1] == heads else _Mine.apply(tensor, heads, self)
+
+
+# What is whole is the same on all ranks, and so is its gradient.
 
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, dim: int, group: Any, rank: int, size: int) -> Tensor:
-        ctx.dim, ctx.group, ctx.at, ctx.n = dim, group, rank * tensor.shape[dim], tensor.shape[dim]
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(size)]
-        dist.all_gather(parts, tensor, group=group)
-        return torch.cat(parts, dim)
+    def forward(ctx: Any, tensor: Tensor, dim: int, share: Share) -> Tensor:
+        ctx.dim, ctx.at, ctx.n = dim, share.rank * tensor.shape[dim], tensor.shape[dim]
+        return _gathered(tensor, dim, share)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        whole = gradients[0].contiguous().clone()  # each rank's output depends on all
-        dist.all_reduce(whole, group=ctx.group)
-        return whole.narrow(ctx.dim, ctx.at, ctx.n), None, None, None, None
+        return gradients[0].narrow(ctx.dim, ctx.at, ctx.n), None, None
+
+
+class _Mine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, heads: int, share: Share) -> Tensor:
+        ctx.share = share
+        return tensor.narrow(1, share.rank * heads, heads).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _gathered(gradients[0], 1, ctx.share), None, None
+
+
+def _gathered(tensor: Tensor, dim: int, share: Share) -> Tensor:
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(share.size)]
+    dist.all_gather(parts, tensor, group=share.group)
+    return torch.cat(parts, dim)
 
 
 def share(module: nn.Module, call: Call, function: Any) -> Share | None:
