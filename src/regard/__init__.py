@@ -57,12 +57,15 @@ __all__ = [
 def __getattr__(name: str) -> _Any:
     if name in _HOMES:
         found = getattr(_import(f"{__name__}.{_HOMES[name]}"), name)
-    elif name in __all__:
-        found = _import(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+        globals()[name] = found
+        return found
+    if not name.startswith("_"):
+        try:
+            return _import(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

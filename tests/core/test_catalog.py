@@ -72,6 +72,12 @@ def test_what_needs_no_model_waits_for_none():
         assert done.stderr == "imported\n", (argument, done.stderr)
 
 
+def test_rooms_are_attributes():
+    code = "import regard\nprint(regard.gaze.compare.__name__, hasattr(regard, 'gazes'), 'record' in dir(regard))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "compare False True\n", done.stderr
+
+
 def test_shells_complete_names():
     typed = "regard papers show mob"
     environment = {**os.environ, "_REGARD_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": "3"}
