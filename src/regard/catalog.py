@@ -233,12 +233,12 @@ def search(words: str) -> list[Row]:
 
 def methods(room: str) -> list[str]:
     """Names of the methods of a room: its files that hold something of their own name."""
-    return [name for name in _files(room) if _namesake(room, name) is not None]
+    return [name for name in files(room) if _namesake(room, name) is not None]
 
 
 def method(room: str, name: str) -> Any:
     """The method of this name: `name` in `regard/<room>/<name>.py`, whatever else there is left alone."""
-    found = _namesake(room, name) if name in _files(room) else None
+    found = _namesake(room, name) if name in files(room) else None
     if found is None:
         raise KeyError(f"no method {_near(name, methods(room), f' in {room}')}; there are {', '.join(methods(room))}")
     return found
@@ -255,13 +255,14 @@ def statistics() -> list[str]:
 
 def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
-    found: Any = _namesake("statistics", name) if name in _files("statistics") else None
+    found: Any = _namesake("statistics", name) if name in files("statistics") else None
     if not hasattr(found, "spec"):
         raise KeyError(f"no statistic {_near(name, statistics())}; there are {', '.join(statistics())}")
     return found
 
 
-def _files(room: str) -> list[str]:
+def files(room: str) -> list[str]:
+    """Names of a room's files, without those that begin with an underscore."""
     modules = pkgutil.iter_modules(import_module(f"regard.{room}").__path__)
     return sorted(m.name for m in modules if not (m.ispkg or m.name.startswith("_")))
 
@@ -278,9 +279,7 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     if scale not in found.scales:
         raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
     if plot is not None:
-        if plot.suffix not in _PLOTS:
-            raise ValueError(f"{plot}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
-        refuse_foreign(plot)
+        check_plot(plot)
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
@@ -290,12 +289,21 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     known = here()
     with written_aside(path) as draft:
         draft.write_text(written({**known, key: {**known.get(key, {}), scale: made}}))
-    if plot is not None:
-        _plot(finding, plot)
+    if plot is not None and finding.draw is not None:
+        drawn(finding.draw, plot)
     return finding
 
 
-def _plot(finding: Finding, path: Path) -> None:
+def check_plot(path: Path) -> None:
+    """Raise ValueError where a plot cannot be drawn into a file of this name, FileExistsError where it is not ours."""
+    if path.suffix not in _PLOTS:
+        raise ValueError(f"{path}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
+    refuse_foreign(path)
+
+
+def drawn(draw: Callable[[Any], None], path: Path, *, size: tuple[float, float] = (8, 4)) -> None:
+    """Write what `draw` draws into a matplotlib `Figure`, small, as SVG or PNG. size: inches."""
+    check_plot(path)
     with needs("plots", "claims"):
         import matplotlib
         import numpy as np
@@ -303,17 +311,15 @@ def _plot(finding: Finding, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.image import AxesImage
         from matplotlib.lines import Line2D
-    if finding.draw is None:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    finding.draw(figure)
-    for drawn in figure.findobj(Collection):
-        if isinstance(drawn, QuadMesh) or len(np.asarray(drawn.get_offsets())) > DENSE:  # such as colour bars
-            drawn.set_rasterized(True)
-    for drawn in figure.findobj(Line2D):
-        drawn.set_rasterized(drawn.get_rasterized() or len(np.asarray(drawn.get_xdata())) > DENSE)
-    for drawn in figure.findobj(AxesImage):
-        drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    for part in figure.findobj(Collection):
+        if isinstance(part, QuadMesh) or len(np.asarray(part.get_offsets())) > DENSE:  # such as colour bars
+            part.set_rasterized(True)
+    for part in figure.findobj(Line2D):
+        part.set_rasterized(part.get_rasterized() or len(np.asarray(part.get_xdata())) > DENSE)
+    for part in figure.findobj(AxesImage):
+        part.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same picture makes the same file; letters as such, pictures as they are.
     same: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}

@@ -200,7 +200,7 @@ def test_a_plot_of_many_points_is_pixels(tmp_path):
         left.scatter(range(5000), range(5000))
         right.plot(range(5000), "o")
 
-    catalog._plot(catalog.Finding(True, "m", "e", 0, draw=draw), tmp_path / "many.svg")
+    catalog.drawn(draw, tmp_path / "many.svg")
     assert (tmp_path / "many.svg").stat().st_size < 60_000
 
 
