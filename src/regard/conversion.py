@@ -72,10 +72,12 @@ def items(loaded: Loaded, text: str | None, *, seed: int = 0) -> Items:
         pictures = [scenes.render([i]).image(0) for i in range(len(scenes))]
         pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
         return Items(pixels[32:], pixels[:32], False)
-    config: Any = model.config
-    if text is None or not hasattr(model, "generate") or getattr(config, "is_encoder_decoder", False):
-        what = "give it a text with data=" if text is None else "it is no causal language model"
-        raise ValueError(f"{type(model).__name__} cannot be judged: {what}")
+    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} cannot be judged: it is no causal language model, and takes no pictures alone"
+        )
+    if text is None:
+        raise ValueError(f"{type(model).__name__} is judged by a text: give one")
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

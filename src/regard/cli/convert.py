@@ -41,7 +41,7 @@ def convert(
     text = read_text(None, data)
     with console.status(f"loading {name}"):
         original = load(name)
-    looks = original.model.main_input_name == "pixel_values"
+    looks = getattr(original.model, "main_input_name", "") == "pixel_values"
     if steps and text is None and not looks:
         raise InputError("to train it on, give a text with --data")
     torch.manual_seed(seed)

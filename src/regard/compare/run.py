@@ -22,7 +22,7 @@ from .. import kernels
 from ..extras import shortened
 from ..files import refuse_foreign
 from ..profile.journal import Journal
-from .candidates import Candidate, candidate, chosen
+from .candidates import Candidate, candidate, candidates, chosen
 from .result import Result
 from .tasks import TASKS
 from .training import SCALES, LeftOut, Scale, run
@@ -46,9 +46,9 @@ class _Job:
     seed: int
 
     def known(self, run: Mapping[str, Any]) -> bool:
-        """Whether an earlier run is this one, by the same code of the mechanism."""
+        """Whether an earlier run is this one, by the same code of the mechanism. What broke is tried again."""
         own = (self.task, self.candidate.key, self.seed, self.candidate.code)
-        return own == tuple(run[k] for k in ("task", "mechanism", "seed", "code"))
+        return own == tuple(run[k] for k in ("task", "mechanism", "seed", "code")) and not run.get("broke")
 
 
 def compare(
@@ -65,11 +65,11 @@ def compare(
     """Train and measure mechanisms on small tasks, beside softmax attention and no attention.
 
     mechanisms: keys of `candidates()`; all unless given. Each is run on the tasks that it fits. tasks: names in
-    `TASKS`; all unless given. also: others by name, operators or modules that are declared (see
-    `regard.mechanisms`); knobs by `functools.partial`. seeds: 0 to this many, less one; as the scale has unless given. scale: one of `SCALES`. jobs:
-    processes. out: a JSON file; its state stands beside it, `out` with `.state`: stopped at any moment, the same call
-    goes on from there. What the file holds already, of the same scale and code, is not run again, so that mechanisms
-    and tasks can be added. progress: called before the first run and after each.
+    `TASKS`; all unless given. also: others by name, operators or modules that are declared (see `regard.mechanisms`);
+    knobs by `functools.partial`. seeds: how many, from 0 on; as the scale has unless given. scale: one of `SCALES`.
+    jobs: processes. out: a JSON file; its state stands beside it, `out` with `.state`: stopped at any moment, the same
+    call goes on from there. What the file holds already, of the same scale and code, is not run again, and stays, so
+    that mechanisms and tasks can be added. progress: called before the first run and after each.
 
     What fails, or would take longer than the scale allows, is left out and says why. Raises KeyError for an unknown
     name, ValueError where a file is of something else.
@@ -86,8 +86,8 @@ def compare(
     names = [name for name in names if name not in without]
     size = SCALES[_known(scale, SCALES, "scale")]
     count = size.seeds if seeds is None else seeds
-    if count < 1 or jobs < 1:
-        raise ValueError(f"seeds and jobs are 1 or more; got {seeds=}, {jobs=}")
+    if count < 1 or jobs < 1 or (also and jobs > 1):
+        raise ValueError(f"seeds and jobs are 1 or more, jobs with `also` 1; got {seeds=}, {jobs=}")
     where = None if out is None else Path(out)
     made = {
         "regard": version("regard"),
@@ -104,7 +104,8 @@ def compare(
         fit = [way for way in ways.values() if way.key not in unfit]
         wanted += [_Job(name, way, seed) for seed in range(count) for way in fit]
     with ExitStack() as held:
-        journal, kept = None, _kept(where, scale, size)
+        journal, before = None, _before(where, scale, size)
+        kept = list(before.runs)
         told = Progress(len(wanted))
         if where is not None:
             origin = {"comparison": scale, "settings": asdict(size), "regard": version("regard")}
@@ -118,6 +119,8 @@ def compare(
         told.done = told.resumed = len(result.runs)
         if progress is not None:
             progress(told)
+        if not missing and before.made:
+            result.made = {**before.made, "without": without}  # nothing was measured now
         for made_run in _made(missing, size, jobs):
             if journal is not None:
                 journal.append(json.dumps(made_run).encode())
@@ -125,10 +128,9 @@ def compare(
             told.done, told.last = told.done + 1, made_run
             if progress is not None:
                 progress(told)
-        names_in_order = {key: i for i, key in enumerate(ways)}
-        result.runs.sort(key=lambda r: (names.index(r["task"]), names_in_order[r["mechanism"]], r["seed"]))
+        result = _joined(result, before)
         if where is not None and journal is not None:
-            _with_others(result, kept).save(where)
+            result.save(where)
             journal.remove()
     return result
 
@@ -160,13 +162,16 @@ def _run(job: _Job, size: Scale) -> dict[str, Any]:
         return said | {"why": str(error)}
     except Exception as error:  # one broken mechanism does not keep the others from running
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return said | {"why": f"broke: {type(error).__name__}: {shortened(error, 200)} ({Path(at.filename).name})"}
+        return said | {
+            "why": f"broke: {type(error).__name__}: {shortened(error, 200)} ({Path(at.filename).name})",
+            "broke": True,
+        }
 
 
-def _kept(where: Path | None, scale: str, size: Scale) -> list[dict[str, Any]]:
-    """Runs that a file holds, where they are of this scale and version."""
+def _before(where: Path | None, scale: str, size: Scale) -> Result:
+    """What a file holds. ValueError where that is of another scale or version."""
     if where is None or not where.exists():
-        return []
+        return Result(scale)
     refuse_foreign(where)
     held = Result.load(where)
     if (held.scale, held.made.get("settings"), held.made.get("regard")) != (scale, asdict(size), version("regard")):
@@ -174,20 +179,28 @@ def _kept(where: Path | None, scale: str, size: Scale) -> list[dict[str, Any]]:
             f"{where} holds a comparison at {held.scale!r} by regard {held.made.get('regard')}, not at {scale!r} by "
             f"{version('regard')}, with the settings of now; choose another name, or delete it"
         )
-    return held.runs
+    return held
 
 
-def _with_others(result: Result, kept: list[dict[str, Any]]) -> Result:
-    """The result, and of what a file held that which was not asked for now."""
+def _joined(result: Result, before: Result) -> Result:
+    """The result, and of what a file held that which was not asked for now and is of no other code; in order."""
+    every = candidates()
 
-    def of(thing: dict[str, Any]) -> tuple[Any, ...]:
+    def of(thing: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(thing.get(k) for k in ("task", "mechanism", "seed"))
 
-    now = {of(run) for run in result.runs}
-    runs = [*result.runs, *(run for run in kept if of(run) not in now)]
-    order = list(TASKS)
-    runs.sort(key=lambda run: order.index(run["task"]) if run["task"] in order else len(order))
-    return Result(result.scale, runs, result.unfit, result.made)
+    def stays(thing: Mapping[str, Any]) -> bool:
+        now = every.get(thing["mechanism"])
+        return thing["task"] in TASKS and (now is None or thing.get("code", now.code) == now.code)
+
+    def merged(new: list[Any], old: list[Any]) -> list[Any]:
+        known, keys, names = {of(thing) for thing in new}, list(every), list(TASKS)
+        both = [*new, *(thing for thing in old if of(thing) not in known and stays(thing))]
+        last = {key: len(keys) for key in (thing["mechanism"] for thing in both) if key not in every}
+        places = {key: i for i, key in enumerate(keys)} | last
+        return sorted(both, key=lambda t: (names.index(t["task"]), places[t["mechanism"]], t.get("seed", 0)))
+
+    return Result(result.scale, merged(result.runs, before.runs), merged(result.unfit, before.unfit), result.made)
 
 
 def _known(name: str, among: Collection[str], what: str) -> str:

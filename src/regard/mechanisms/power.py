@@ -55,7 +55,7 @@ def _cost(
 
 
 def _sized(shape: tuple[int, ...]) -> dict[str, int]:
-    return {"block": max(shape[0] // 32, 1)}
+    return {"block": max(shape[0] // 16, 1), "window": 2}
 
 
 @mechanism("causal", mask="pairs", weights=_weights, cost=_cost, sized=_sized)
