@@ -235,7 +235,7 @@ def search(words: str) -> list[Row]:
 
 def methods(room: str) -> list[str]:
     """Names of the methods of a room: its files that define something of their own name."""
-    return [name for name in _files(room) if _defines(_file(room, name), name)]
+    return [name for name in files(room) if _defines(_file(room, name), name)]
 
 
 def method(room: str, name: str) -> Any:
@@ -251,9 +251,7 @@ def statistics() -> list[str]:
 
     The others are analyses, plain functions of a model or of what was recorded.
     """
-    return [
-        name for name in _files("statistics") if _defines(_file("statistics", name), name, r"@statistic\([^@]+\)\n")
-    ]
+    return [name for name in files("statistics") if _defines(_file("statistics", name), name, r"@statistic\([^@]+\)\n")]
 
 
 def statistic(name: str) -> Callable[..., Tensor | None]:
@@ -263,7 +261,8 @@ def statistic(name: str) -> Callable[..., Tensor | None]:
     return method("statistics", name)
 
 
-def _files(room: str) -> list[str]:
+def files(room: str) -> list[str]:
+    """Names of a room's files, without those that begin with an underscore."""
     return sorted(path.stem for path in (_HERE / room).glob("[!_]*.py"))
 
 
@@ -286,9 +285,7 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     if scale not in found.scales:
         raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
     if plot is not None:
-        if plot.suffix not in _PLOTS:
-            raise ValueError(f"{plot}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
-        refuse_foreign(plot)
+        check_plot(plot)
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
@@ -298,12 +295,21 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     known = here()
     with written_aside(path) as draft:
         draft.write_text(written({**known, key: {**known.get(key, {}), scale: made}}))
-    if plot is not None:
-        _plot(finding, plot)
+    if plot is not None and finding.draw is not None:
+        drawn(finding.draw, plot)
     return finding
 
 
-def _plot(finding: Finding, path: Path) -> None:
+def check_plot(path: Path) -> None:
+    """Raise ValueError where a plot cannot be drawn into a file of this name, FileExistsError where it is not ours."""
+    if path.suffix not in _PLOTS:
+        raise ValueError(f"{path}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
+    refuse_foreign(path)
+
+
+def drawn(draw: Callable[[Any], None], path: Path, *, size: tuple[float, float] = (8, 4)) -> None:
+    """Write what `draw` draws into a matplotlib `Figure`, small, as SVG or PNG. size: inches."""
+    check_plot(path)
     with needs("plots", "claims"):
         import matplotlib
         import numpy as np
@@ -311,17 +317,15 @@ def _plot(finding: Finding, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.image import AxesImage
         from matplotlib.lines import Line2D
-    if finding.draw is None:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    finding.draw(figure)
-    for drawn in figure.findobj(Collection):
-        if isinstance(drawn, QuadMesh) or len(np.asarray(drawn.get_offsets())) > DENSE:  # such as colour bars
-            drawn.set_rasterized(True)
-    for drawn in figure.findobj(Line2D):
-        drawn.set_rasterized(drawn.get_rasterized() or len(np.asarray(drawn.get_xdata())) > DENSE)
-    for drawn in figure.findobj(AxesImage):
-        drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    for part in figure.findobj(Collection):
+        if isinstance(part, QuadMesh) or len(np.asarray(part.get_offsets())) > DENSE:  # such as colour bars
+            part.set_rasterized(True)
+    for part in figure.findobj(Line2D):
+        part.set_rasterized(part.get_rasterized() or len(np.asarray(part.get_xdata())) > DENSE)
+    for part in figure.findobj(AxesImage):
+        part.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same picture makes the same file; letters as such, pictures as they are.
     same: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}

@@ -88,7 +88,7 @@ def test_shells_complete_names():
 
 def test_names_that_are_read_are_names_that_are_there():
     for room in ROOMS:
-        there = [name for name in catalog._files(room) if hasattr(import_module(f"regard.{room}.{name}"), name)]
+        there = [name for name in catalog.files(room) if hasattr(import_module(f"regard.{room}.{name}"), name)]
         assert catalog.methods(room) == there
     declared = [name for name in catalog.methods("statistics") if hasattr(catalog.method("statistics", name), "spec")]
     assert catalog.statistics() == declared
@@ -250,7 +250,7 @@ def test_a_plot_of_many_points_is_pixels(tmp_path):
         left.scatter(range(5000), range(5000))
         right.plot(range(5000), "o")
 
-    catalog._plot(catalog.Finding(True, "m", "e", 0, draw=draw), tmp_path / "many.svg")
+    catalog.drawn(draw, tmp_path / "many.svg")
     assert (tmp_path / "many.svg").stat().st_size < 60_000
 
 

@@ -479,6 +479,83 @@ def reproduce(
 
 
 @app.command()
+def compare(
+    keys: Annotated[
+        list[str] | None,
+        typer.Option("--with", "-w", help="A mechanism, such as moba; may be given several times. Otherwise all."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            help="language, recall, passkey, classify, localise, omniglot; may be given several times. Otherwise all.",
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; 3 unless given.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="tiny: seconds, nothing is learned; small: some seconds a training; large: minutes.")
+    ] = "small",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    file_out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write, or to add to.")] = Path(
+        "regard-compare.json"
+    ),
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture file (svg, png): quality against cost, with the frontier.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="A Markdown page, of which the section is made anew.")] = None,
+) -> None:
+    """Train and measure mechanisms beside softmax attention and none. Goes on where it was stopped."""
+    from . import compare as work
+
+    with _plainly():
+        try:
+            compared = work.compare(
+                keys or (),
+                tasks or (),
+                seeds=seeds,
+                scale=scale,
+                jobs=jobs,
+                out=file_out,
+                plot=plot,
+                page=page,
+                console=out,
+            )
+        except KeyboardInterrupt:
+            err.print(
+                f"[bold yellow]interrupted:[/] every run that was done is kept in {escape(str(file_out))}.state; give "
+                f"the same command again to go on from there",
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
+    compared.to(out)
+    out.print(f"\ncompared   {file_out}", highlight=False, soft_wrap=True)
+    if plot is not None:
+        out.print(f"plot       {plot}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="A mechanism that has a conversion, such as moh.")],
+    steps: Annotated[int, typer.Option(min=0, help="Of training, after it was converted.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to train on; its last tenth is held out. Otherwise a paragraph.")
+    ] = None,
+    knob: Annotated[list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, of the conversion.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the converted model.")] = None,
+    seed: int = 0,
+) -> None:
+    """Put a mechanism into a trained MODEL, and say what that loses, before and after some training."""
+    from . import convert as work
+
+    _model(model, False)
+    with _plainly():
+        made = work.convert(model, to, steps=steps, data=data, knobs=knob or (), out=folder, seed=seed, console=out)
+    made.to(out)
+
+
+@app.command()
 def zoo(name: Annotated[str | None, typer.Argument(help="Show the card of this model.")] = None) -> None:
     """List the trained models that ship with Regard, or show the card of one."""
     from rich.markdown import Markdown

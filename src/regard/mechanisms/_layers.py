@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 
@@ -45,3 +46,21 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+
+
+class SelfAttention(nn.Module):
+    """Softmax self-attention, of the names that transformers' models have. [batch, token, dim] to the same"""
+
+    def __init__(self, dim: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not share {dim} channels evenly")
+        self.heads, self.head_dim, self.causal = heads, dim // heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = [
+            p(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        output = F.scaled_dot_product_attention(*parts, is_causal=self.causal)
+        return self.o_proj(output.transpose(1, 2).flatten(2))

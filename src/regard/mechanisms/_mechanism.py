@@ -37,6 +37,8 @@ class Spec:
     "full" (each query sees every key, and there are as many) and "cross" (any number of keys).
     mask: "keys" (which keys there are: boolean [batch|1, 1, 1, key]) or "pairs" (boolean, broadcasts to
     [batch, head, query, key]). True: visible. A query that sees nothing gives zeros.
+    sized: where the paper's blocks or windows would hold all of a short input, those with which the operator does there
+    what it is for.
     """
 
     patterns: tuple[str, ...]
@@ -45,6 +47,7 @@ class Spec:
     cost: Callable[..., Cost]  # (n_query, n_key, dim, *, causal, **knobs)
     step: Callable[..., tuple[Tensor, Any]] | None  # (state, query, key, value, **) -> output, state; state None first
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
+    sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
 
 
 def mechanism(
@@ -54,9 +57,10 @@ def mechanism(
     cost: Callable[..., Cost],
     step: Callable[..., tuple[Tensor, Any]] | None = None,
     scaled: bool = True,
+    sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._mechanism import Cost, by_head, scale_of, softmax
+from ._modules import module
 
 
 class State(NamedTuple):
@@ -137,6 +138,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block
         raise ValueError(f"aaren: a block holds 1 token or more; got {block=}")
 
 
+@module("causal")
 class Aaren(nn.Module):
     """The paper's layer in place of self-attention: [batch, token, dim] to the same, causal, with a learned query.
 
