@@ -38,6 +38,7 @@ OPERATORS = mechanisms.operators()
 CASES = [(name, pattern) for name, operator in OPERATORS.items() for pattern in operator.spec.patterns]
 # Small blocks, so that the sizes below hold several, and a part of one.
 SMALL = {
+    "attendre": {"chunk": 4, "memory": 12, "wait": 8, "policy": "lfa"},
     "agent_attention": {"agents": 5},
     "fast": {"block": 8},
     "lightning_2": {"block": 8},
@@ -229,6 +230,8 @@ def test_cost(name, pattern):
 
 
 GROWTH = {
+    "adaptive_filter": "square",
+    "attendre": "linear",
     "agent_attention": "linear",
     "fast": "linear",
     "efficient_attention": "linear",
@@ -292,7 +295,7 @@ def test_a_causal_model(name):
     there = F.pad(torch.ones_like(IDS), (3, 0))
     with torch.no_grad():
         logits = model(padded, attention_mask=there, position_ids=there.cumsum(-1).sub(1).clamp_min(0)).logits
-    if name not in ("moba", "power"):  # their blocks count from the first key, so padding moves them
+    if name not in ("attendre", "moba", "power"):  # their blocks count from the first key, so padding moves them
         torch.testing.assert_close(logits[:, 3:], whole, atol=1e-5, rtol=1e-4)
     cached = OPERATORS[name].spec.cached
     assert model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=cached).shape == (2, 26)
@@ -329,7 +332,8 @@ def test_a_model_of_pictures(name):
     found = model(pixels, labels=torch.tensor([0, 1]))
     found.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    if name in ("fast", "memory_efficient"):  # of scores as small as those here, a polynomial is the exponential
+    # of scores as small as those here, a polynomial is the exponential; a memory holds all of so few tokens
+    if name in ("attendre", "fast", "memory_efficient"):
         torch.testing.assert_close(found.logits, before, atol=1e-5, rtol=1e-4)
     else:
         assert not torch.allclose(found.logits, before, atol=1e-5)
