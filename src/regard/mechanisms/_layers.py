@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+<<<<<<< HEAD
 from torch.nn import functional as F
+=======
+from torch import bool as bool_
+>>>>>>> mlinear
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 
@@ -40,6 +44,50 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[], 
     before = {name: model.get_submodule(name) for name in modules}
     _put(model, modules)
     return lambda: _put(model, before)
+
+
+class Replacing(nn.Module):
+    """A layer in the place of an attention module: takes what that takes, and gives what it gives, without weights."""
+
+    def __init__(self, layer: nn.Module, attention: nn.Module, asked_by: str) -> None:
+        super().__init__()
+        self.layer, self.asked_by = layer, asked_by
+        self.kind = type(attention).__name__
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        caches = [name for name in ("past_key_values", "encoder_hidden_states") if kwargs.get(name) is not None]
+        if caches or args:
+            raise ValueError(
+                f"{self.asked_by}: in place of {self.kind}, {' and '.join(caches) or 'more than hidden states'} cannot "
+                f"be taken in: it is self-attention over all tokens at once, so run the model with use_cache=False"
+            )
+        if attention_mask is None or _hides_nothing(attention_mask, getattr(self.layer, "causal", False)):
+            return self.layer(hidden_states), None
+        raise ValueError(
+            f"{self.asked_by}: in place of {self.kind}, a mask cannot be honoured; give sequences of one length"
+        )
+
+
+def _hides_nothing(mask: Tensor, causal: bool) -> bool:
+    """Whether a mask of pairs, boolean or added to scores, hides no more than causality."""
+    seen = mask if mask.dtype is bool_ else mask > -1
+    return bool(seen[..., -1, :].all()) and (causal or bool(seen.all()))
+
+
+def exchanged(
+    model: nn.Module, made: Callable[[nn.Module, int], nn.Module], projection: str | None, asked_by: str
+) -> Callable[[], None]:
+    """Put what is made of each attention and the channels of its input in its place; gives what undoes it."""
+    if already := [name for name, m in model.named_modules() if isinstance(m, Replacing) and m.asked_by == asked_by]:
+        raise ValueError(f"{asked_by}: {already[0]} is one already; undo that first")
+    layers: dict[str, nn.Module] = {}
+    for name, (attention, output) in attentions(model, projection, asked_by).items():
+        weight = next(attention.parameters())
+        layer = made(attention, channels(attention.get_submodule(output))[0]).to(weight.device, weight.dtype)
+        layers[name] = Replacing(layer, attention, asked_by).train(attention.training)
+    return replace(model, layers)
 
 
 def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -47,7 +47,11 @@ class Spec:
     cost: Callable[..., Cost]  # (n_query, n_key, dim, *, causal, **knobs)
     step: Callable[..., tuple[Tensor, Any]] | None  # (state, query, key, value, **) -> output, state; state None first
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
+<<<<<<< HEAD
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
+=======
+    cached: bool  # causal queries may be the last of more keys; otherwise every key needs its query
+>>>>>>> mlinear
 
 
 def mechanism(
@@ -57,10 +61,17 @@ def mechanism(
     cost: Callable[..., Cost],
     step: Callable[..., tuple[Tensor, Any]] | None = None,
     scaled: bool = True,
+<<<<<<< HEAD
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
     spec = Spec(patterns, mask, weights, cost, step, scaled, sized)
+=======
+    cached: bool = True,
+):
+    """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
+    spec = Spec(patterns, mask, weights, cost, step, scaled, cached)
+>>>>>>> mlinear
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -98,6 +109,11 @@ def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool
         return f"is not defined for causal attention (causal=True); it does {does}"
     if causal and n_query > n_key:
         return f"causal attention of {n_query} queries to {n_key} keys would leave the first ones nothing to see"
+    if causal and not spec.cached and n_query < n_key:
+        return (
+            f"takes the query of every key, also of cached ones: got {n_query} queries and {n_key} keys; run a model "
+            f"with use_cache=False"
+        )
     if not causal and not {"full", "cross"} & set(spec.patterns):
         return f"is causal only: pass causal=True; without it every query would see every key (it does {does})"
     if not causal and n_query != n_key and "cross" not in spec.patterns:
