@@ -42,6 +42,7 @@ SMALL = {
     "moba": {"block": 4, "top": 2},
     "neighborhood": {"window": 5, "dilation": 2},
     "power": {"block": 4, "window": 2},
+    "twins": {"window": 5},
 }
 
 
@@ -110,7 +111,7 @@ def test_every_derivative(name, pattern, dtype):
         return weights @ value.repeat_interleave(2, 1)
 
     ours = partial(derivatives, partial(OPERATORS[name], causal=causal, **knobs), [t.to(dtype) for t in tensors])
-    if dtype == torch.float64 and name == "neighborhood":
+    if dtype == torch.float64 and name in ("diffqkv", "neighborhood"):
         with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
             ours()
         return
@@ -222,6 +223,8 @@ def test_cost(name, pattern):
 
 
 GROWTH = {
+    "dependency_vit": "square",
+    "diffqkv": "square",
     "efficient_attention": "linear",
     "flashbias": "square",
     "lightning_2": "linear",
@@ -229,6 +232,7 @@ GROWTH = {
     "moba": "n and n^2 / block",
     "neighborhood": "linear",
     "power": "n log n",
+    "twins": "linear",
 }
 
 
@@ -317,7 +321,7 @@ def test_a_model_of_pictures(name):
     found = model(pixels, labels=torch.tensor([0, 1]))
     found.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    if name == "memory_efficient":
+    if name in ("memory_efficient", "diffqkv"):
         torch.testing.assert_close(found.logits, before, atol=1e-5, rtol=1e-4)
     else:
         assert not torch.allclose(found.logits, before, atol=1e-5)
