@@ -46,6 +46,7 @@ SMALL = {
     "moba": {"block": 4, "top": 2},
     "neighborhood": {"window": 5, "dilation": 2},
     "power": {"block": 4, "window": 2},
+    "twins": {"window": 5},
 }
 
 
@@ -114,7 +115,7 @@ def test_every_derivative(name, pattern, dtype):
         return weights @ value.repeat_interleave(2, 1)
 
     ours = partial(derivatives, partial(OPERATORS[name], causal=causal, **knobs), [t.to(dtype) for t in tensors])
-    if dtype == torch.float64 and name == "neighborhood":
+    if dtype == torch.float64 and name in ("diffqkv", "neighborhood"):
         with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
             ours()
         return
@@ -234,6 +235,8 @@ GROWTH = {
     "attendre": "linear",
     "agent_attention": "linear",
     "fast": "linear",
+    "dependency_vit": "square",
+    "diffqkv": "square",
     "efficient_attention": "linear",
     "flashbias": "square",
     "flow_attention": "linear",
@@ -242,6 +245,7 @@ GROWTH = {
     "moba": "n and n^2 / block",
     "neighborhood": "linear",
     "power": "n log n",
+    "twins": "linear",
 }
 
 
@@ -333,7 +337,7 @@ def test_a_model_of_pictures(name):
     found.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     # of scores as small as those here, a polynomial is the exponential; a memory holds all of so few tokens
-    if name in ("attendre", "fast", "memory_efficient"):
+    if name in ("attendre", "diffqkv", "fast", "memory_efficient"):
         torch.testing.assert_close(found.logits, before, atol=1e-5, rtol=1e-4)
     else:
         assert not torch.allclose(found.logits, before, atol=1e-5)

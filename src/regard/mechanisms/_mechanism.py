@@ -47,11 +47,9 @@ class Spec:
     cost: Callable[..., Cost]  # (n_query, n_key, dim, *, causal, **knobs)
     step: Callable[..., tuple[Tensor, Any]] | None  # (state, query, key, value, **) -> output, state; state None first
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
-<<<<<<< HEAD
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
-=======
-    cached: bool  # causal queries may be the last of more keys; otherwise every key needs its query
->>>>>>> mlinear
+    cached: bool = True  # causal queries may be the last of more keys; otherwise every key needs its query
+    apart: bool = False  # keys and values may have other numbers of heads
 
 
 def mechanism(
@@ -61,17 +59,12 @@ def mechanism(
     cost: Callable[..., Cost],
     step: Callable[..., tuple[Tensor, Any]] | None = None,
     scaled: bool = True,
-<<<<<<< HEAD
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
-):
-    """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, sized)
-=======
     cached: bool = True,
+    apart: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, cached)
->>>>>>> mlinear
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, cached, apart)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -99,8 +92,11 @@ def spec_of(function: Any) -> Spec:
 
 
 def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None) -> str | None:
-    if problem := misfit(query, key, value):
+    one = value[:, :1].expand(-1, key.shape[1], -1, -1) if spec.apart and value.ndim == key.ndim == 4 else value
+    if problem := misfit(query, key, one):
         return problem
+    if query.shape[1] % value.shape[1]:
+        return f"{query.shape[1]} query heads do not share {value.shape[1]} value heads evenly"
     if not query.is_floating_point() or not (query.dtype == key.dtype == value.dtype):
         return f"takes one floating-point dtype for all; got {query.dtype}, {key.dtype}, {value.dtype}"
     n_query, n_key = query.shape[2], key.shape[2]
