@@ -51,6 +51,24 @@ def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     return name
 
 
+def held(operator: Callable[..., Tensor]) -> str:
+    """The implementation by which each attention module runs what it holds as `mechanism`, which does what
+    `operator`, a declared one, is declared to do.
+    """
+    spec = innermost(operator).spec  # type: ignore[attr-defined]
+    name = _registered(f"{_PREFIX}{operator.__name__}-of-each-layer")
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        own = getattr(module, "mechanism", None)
+        if own is None:
+            raise ValueError(f"{name}: {type(module).__name__} holds no mechanism; convert the model that it is in")
+        return _forward(own, spec, name, module, *args, **kwargs)
+
+    AttentionInterface.register(name, run)
+    AttentionMaskInterface.register(name, partial(_mask, name))
+    return name
+
+
 def _registered(name: str) -> str:
     """How a name is written here; transformers takes every one with "flash" in it for a kernel of that library."""
     return name.replace("_", "-").replace("flash", "")

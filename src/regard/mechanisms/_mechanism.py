@@ -45,6 +45,7 @@ class Spec:
     cost: Callable[..., Cost]  # (n_query, n_key, dim, *, causal, **knobs)
     step: Callable[..., tuple[Tensor, Any]] | None  # (state, query, key, value, **) -> output, state; state None first
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
+    whole: bool  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
 
 
 def mechanism(
@@ -54,9 +55,10 @@ def mechanism(
     cost: Callable[..., Cost],
     step: Callable[..., tuple[Tensor, Any]] | None = None,
     scaled: bool = True,
+    whole: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, whole)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -94,6 +96,11 @@ def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool
         return f"is not defined for causal attention (causal=True); it does {does}"
     if causal and n_query > n_key:
         return f"causal attention of {n_query} queries to {n_key} keys would leave the first ones nothing to see"
+    if causal and n_query < n_key and spec.whole:
+        return (
+            f"takes all positions at once, since earlier queries count too; got {n_query} queries and {n_key} keys: "
+            f"run a model with use_cache=False"
+        )
     if not causal and not {"full", "cross"} & set(spec.patterns):
         return f"is causal only: pass causal=True; without it every query would see every key (it does {does})"
     if not causal and n_query != n_key and "cross" not in spec.patterns:
