@@ -76,7 +76,8 @@ def __dir__() -> list[str]:
 def _register(_module: _Any) -> None:
     """Mechanisms become attention implementations as soon as there is something that they can be chosen for."""
     from . import mechanisms
-    from .adapters.mechanisms import register
+    from .adapters.mechanisms import register, understood
 
+    understood()
     for operator in mechanisms.operators().values():
         register(operator)

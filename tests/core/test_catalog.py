@@ -96,7 +96,12 @@ def test_names_that_are_read_are_names_that_are_there():
 
 
 def test_mechanisms_are_there_when_transformers_is():
-    for first, then in (("regard", "transformers"), ("transformers.modeling_utils", "regard")):
+    orders = [
+        ("regard", "transformers"),
+        ("transformers.modeling_utils", "regard"),
+        ("regard.adapters.mechanisms",) * 2,
+    ]
+    for first, then in [*orders, ("regard.mechanisms._layers",) * 2]:
         code = (
             f"import {first}, {then}\nfrom transformers import AttentionInterface\n"
             "print('regard:power' in AttentionInterface().valid_keys())"
