@@ -513,6 +513,20 @@ def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n, embedded):
         same(node["received"].sum("key").isel(layer=1, head=0), length if run else 8)
 
 
+@torch.no_grad()
+def test_padding_in_float64_is_nan_in_eager_attention_itself():
+    model, inputs = build("llama", "eager")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    model.double()
+    assert model(**inputs, attention_mask=mask).logits[0].isnan().all(), "transformers has mended it: leave it out"
+    with pytest.raises(regard.UnreachableAttention, match=r"own output of attention is NaN .*run the model in float32"):
+        recorded(model, "entropy", **inputs, attention_mask=mask)
+    model.set_attn_implementation("sdpa")
+    assert not recorded(model, "entropy", **inputs, attention_mask=mask)["entropy"][1].isnull().any()
+    assert is_clean(model)
+
+
 class Twice(nn.Module):
     """Layers that are no model of transformers run twice in one pass: on another text, or on what they gave."""
 

@@ -125,6 +125,14 @@ def check(asked: Asked, call: Call) -> None:
         ours = (grouped @ value.to(weights.dtype)).unflatten(2, (group, 1)).flatten(1, 2)
         theirs = call.own_output[:, :, at : at + 1].to(ours.dtype)
         limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
+        by_float32 = asked.implementation == "eager" and call.query.dtype == torch.float64
+        if by_float32 and theirs.isnan().any() and not (ours.isnan().any() or value.isnan().any()):
+            raise UnreachableAttention(
+                f"{call.site}: the model's own output of attention is NaN where its query, key, value and mask are "
+                f"not, and so is what follows from it. In float64, transformers' eager functions take the softmax in "
+                f"float32, where a masked score is -inf, and a query that sees no key (padding) has none: run the "
+                f"model in float32, or with set_attn_implementation('sdpa')"
+            )
         if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
             off = float((ours - theirs).abs().max())
             raise UnreachableAttention(
