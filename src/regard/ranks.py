@@ -47,7 +47,9 @@ def _run(trees: Sequence[xr.DataTree]) -> xr.DataTree:
     stacks = [sorted(map(str, tree.children)) for tree in trees]
     if any(other != stacks[0] for other in stacks):
         raise ValueError(f"processes recorded other stacks: {' and '.join(sorted({', '.join(s) for s in stacks}))}")
-    nodes = {name: _stack(name, [tree[name].to_dataset(inherit=False) for tree in trees]) for name in first.children}
+    nodes = {
+        name: _stack(name, [tree.children[name].to_dataset(inherit=False) for tree in trees]) for name in first.children
+    }
     tree = xr.DataTree.from_dict({f"/{name}": dataset for name, dataset in nodes.items()})
     tree.attrs = {**first.attrs, "partial": any(bool(t.attrs.get("partial")) for t in trees)}
     return tree
