@@ -109,9 +109,10 @@ def _declared(*patterns, **more):
 def test_a_module_is_built_from_what_it_names():
     @module("full", takes="map")
     class Conv(nn.Module):
-        def __init__(self, dim, *, shape):
+        def __init__(self, channels, *, shape, tokens):
             super().__init__()
-            self.conv, self.shape = nn.Conv2d(dim, dim, 3, padding=1), shape
+            self.conv, self.shape = nn.Conv2d(channels, channels, 3, padding=1), shape
+            assert tokens == 12
 
         def forward(self, x):
             assert x.shape[2:] == self.shape
