@@ -229,11 +229,20 @@ def test_what_breaks_or_takes_too_long_is_left_out_and_says_why():
     data = data_of(task, 0)
     with pytest.raises(LeftOut, match="more than 0"):
         train(model(way, task, data, TINY), way, data, 5, 1e-9)
-    large = module("causal")(
-        type("Large", (nn.Linear,), {"__init__": lambda self: nn.Linear.__init__(self, 32, 10000)})
-    )
-    with pytest.raises(LeftOut, match="parameters a layer"):
-        model(candidate("large", large), task, data, TINY)
+
+
+def test_more_parameters_than_a_layer_has_are_said():
+    @module("causal", build=lambda dim: Large(dim, 1000))
+    class Large(nn.Linear):
+        pass
+
+    task, ways = TASKS["passkey"], (candidate("large", Large), candidates()["softmax"])
+    nets = [model(way, task, data_of(task, 0), TINY) for way in ways]
+    large, usual = (sum(p.numel() for p in net.parameters()) for net in nets)
+    assert large > 2 * 33_000 > usual
+    runs = [run_of("softmax", 0, 0.5) | {"parameters": usual}, run_of("large", 0, 0.5) | {"parameters": large}]
+    cells = {row.mechanism: row.cells()[6] for row in Result("tiny", runs).rows("recall")}
+    assert cells == {"softmax": f"{usual:,}", "large": f"{large:,} ({large / usual - 1:+.0%})"}
 
 
 def test_training_that_diverges_has_no_quality():
