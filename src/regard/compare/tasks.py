@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..claims._data import folder
-from ..claims._passkey import DIGITS, NOISE, TOKENS, prompts
+from ..claims._passkey import DIGITS, NOISE, TOKENS, noise
 from ..data.loaders import omniglot_drawings
 from ..data.scenes import SHAPES, Dials, Scenes, render
 from ..evaluation import cab
@@ -149,8 +149,8 @@ def passkey(seed: int) -> Data:
         (TOKENS,),
         lambda dim: Tokens(NOISE + DIGITS, TOKENS, dim),
         lambda dim: Last(dim, DIGITS),
-        lambda step: prompts(BATCH, TOKENS - 1, generator=_generator(seed, step)),
-        prompts(HELD_OUT, TOKENS - 1, generator=_generator(seed, -1)),
+        lambda step: noise(BATCH, TOKENS - 1, generator=_generator(seed, step)),
+        noise(HELD_OUT, TOKENS - 1, generator=_generator(seed, -1)),
         _cross_entropy,
         _accuracy,
     )
