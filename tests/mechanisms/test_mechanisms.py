@@ -223,6 +223,7 @@ def test_cost(name, pattern):
 
 
 GROWTH = {
+    "deconstructed": "square",
     "dependency_vit": "square",
     "diffqkv": "square",
     "efficient_attention": "linear",

@@ -85,8 +85,12 @@ def aaren(
         torch.Size([2, 4, 300, 64])
     """
     _check(query, key, value, mask, block)
-    tokens = _tokens(query, key, value, mask, scale)
-    n = key.shape[2]
+    return prefixes(_tokens(query, key, value, mask, scale), block).to(value.dtype)
+
+
+def prefixes(tokens: State, block: int = 64) -> Tensor:
+    """What softmax over every prefix of these tokens gives, each by itself so far. [batch, head, token, dim]"""
+    top, n = tokens.top, tokens.top.shape[2]
     extra = -n % block
     # Blocks of the same length: what is added at the end is seen by nothing before it.
     top = F.pad(tokens.top, (0, extra), value=float("-inf")).unflatten(2, (-1, block))
@@ -101,7 +105,7 @@ def aaren(
         F.pad(before.mixed, (0, 0, 1, 0)),
     )
     whole = State(before.top[..., None], before.total[..., None], before.mixed[..., None, :]).then(inside)
-    return whole.output().flatten(2, 3)[:, :, :n].to(value.dtype)
+    return whole.output().flatten(2, 3)[:, :, :n]
 
 
 def _tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> State:

@@ -19,7 +19,7 @@ from ...catalog import Finding, Premise
 from ...mechanisms.twins import ConditionalPositions, GlobalSubSampledAttention, LocallyGroupedAttention, twins
 from .._measure import exponent, mean, seconds
 
-SIDE, WINDOW, RATIO, COLOURS, DIM, STEPS, BATCH, RATE, RUNS = 8, 4, 2, 3, 32, 250, 64, 3e-3, 2
+SIDE, WINDOW, RATIO, COLOURS, DIM, STEPS, BATCH, RATE, RUNS = 8, 4, 4, 2, 32, 200, 64, 3e-3, 1
 SIDES = 28, 56, 84
 TESTED = 2000
 
@@ -84,7 +84,7 @@ def _seconds() -> list[float]:
 
 def _pictures(count: int, where: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cells [picture, cell, colour and noise], and whether the two coloured ones are alike."""
-    cells = 0.3 * torch.randn(count, SIDE, SIDE, COLOURS + 1, generator=generator)
+    cells = 0.1 * torch.randn(count, SIDE, SIDE, COLOURS + 1, generator=generator)
     colours = torch.randint(COLOURS, (count, 2), generator=generator)
     alike = torch.rand(count, generator=generator) < 0.5
     colours[:, 1] = torch.where(alike, colours[:, 0], (colours[:, 0] + 1 + colours[:, 1] % (COLOURS - 1)) % COLOURS)
