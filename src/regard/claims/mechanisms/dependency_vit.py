@@ -3,9 +3,9 @@
 Pictures of 6 x 6 cells hold two objects of 2 x 3 cells, of four kinds; a model of two layers is trained to name both
 kinds, with reversed attention and with ordinary attention of the same size. Labels alone are given; the paper trains
 on its own features too. A token's parent is whom it sends most to, or, in ordinary attention, whom it looks at most,
-beside itself, over both layers. Chance is the share of other cells on the same object. Pruned are 17 of 36 tokens between the
-layers, by what they are sent, and as many at random, which is the control. The head selector's temperature is 1, as at
-0.1 training was unsteady; rate and steps were chosen on seeds 1 and 2.
+beside itself, over both layers. Chance is the share of other cells on the same object. Pruned are 17 of 36 tokens
+between the layers, by what they are sent, and as many at random, which is the control. The head selector's temperature
+is 1. Rate and steps were chosen on seed 1.
 """
 
 from __future__ import annotations
