@@ -221,6 +221,9 @@ def affine_scaled(
     return replace(model, made)
 
 
+convert = affine_scaled
+
+
 def cost(n_query: int, n_key: int, dim: int, *, channels: int, causal: bool = True) -> Cost:
     """Of one head: attention, the factors of `channels` channels of the layer's input, and the sums of values."""
     own = 2 * channels * n_query + dim * n_key + 3 * dim * n_query

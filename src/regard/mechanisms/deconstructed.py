@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from . import _decoder
 from ._layers import projections, replace
 from ._mechanism import Cost, by_head, mechanism, pairs, recomputed, scale_of, visible
-from .aaren import State, prefixes
+from .aaren import prefixes
 from .memory_efficient import fold, unfold
 
 FORMS = ("taylor", "running")
@@ -105,7 +105,7 @@ def deconstructed(
         top = (F.silu(query.to(exact)) * by_head(key, query.shape[1]).to(exact)).sum(-1) * scale
         top = top if mask is None else top.masked_fill(~mask[:, :, 0], float("-inf"))
         mixed = by_head(value, query.shape[1]).to(exact)
-        return prefixes(State(top, torch.ones_like(top), mixed)).to(value.dtype)
+        return prefixes(top, mixed).to(value.dtype)
     step = max(1, _STRIP // (query.shape[0] * query.shape[1] * key.shape[2]))
     parts = []
     for start in range(0, query.shape[2], step):
@@ -285,6 +285,9 @@ def deconstruct(
         undo()
 
     return all_undone
+
+
+convert = deconstruct
 
 
 def _stream(holder: Any, variant: str, text: Tensor | None, length: int) -> _Stream:

@@ -137,6 +137,9 @@ def minimal_transformer(model: nn.Module, *, mlp: bool = False, symmetric: bool 
     return replace(model, made)
 
 
+convert = minimal_transformer
+
+
 def _check(dim: int, heads: int, query_key: str, value_output: bool) -> None:
     if query_key not in QUERY_KEY:
         raise ValueError(f"minimal_transformer: query_key is one of {QUERY_KEY}; got {query_key!r}")
