@@ -29,6 +29,7 @@ from ..functions import bound
 from . import _decoder
 from ._layers import attentions, projections, replace
 from ._mechanism import Cost, by_head, pairs, scale_of, softmax, visible
+from ._modules import converted, module
 from ._softmax import attend as softmax_attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -122,6 +123,7 @@ def _check(count: Any) -> None:
         raise ValueError(f"affine_scaled: count is 'keys', 'visible' or a number of keys; got {count!r}")
 
 
+@module("causal", "full", build=lambda dim, heads, causal: converted(affine_scaled, dim, heads, causal=causal))
 class AffineScaled(nn.Module):
     """An attention module whose weights are scaled and shifted; takes and gives what that module does.
 
@@ -157,7 +159,7 @@ class AffineScaled(nn.Module):
         if self.training:
             mean.mul_(self.momentum).add_((1 - self.momentum) * alpha.detach().mean((0, 2)))
             mean = mean.clone()  # the next batch writes into it
-        causal = bool(getattr(self.attention, "is_causal", False))
+        causal = bool(getattr(self.attention, "is_causal", getattr(self.attention, "causal", False)))
         mask, cache = _decoder.seen(given.get("attention_mask"), "affine_scaled"), given.get("past_key_values")
         layer: Any = getattr(self.attention, "layer_idx", None)
         past = 0 if cache is None else int(cache.get_seq_length(layer))

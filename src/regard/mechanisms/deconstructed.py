@@ -238,13 +238,15 @@ def deconstruct(
     layers: str | Sequence[int] = "all",
     text: Tensor | None = None,
     length: int = 2048,
+    seed: int = 0,
 ) -> Callable[[], None]:
     """Give layers of a decoder a simpler attention, to be trained; gives the function that undoes it.
 
     variant: one of `VARIANTS`. layers: "all", "odd" (the paper's hybrids; counted from 1, so the first is one), "even",
-    or their indices from 0. text: ids [token], for "text"; length: tokens of the random text. A fixed text limits how
-    long inputs may be. "running" takes no cache; the fixed ones take no padding on the left. New weights, of
-    "no-mixing", are drawn as PyTorch does. Raises ValueError for other models, variants and layers.
+    or their indices from 0. text: ids [token], for "text"; length, seed: tokens of the random text, and what it is
+    drawn by. A fixed text limits how long inputs may be. "running" takes no cache; the fixed ones take no padding on
+    the left. New weights, of "no-mixing", are drawn as PyTorch does. Raises ValueError for other models, variants and
+    layers.
 
         undo = deconstruct(model, "static", layers="odd")
         undo()
@@ -263,7 +265,7 @@ def deconstruct(
         raise ValueError(
             f"deconstruct: layers is {', '.join(map(repr, named))} or indices below {len(found)}; got {layers!r}"
         )
-    stream = _stream(holder, variant, text, length) if variant in FIXED else None
+    stream = _stream(holder, variant, text, length, seed) if variant in FIXED else None
     made: dict[str, nn.Module] = {}
     for i, (name, attention) in enumerate(found.items()):
         if i not in chosen:
@@ -290,13 +292,13 @@ def deconstruct(
 convert = deconstruct
 
 
-def _stream(holder: Any, variant: str, text: Tensor | None, length: int) -> _Stream:
+def _stream(holder: Any, variant: str, text: Tensor | None, length: int, seed: int) -> _Stream:
     if variant == "static":
         return _Stream(variant, None)
     embeddings = holder.get_input_embeddings().weight
     if text is None:
-        drawn = torch.randn(1, length, embeddings.shape[1], device=embeddings.device, dtype=embeddings.dtype)
-        return _Stream(variant, float(getattr(holder.config, "initializer_range", 0.02)) * drawn)
+        drawn = torch.randn(1, length, embeddings.shape[1], generator=torch.Generator().manual_seed(seed))
+        return _Stream(variant, float(getattr(holder.config, "initializer_range", 0.02)) * drawn.to(embeddings))
     if text.ndim != 1 or text.is_floating_point() or not len(text):
         raise ValueError(f"deconstruct: text is ids [token]; got {text.dtype} {list(text.shape)}")
     return _Stream(variant, text[None].to(embeddings.device))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, by_head, mechanism, pairs, recomputed, scale_of, softmax
+from ._modules import module
 
 STRIP = 2**22  # weights made at once
 
@@ -103,6 +104,7 @@ def _strip(
     return sent.mT @ by_head(value, heads)[:, :, rows].to(exact)
 
 
+@module("full", build=lambda dim, heads: ReversedAttention(dim, heads))
 class ReversedAttention(nn.Module):
     """The paper's layer: hidden states and messages so far, to the same of the next layer, and who sent whom what.
 

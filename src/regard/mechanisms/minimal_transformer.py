@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from ._layers import attentions, projections, replace
 from ._mechanism import Cost, pairs, softmax, visible
+from ._modules import module
 
 QUERY_KEY = ("separate", "one", "symmetric", "cholesky")
 
 
+@module("causal", "full", build=lambda dim, heads: MinimalAttention(dim, heads, query_key="symmetric"))
 class MinimalAttention(nn.Module):
     """Self-attention: [batch, token, dim] to the same.
 

@@ -12,12 +12,14 @@ costs 2.1 times as much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ._layers import exchanged, not_causal
 from ._mechanism import Cost
+from ._modules import module
 
 
 def _mlp(dim: int, hidden: int, dropout: float) -> nn.Sequential:
@@ -39,6 +41,7 @@ class Mixer(nn.Module):
         return hidden + self.channel_mlp(self.channel_norm(hidden))
 
 
+@module("full", build=lambda dim, shape: GatingUnit(dim, tokens=math.prod(shape), hidden=dim))
 class GatingUnit(nn.Module):
     """What takes attention's place: [batch, token, dim] to the same, for exactly `tokens` tokens.
 

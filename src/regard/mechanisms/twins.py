@@ -45,7 +45,12 @@ def _cost(
     return Cost(4 * dim * pairs, 4 * dim * n_key)
 
 
-@mechanism("full", mask="keys", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, int]:
+    """Several windows also in a short input."""
+    return {"window": min(7, max(1, min(shape) // 2))}
+
+
+@mechanism("full", mask="keys", weights=_weights, cost=_cost, sized=_sized)
 def twins(
     query: Tensor,
     key: Tensor,
@@ -176,9 +181,9 @@ def convert(model: nn.Module, *, shape: Sequence[int], window: int = 7, ratio: i
     """Make attention of an encoder of pictures local in even layers and sub-sampled in odd ones; gives what undoes it.
 
     shape: rows and columns of its tokens, which have to be all of them: a class token has no place in a window.
-    Queries, keys, values and outputs keep their weights. The new convolutions begin as means, so that the model starts from what
-    it knew, and are to be trained with the rest. Raises ValueError where a layer has no such weights, and where shape
-    and ratio, or the model's tokens, do not fit.
+    Queries, keys, values and outputs keep their weights. The new convolutions begin as means, so that the model starts
+    from what it knew, and are to be trained with the rest. Raises ValueError where a layer has no such weights, and
+    where shape and ratio, or the model's tokens, do not fit.
 
         undo = convert(model, shape=(14, 14), window=7, ratio=2)
         undo()

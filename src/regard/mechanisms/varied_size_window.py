@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..adapters import register
 from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, scale_of
+from ._modules import module
 from ._windows import grid
 
 
@@ -89,6 +90,11 @@ def sample_window(
     return mixed.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
+@module(
+    "full",
+    takes="map",
+    build=lambda dim, heads, shape: VariedSizeWindow(dim, heads, window=max(1, min(7, *(n // 2 for n in shape)))),
+)
 class VariedSizeWindow(nn.Module):
     """Attention of a picture: [batch, dim, row, column] to [batch, out_dim, row, column].
 
@@ -111,8 +117,8 @@ class VariedSizeWindow(nn.Module):
         self.heads, self.window, self.width = heads, window, dim // heads
         self.qkv, self.proj = nn.Conv2d(dim, 3 * out, 1), nn.Conv2d(out, out, 1)
         self.offsets, self.scales = nn.Conv2d(dim, 2 * heads, 1), nn.Conv2d(dim, 2 * heads, 1)
-        for module in (self.offsets, self.scales):
-            for parameter in module.parameters():
+        for predicting in (self.offsets, self.scales):
+            for parameter in predicting.parameters():
                 nn.init.zeros_(parameter)
         self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads)) if bias else None
         if self.bias is not None:
@@ -181,8 +187,8 @@ def varied_size_window(
     """Put such windows where every attention of an encoder of pictures is; gives the function that undoes it.
 
     shape: rows and columns of its tokens, which have to be all of them: a class token has no place in a window.
-    Queries, keys, values and outputs keep their weights; what predicts the windows is new, and starts from plain ones. Raises
-    ValueError where a layer has no such weights, or the model's tokens do not fit.
+    Queries, keys, values and outputs keep their weights; what predicts the windows is new, and starts from plain ones.
+    Raises ValueError where a layer has no such weights, or the model's tokens do not fit.
 
         undo = varied_size_window(model, shape=(14, 14))
         undo()

@@ -3,7 +3,7 @@
 In a picture of 12 x 12 cells an object fills a square around the middle, of half a side from 1 to 5 cells; its colour
 stands at its border alone, and a channel inside says how large it is. The colour is read from the middle window of 4 x
 4, which does not hold the borders of objects from 3 on. The same layer with windows that stay plain is the comparison.
-As a control, the sizes that are predicted are exchanged between pictures. Rate and steps were chosen on seeds 1 and 2.
+As a control, the sizes that are predicted are exchanged between pictures. Rate and steps were chosen on seed 1.
 """
 
 from __future__ import annotations
