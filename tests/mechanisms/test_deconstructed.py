@@ -95,8 +95,8 @@ def test_what_maps_depend_on(variant):
     def maps(ids):
         with torch.no_grad(), regard.record(model, "entropy") as recording:
             model(ids)
-        run = recording if variant == "static" else recording[1]  # the fixed text is a run of its own, the first
-        return torch.from_numpy(run.tree["language_model"]["entropy"].values)
+        run = recording.tree if variant == "static" else recording[1]  # the fixed text is a run of its own, the first
+        return torch.from_numpy(run["language_model"]["entropy"].values)
 
     one, other = maps(inputs["input_ids"][:1]), maps(inputs["input_ids"][1:])
     assert torch.equal(one, other) == (variant != "static")
