@@ -247,6 +247,7 @@ def test_cost(name, pattern):
 
 
 GROWTH = {
+    "deconstructed": "square",
     "adaptive_filter": "square",
     "attendre": "linear",
     "agent_attention": "linear",

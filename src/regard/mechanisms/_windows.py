@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 
 def grid(asked_by: str, shape: Sequence[int] | None, tokens: int, window: int = 1) -> tuple[int, int]:
-    """Rows and columns; without shape, one row. ValueError where they are not those of the tokens."""
-    shape = (1, tokens) if shape is None else tuple(shape)
+    """Rows and columns; one row without shape, or of a line. ValueError where they are not those of the tokens."""
+    shape = (1, tokens) if shape is None else (1,) * (len(shape) == 1) + tuple(shape)
     if len(shape) != 2 or math.prod(shape) != tokens:
         raise ValueError(
             f"{asked_by}: shape {tuple(shape)} does not hold {tokens} tokens in rows and columns; tokens that stand "
