@@ -70,8 +70,9 @@ def judged(model: nn.Module, *, before: int, seed: int) -> tuple[Tensor, Tensor]
     return F.cross_entropy(answers, digit, reduction="none"), (answers.argmax(-1) == digit).float()
 
 
-def noise(count: int, before: int) -> tuple[Tensor, Tensor]:
+def noise(count: int, before: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Sequences [count, TOKENS] of noise with one digit each, and the digits."""
-    tokens, digit = torch.randint(0, NOISE, (count, TOKENS)), torch.randint(0, DIGITS, (count,))
-    tokens[torch.arange(count), torch.randint(0, before, (count,))] = NOISE + digit
+    tokens = torch.randint(0, NOISE, (count, TOKENS), generator=generator)
+    digit = torch.randint(0, DIGITS, (count,), generator=generator)
+    tokens[torch.arange(count), torch.randint(0, before, (count,), generator=generator)] = NOISE + digit
     return tokens, digit
