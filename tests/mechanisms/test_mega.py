@@ -61,7 +61,7 @@ def test_only_the_average_crosses_chunks():
     layer = Mega(6, z=4, chunk=4, order=2).double()
     hidden = torch.randn(1, 8, 6, dtype=torch.float64)
     other = hidden.clone()
-    other[:, 4:] += 1
+    other[:, 4:] += torch.randn(1, 4, 6)
     assert (layer(hidden) - layer(other))[:, :4].abs().max() > 1e-9
     layer.move = _Still()
     torch.testing.assert_close(layer(hidden)[:, :4], layer(other)[:, :4], rtol=0, atol=1e-12)
@@ -79,7 +79,7 @@ class _Still(nn.Module):
 def test_causal_padding_and_gates():
     layer, hidden = Mega(6, z=4, order=2, causal=True, positions=8).double(), torch.randn(2, 8, 6).double()
     other = hidden.clone()
-    other[:, 5:] += 1
+    other[:, 5:] += torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(hidden)[:, :5], layer(other)[:, :5], rtol=0, atol=1e-12)
     there = torch.arange(8).lt(5).expand(2, -1)
     both = Mega(6, z=4, order=2, positions=8).double()

@@ -28,10 +28,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Bands, memory, mass on needles ahead with and without waiting, and facts that each policy still finds."""
     expected = (
         "first in, first out, within 1e-9 of a banded map in float64, and bytes held the same at every length; a "
-        f"needle up to {WAIT - CHUNK} tokens ahead gets 0.9 or more of its query's weight where queries wait {WAIT}, one "
-        f"further than {WAIT} ahead, or any where none waits, less than 0.01; facts asked for again are found 90% of "
-        "the time by least recent and least frequent use, at most 10% first in, first out, and those asked for early only "
-        "are lost by least recent use (20% at most)"
+        f"needle up to {WAIT - CHUNK} tokens ahead gets 0.9 or more of its query's weight where queries wait {WAIT}, "
+        f"one further than {WAIT} ahead, or any where none waits, less than 0.01; facts asked for again are found 90% "
+        "of the time by least recent and least frequent use, at most 10% first in, first out, and those asked for "
+        "early only are lost by least recent use (20% at most)"
     )
     torch.manual_seed(seed)
     off = _off_band()
@@ -72,9 +72,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 
     measured = (
         f"off a banded map by {off:.1e} at most; bytes grow with a power of length of {grows:.2f}; weight on the "
-        f"needle {near:.3f} at least up to {WAIT - CHUNK} ahead, {far:.4f} beyond {WAIT}, {none:.4f} without waiting; facts "
-        f"asked for again found {', '.join(f'{of[0]:.0%} by {policy}' for policy, of in rates.items())}; early only "
-        f"{', '.join(f'{of[1]:.0%} by {policy}' for policy, of in rates.items())}"
+        f"needle {near:.3f} at least up to {WAIT - CHUNK} ahead, {far:.4f} beyond {WAIT}, {none:.4f} without waiting; "
+        f"facts asked for again found {', '.join(f'{of[0]:.0%} by {policy}' for policy, of in rates.items())}; early "
+        f"only {', '.join(f'{of[1]:.0%} by {policy}' for policy, of in rates.items())}"
     )
     holds = off <= 1e-9 and grows <= 0.01 and near >= 0.9 and far < 0.01 and none < 0.01
     holds = holds and min(again["lra"], again["lfa"]) >= 0.9 and again["fifo"] <= 0.1 and rates["lra"][1] <= 0.2
