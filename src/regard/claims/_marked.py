@@ -18,7 +18,7 @@ MARKER = SYMBOLS
 
 
 class Model(nn.Module):
-    """Two layers that take and give [batch, token, dim], their residuals included. pooled: or the last token answers."""
+    """Two layers that take and give [batch, token, dim], with residuals. pooled: or the last token answers."""
 
     def __init__(self, made: Callable[[], nn.Module], pooled: bool) -> None:
         super().__init__()

@@ -65,8 +65,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 
     measured = (
         f"named {', '.join(f'{share:.0%} ({way})' for way, share in shares.items())}, both over none {gain:+.2f}; "
-        f"merged off by {merged:.1e}, tiles by {tiles:.1e}; time grows with a power of length of {powers[0]:.2f}, memory of "
-        f"{powers[1]:.2f}"
+        f"merged off by {merged:.1e}, tiles by {tiles:.1e}; time grows with a power of length of {powers[0]:.2f}, "
+        f"memory of {powers[1]:.2f}"
     )
     holds = shares["both"] >= 0.9 and shares["none"] <= 0.3 and gain.above()
     holds = holds and merged <= 1e-12 and tiles <= 1e-9 and max(powers) <= 1.2
