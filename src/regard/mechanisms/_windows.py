@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels import native
 from ..kernels.derivatives import transformed
-from ..kernels.native import grid
+from ..kernels.native import Blocks, grid
+from ._blocks import attend as attend_blocks
+from ._blocks import listed
 from ._mechanism import Cost, by_head, recomputed, softmax
 from ._softmax import attend as attend_whole
 from ._softmax import runs_native
@@ -160,6 +163,35 @@ def cost(axes: Sequence[Window], n_query: int, dim: int) -> Cost:
     return Cost(4 * dim * seen, 2 * dim * (n_query + taken))
 
 
+class Regions(NamedTuple):
+    """A grid cut into boxes, so that the tokens of each lie together; the last ones may hold fewer."""
+
+    shape: tuple[int, ...]  # tokens
+    size: tuple[int, ...]  # tokens of a region
+
+    @property
+    def number(self) -> tuple[int, ...]:
+        return tuple(-(-n // s) for n, s in zip(self.shape, self.size, strict=True))
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """[batch, head, token, dim] to [batch, head, region, token, dim], zeros where a region has fewer."""
+        x, axes = x.unflatten(2, self.shape), len(self.shape)
+        over = [m * s - n for n, s, m in zip(self.shape, self.size, self.number, strict=True)]
+        x = F.pad(x, (0, 0, *(p for extra in reversed(over) for p in (0, extra))))
+        for i, (number, size) in enumerate(zip(self.number, self.size, strict=True)):
+            x = x.unflatten(2 + 2 * i, (number, size))
+        order = [0, 1, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 2 + 2 * axes]
+        return x.permute(order).flatten(2 + axes, 1 + 2 * axes).flatten(2, 1 + axes)
+
+    def back(self, x: Tensor) -> Tensor:
+        axes = len(self.shape)
+        x = x.unflatten(3, self.size).unflatten(2, self.number)
+        x = x.permute(0, 1, *(i for a in range(axes) for i in (2 + a, 2 + axes + a)), 2 + 2 * axes)
+        for i in range(axes):
+            x = x.flatten(2 + i, 3 + i).narrow(2 + i, 0, self.shape[i])
+        return x.flatten(2, 1 + axes)
+
+
 def pairs(axes: Iterable[Axis]) -> Tensor:
     """Which keys of the grid each query of it sees. [query, key]"""
     seen = torch.ones(1, 1, dtype=torch.bool)
@@ -225,11 +257,31 @@ def attend(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, axes: Any, mask: Any, scale: float, tile: Any) -> Tensor:
+    if tile is not None and mask is None and (blocks := _blocks(axes, tile)) is not None:
+        regions = Regions(tuple(axis.length for axis in axes), tuple(tile))
+        laid = (regions.laid_out(t).flatten(2, 3) for t in (query, key, value))
+        found = attend_blocks(*laid, blocks, causal=False, mask=None, scale=scale)
+        return regions.back(found.unflatten(2, (-1, blocks.key_size)))
     if not runs_native(query) or not scale > 0 or tile is not None or not query.numel():
         return _over_tiles(query, key, value, axes, mask, scale, tile or TILES[len(axes)])
     if len(axes) == 1:
         return _line(query, key, value, axes[0], mask, scale)
     return _boxes(query, key, value, [axis.side() for axis in axes], mask, scale)
+
+
+def _blocks(axes: Sequence[Axis], tile: Sequence[int]) -> Blocks | None:
+    """Which tiles of keys each tile of queries sees, where these are whole and all of it; None: they are not."""
+    chosen, tokens = torch.ones(1, 1), math.prod(tile)
+    for axis, size in zip(axes, tile, strict=True):
+        if axis.length % size or len(axis.at) != axis.length or tokens % 32:
+            return None
+        ends = torch.stack([axis.first, axis.first + axis.count]).unflatten(1, (-1, size))
+        if (ends % size).any() or (ends != ends[..., :1]).any():
+            return None
+        first, stop = ends[..., 0] // size
+        at = torch.arange(axis.length // size)
+        chosen = torch.kron(chosen, ((at >= first[:, None]) & (at < stop[:, None])).float())
+    return Blocks(*listed(chosen.bool()[None, None]), tokens, tokens)
 
 
 def _boxes(query: Tensor, key: Tensor, value: Tensor, sides: list[grid.Side], mask: Any, scale: float) -> Tensor:
@@ -273,7 +325,13 @@ def _over_tiles(query: Tensor, key: Tensor, value: Tensor, axes: Any, mask: Any,
     n_key = math.prod(of[1].shape[1] for of in cut)
     each = len(key) * key.shape[1] * n_key * (key.shape[-1] + value.shape[-1])
     numbers, parts, places = torch.arange(math.prod(counts), device=query.device), [], []
-    for which in numbers.split(max(1, SPACE // each)):
+    # Tiles whose queries see all of their keys need no mask, and go first.
+    full = torch.ones(1, dtype=torch.bool, device=query.device)
+    for _, _, seen in cut:
+        full = (full[:, None] & seen.all(-1).all(-1)).flatten()
+    for which in (some for group in (numbers[full], numbers[~full]) for some in group.split(max(1, SPACE // each))):
+        if not len(which):
+            continue
         of = torch.unravel_index(which, counts)
         at = _joined([rows[i] for (rows, _, _), i in zip(cut, of, strict=True)], [len(a.at) for a in axes])
         keys = _joined([columns[i] for (_, columns, _), i in zip(cut, of, strict=True)], [a.length for a in axes])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,41 +24,7 @@ from ..kernels.native import Blocks
 from . import _windows as windows
 from ._blocks import attend
 from ._mechanism import Cost, by_head, mechanism, softmax
-from ._windows import Axes
-
-
-class _Regions(NamedTuple):
-    shape: tuple[int, ...]  # tokens
-    size: tuple[int, ...]  # tokens of a region
-    number: tuple[int, ...]  # regions
-
-    @classmethod
-    def of(cls, n: int, shape: Sequence[int] | None, regions: Axes, size: Axes | None) -> _Regions:
-        shape = (n,) if shape is None else tuple(shape)
-        windows.whole("biformer", shape, n)
-        (given,) = windows.given("biformer", shape, **{"regions" if size is None else "size": size or regions})
-        if min(given) < 1:
-            raise ValueError(f"biformer: 1 region or more, of 1 token or more; got {regions=}, {size=}")
-        sizes = given if size is not None else tuple(-(-n // g) for n, g in zip(shape, given, strict=True))
-        return cls(shape, sizes, tuple(-(-n // s) for n, s in zip(shape, sizes, strict=True)))
-
-    def laid_out(self, x: Tensor) -> Tensor:
-        """[batch, head, token, dim] to [batch, head, region, token, dim], zeros where a region has fewer."""
-        x, axes = x.unflatten(2, self.shape), len(self.shape)
-        over = [m * s - n for n, s, m in zip(self.shape, self.size, self.number, strict=True)]
-        x = F.pad(x, (0, 0, *(p for extra in reversed(over) for p in (0, extra))))
-        for i, (number, size) in enumerate(zip(self.number, self.size, strict=True)):
-            x = x.unflatten(2 + 2 * i, (number, size))
-        order = [0, 1, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 2 + 2 * axes]
-        return x.permute(order).flatten(2 + axes, 1 + 2 * axes).flatten(2, 1 + axes)
-
-    def back(self, x: Tensor) -> Tensor:
-        axes = len(self.shape)
-        x = x.unflatten(3, self.size).unflatten(2, self.number)
-        x = x.permute(0, 1, *(i for a in range(axes) for i in (2 + a, 2 + axes + a)), 2 + 2 * axes)
-        for i in range(axes):
-            x = x.flatten(2 + i, 3 + i).narrow(2 + i, 0, self.shape[i])
-        return x.flatten(2, 1 + axes)
+from ._windows import Axes, Regions
 
 
 @torch.no_grad()
@@ -77,7 +42,7 @@ def route(
 
     query: [batch, head, token, dim]; key: [batch, kv_head, token, dim]; mask: which keys there are.
     """
-    cut, heads = _Regions.of(key.shape[2], shape, regions, size), query.shape[1]
+    cut, heads = _cut(key.shape[2], shape, regions, size), query.shape[1]
     exact = torch.promote_types(query.dtype, torch.float32)
     means = []
     for x in (query, by_head(key, heads)):
@@ -90,7 +55,7 @@ def route(
     return scores.topk(min(top, scores.shape[-1]), dim=-1).indices[:, None]
 
 
-def _graph(query: Tensor, key: Tensor, mask: Tensor | None, cut: _Regions, graph: Tensor | None, top: int) -> Tensor:
+def _graph(query: Tensor, key: Tensor, mask: Tensor | None, cut: Regions, graph: Tensor | None, top: int) -> Tensor:
     n, heads = math.prod(cut.number), query.shape[1]
     if top < 1:
         raise ValueError(f"biformer: a region takes 1 region or more; got {top=}")
@@ -105,6 +70,16 @@ def _graph(query: Tensor, key: Tensor, mask: Tensor | None, cut: _Regions, graph
     if (graph.sort(-1).values.diff(dim=-1) == 0).any():
         raise ValueError("biformer: graph names each region once at most for a region")
     return graph
+
+
+def _cut(n: int, shape: Sequence[int] | None, regions: Axes, size: Axes | None) -> Regions:
+    shape = (n,) if shape is None else tuple(shape)
+    windows.whole("biformer", shape, n)
+    (given,) = windows.given("biformer", shape, **{"regions" if size is None else "size": size or regions})
+    if min(given) < 1:
+        raise ValueError(f"biformer: 1 region or more, of 1 token or more; got {regions=}, {size=}")
+    sizes = given if size is not None else tuple(-(-n // g) for n, g in zip(shape, given, strict=True))
+    return Regions(shape, sizes)
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
@@ -124,7 +99,7 @@ def _weights(
     top: int = 4,
     graph: Tensor | None = None,
 ) -> Tensor:
-    cut = _Regions.of(key.shape[2], shape, regions, size)
+    cut = _cut(key.shape[2], shape, regions, size)
     graph = _graph(query, key, mask, cut, graph, top)
     of_token = torch.zeros(1, 1, dtype=torch.long, device=query.device)
     for n, s, number in zip(cut.shape, cut.size, cut.number, strict=True):
@@ -147,7 +122,7 @@ def _cost(
     top: int = 4,
     graph: Tensor | None = None,
 ) -> Cost:
-    cut = _Regions.of(n_key, shape, regions, size)
+    cut = _cut(n_key, shape, regions, size)
     number, tokens = math.prod(cut.number), math.prod(cut.size)
     taken = min(top if graph is None else graph.shape[-1], number) * tokens
     routing = 0 if graph is not None else 2 * dim * number**2
@@ -181,7 +156,7 @@ def biformer(
         >>> biformer(x, x, x, shape=(56, 56)).shape
         torch.Size([1, 4, 3136, 32])
     """
-    cut = _Regions.of(key.shape[2], shape, regions, size)
+    cut = _cut(key.shape[2], shape, regions, size)
     graph = _graph(query, key, mask, cut, graph, top).to(torch.int32)
     there = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device) if mask is None else mask
     tokens = math.prod(cut.size)

@@ -82,8 +82,8 @@ def freeswim(
 
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim], tokens of `shape` frames, rows and
     columns, the last running fastest; without shape, one row. train_shape: rows and columns of tokens that the model
-    was trained on; half_window: rows and columns to either side, half of these unless given. tokens_ratio: tokens over those
-    trained on, by which the scale follows; 1: as it is. mask: which keys there are, [batch, 1, 1, key]. Raises
+    was trained on; half_window: rows and columns to either side, half of these unless given. tokens_ratio: tokens over
+    those trained on, by which the scale follows; 1: as it is. mask: which keys there are, [batch, 1, 1, key]. Raises
     ValueError where shape and tokens do not fit.
 
         >>> import torch

@@ -51,7 +51,7 @@ class _Blocks(NamedTuple):
         cut = cls(shape, block, halo, stride)
         if bias is not None and (len(shape) != 2 or {len(bias.row), len(bias.column)} != {2 * cut.window - 1}):
             raise ValueError(
-                f"halonet: bias is of pictures, two tables of {2 * cut.window - 1} vectors for a window of {cut.window}; "
+                f"halonet: bias is of pictures, two tables of {2 * cut.window - 1} vectors, two windows less one; "
                 f"got {len(bias.row)} and {len(bias.column)} vectors and {shape=}"
             )
         return cut
@@ -112,10 +112,8 @@ def _biased(
         by_column = (q @ bias.column.to(q.dtype).mT).gather(-1, at.expand(*q.shape[:6], -1))
         scores = scores + (by_row[..., None] + by_column[..., None, :]).flatten(-2).flatten(4, 5)
     there = torch.ones(1, 1, rows * columns, 1, dtype=torch.bool, device=query.device) if mask is None else mask.mT
-    if padding == "zeros":
-        there = ~spread((~there).float()).mT.bool()
-    else:
-        there = spread(there.float()).mT.bool()
+    outside = padding == "zeros"  # spread fills what is outside with 0
+    there = (spread((there ^ outside).float()).mT > 0) ^ outside
     found = softmax(scores, there) @ spread(by_head(value, heads))
     found = found.unflatten(4, (few, few)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return found[:, :, : cut.grid[0], : cut.grid[1]].flatten(2, 3)
@@ -201,8 +199,8 @@ def halonet(
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim], the tokens of `shape` rows and columns,
     columns running fastest; without shape, a sequence. block: tokens on a side; halo: the margin; stride: every such
     row and column of queries is kept, and the output has these alone. bias: `Positions`. padding: "masked", or "zeros":
-    what is outside the picture takes part. mask: which keys there are, [batch, 1, 1, key]. Raises ValueError where shape
-    and tokens, or block and stride, do not fit.
+    what is outside the picture takes part. mask: which keys there are, [batch, 1, 1, key]. Raises ValueError where
+    shape and tokens, or block and stride, do not fit.
 
         >>> x = torch.randn(1, 4, 32 * 32, 64)
         >>> halonet(x, x, x, shape=(32, 32), stride=2).shape
@@ -234,8 +232,8 @@ def _halo(
 class HaloAttention(nn.Module):
     """The layer, with positions and without an output projection. [batch, dim, row, column]
 
-    dim, dim_out: channels; dim_head: of a head's queries and keys. average: attend at every position, then take means of
-    2 x 2. scaled_bias: positions are scaled as scores are. padding, true_offsets: see the module.
+    dim, dim_out: channels; dim_head: of a head's queries and keys. average: attend at every position, then take
+    means of 2 x 2. scaled_bias: positions are scaled as scores are. padding, true_offsets: see the module.
     """
 
     def __init__(

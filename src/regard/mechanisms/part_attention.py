@@ -28,8 +28,8 @@ def _labels(parts: Tensor | None, batch: int, n: int, name: str) -> Tensor:
     whole = not parts.is_floating_point() and not parts.is_complex() and parts.dtype != torch.bool
     if parts.ndim != 2 or len(parts) not in (1, batch) or parts.shape[1] != n or not whole or parts.min() < 0:
         raise ValueError(
-            f"part_attention: {name} are whole numbers from 0, [batch, token] = {[batch, n]}; got {list(parts.shape)} of "
-            f"{parts.dtype}" + (f", down to {parts.min()}" if whole and parts.numel() else "")
+            f"part_attention: {name} are whole numbers from 0, [batch, token] = {[batch, n]}; got {list(parts.shape)} "
+            f"of {parts.dtype}" + (f", down to {parts.min()}" if whole and parts.numel() else "")
         )
     return parts.long().expand(batch, -1)
 
@@ -40,7 +40,8 @@ def _seen(query: Tensor, key: Tensor, parts: Tensor | None, key_parts: Tensor | 
     of_query = _labels(parts, batch, n_query, "parts").to(query.device)
     if key_parts is None and n_query != n_key and parts is not None:
         raise ValueError(
-            f"part_attention: {n_query} queries in parts and {n_key} other keys: key_parts says which part each key is of"
+            f"part_attention: {n_query} queries in parts and {n_key} other keys: key_parts says which part each key is "
+            "of"
         )
     if key_parts is not None and key_parts.dtype == torch.bool:
         held = key_parts[None] if key_parts.ndim == 2 else key_parts

@@ -43,8 +43,8 @@ def _region(key: Tensor, region: Tensor | None, lit_only: bool) -> Tensor | None
         or len(region) not in (1, len(key))
     ):
         raise ValueError(
-            f"regional_attention: region is boolean [batch, token] = {[len(key), key.shape[2]]}, True in the shadow; got "
-            f"{list(region.shape)} of {region.dtype}"
+            f"regional_attention: region is boolean [batch, token] = {[len(key), key.shape[2]]}, True in the shadow; "
+            f"got {list(region.shape)} of {region.dtype}"
         )
     return region[:, None, None] if lit_only else None
 
@@ -100,10 +100,10 @@ def regional_attention(
 ) -> Tensor:
     """Softmax attention of each pixel to a wide, thinned neighbourhood. [batch, head, query, dim]
 
-    query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim], the pixels of `shape` rows and columns, the
-    last axis running fastest; without shape, a sequence. window: pixels seen along each axis; dilation: how far apart.
-    region: which pixels are in the shadow, boolean [batch, token]; with lit_only they are not seen where others are.
-    mask: which keys there are, [batch, 1, 1, key]. Raises ValueError where shape, region and tokens do not fit.
+    query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim], the pixels of `shape` rows and columns,
+    the last axis running fastest; without shape, a sequence. window: pixels seen along each axis; dilation: how far
+    apart. region: which pixels are in the shadow, boolean [batch, token]; with lit_only they are not seen where others
+    are. mask: which keys there are, [batch, 1, 1, key]. Raises ValueError where shape, region and tokens do not fit.
 
         >>> x = torch.randn(1, 2, 32 * 32, 16)
         >>> regional_attention(x, x, x, shape=(32, 32)).shape
