@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
-from .adapters import caches, checkpoints, generation, interface
+from .adapters import caches, checkpoints, generation, interface, pictures
 from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
@@ -37,6 +37,9 @@ _HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
+_followed: weakref.WeakKeyDictionary[nn.Module, Callable[[], AbstractContextManager[None]]] = (
+    weakref.WeakKeyDictionary()  # models whose pictures are followed
+)
 _get_interface = AttentionInterface.get_interface
 # What each statistic asked of its last call: most likely what it asks of the next, so that one pass can serve all.
 _asked: weakref.WeakKeyDictionary[Callable[..., Tensor | None], set[Reduction]] = weakref.WeakKeyDictionary()
@@ -206,6 +209,9 @@ def _open(session: _Session) -> Iterator[None]:
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
                 attach(undo, module.register_forward_hook, passes.leave)
+                if pictures.takes(module):
+                    watch = _followed.setdefault(module, shared(partial(pictures.watch, module)))
+                    undo.enter_context(watch())
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
             attach(undo, reader.register_forward_hook, passes.names.read, with_kwargs=True)
@@ -300,13 +306,14 @@ def _route(
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
     given = interface.read(asked, sessions[0].sites[module])
     contexts = [session.passes.where(module, given) for session in sessions]
-    call = _changed(sessions, contexts, given)
-    seen, result, weights = _attended(asked, given, call, sessions, contexts)
-    output = seen[0].output
-    edited = _edited(sessions, seen, output)
-    _shown(sessions, seen, module)
-    if result is None or edited is not output:
-        result = edited.transpose(1, 2).contiguous()
+    with pictures.unfollowed():
+        call = _changed(sessions, contexts, given)
+        seen, result, weights = _attended(asked, given, call, sessions, contexts)
+        output = seen[0].output
+        edited = _edited(sessions, seen, output)
+        _shown(sessions, seen, module)
+        if result is None or edited is not output:
+            result = edited.transpose(1, 2).contiguous()
     return result, weights
 
 

@@ -1,0 +1,716 @@
+"""Where in its pictures each entry of a tensor comes from, followed from the pixels on.
+
+While a model runs on pictures, a `TorchFunctionMode` sees each function of torch that it calls, and keeps labels beside
+tensors. What moves entries moves their labels; what computes entries one by one, or along their channels, keeps them; a
+convolution or a pooling lays a new grid over the picture, and so does what merges the patches of rectangles. Whatever
+else forgets them. So labels say what the model did with its pixels, not what its configuration promises.
+
+Labels are of as many axes as their tensor, with size 1 where all along an axis are alike. They are on the CPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import hooks
+from ..functions import bound
+
+NONE = -1  # not known
+WORD = 1 << 40  # and above: one of `input_ids`, counted through the batch
+STATE = 1 << 41  # and above: one of `encoder_hidden_states`
+OWN = 1 << 42  # a parameter of the model: class, register, mask and detection tokens, learned queries
+
+_IMAGES = ("sample", "hidden_states", "x", "inputs", "input", "images", "image")  # of models that are not transformers'
+_MOST_PRODUCTS = 4
+_local = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Rows and columns of the cells of some pictures, whose labels begin at `start`."""
+
+    start: int
+    first: int  # number of the first picture; each frame of a video counts as one
+    images: int
+    frames: int  # of a video
+    rows: int
+    columns: int
+    video: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.images * self.frames * self.rows * self.columns
+
+
+@contextmanager
+def unfollowed() -> Iterator[None]:
+    """What runs in here is not the model's."""
+    before, _local.off = getattr(_local, "off", False), True
+    try:
+        yield
+    finally:
+        _local.off = before
+
+
+def takes(module: nn.Module) -> bool:
+    """Whether a model may be given pictures."""
+    names = list(inspect.signature(module.forward).parameters)
+    telling = any("pixel_values" in n or n.endswith("grid_thw") or n == "flattened_patches" for n in names)
+    main = getattr(module, "main_input_name", None)
+    return telling or main == "inputs" or (main is None and any(n in _IMAGES for n in names))
+
+
+@contextmanager
+def watch(module: nn.Module) -> Iterator[None]:
+    """Follow the pictures that this model is given, until the block ends."""
+    with ExitStack() as undo:
+        hooks.wrap(undo, module, _run)
+        yield
+
+
+def _run(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return here().run(module, own, *args, **kwargs)
+
+
+def here() -> Pictures:
+    """What this thread's sessions share."""
+    last = getattr(_local, "last", None)
+    if last is None or (found := last()) is None:
+        found = Pictures()
+        _local.last = weakref.ref(found)
+    return found
+
+
+class Pictures(TorchFunctionMode):
+    """Labels of tensors, from the pictures that a model is given to its attention. One thread's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: Any = WeakTensorKeyDictionary()
+        self.grids: list[Grid] = []
+        self.derived: dict[tuple[int, int, int, int], Grid] = {}  # by what they were made of
+        self.count = 0  # pictures of this pass
+        self.on = False
+        # The newest products of two labelled tensors: shape, and the labels of rows and of columns.
+        self.products: list[tuple[torch.Size, Tensor, Tensor]] = []
+
+    # Models that run
+
+    def run(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a model, following its pictures where it has any."""
+        inputs = bound(module, args, kwargs)
+        if not self.on:
+            self.count, self.products = 0, []
+        there = self._found(module, inputs)
+        if self.on or not there:
+            return own(*args, **kwargs)
+        self.on = True
+        try:
+            with self:
+                return own(*args, **kwargs)
+        finally:
+            self.on = False
+
+    def _found(self, module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Label the pictures and texts among the inputs; whether there are pictures."""
+        there = any(isinstance(value, Tensor) and value in self.labels for value in inputs.values())
+        for name, value in inputs.items():
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if "mask" in name or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
+                continue
+            for part in parts:
+                if part not in self.labels and (labels := self._source(module, name, part, inputs)) is not None:
+                    self.labels[part], there = labels, True
+        for name, kind in (("input_ids", WORD), ("encoder_hidden_states", STATE)):
+            given = inputs.get(name)
+            if there and isinstance(given, Tensor) and given.ndim > 1 and given not in self.labels:
+                labels = kind + torch.arange(math.prod(given.shape[:2]), device="cpu").reshape(given.shape[:2])
+                self.labels[given] = labels if given.ndim == 2 else labels[..., None]
+        return there
+
+    def _source(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Labels of a picture's pixels, or of patches whose places other arguments tell."""
+        foreign = not hasattr(module, "main_input_name") and name in _IMAGES
+        if given.ndim <= 3:
+            return self._patches(module, name, given, inputs)
+        if not ("pixel_values" in name or foreign or (name == getattr(module, "main_input_name", "") == "inputs")):
+            return None
+        *leading, channels, rows, columns = given.shape
+        if columns <= 4 < channels:  # channels come last
+            return None
+        video = "video" in name or (len(leading) == 2 and hasattr(getattr(module, "config", None), "num_frames"))
+        if len(leading) == 2 and foreign:  # diffusers: [batch, channel, frame, row, column]
+            leading, channels, video = [leading[0], channels], 1, True
+            grid = self._grid(leading[0], leading[1], rows, columns, True)
+            return self._all(grid).reshape(leading[0], 1, leading[1], rows, columns)
+        frames = leading[-1] if video and len(leading) == 2 else 1
+        grid = self._grid(math.prod(leading) // frames, frames, rows, columns, frames > 1)
+        return self._all(grid).reshape(*leading, 1, rows, columns)
+
+    def _patches(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        if name == "flattened_patches" and given.ndim == 3:  # their first numbers are row and column, from 1 on
+            at = given[..., :2].detach().cpu().long() - 1
+            rows, columns = (int(n) + 1 for n in at.flatten(0, 1).amax(0))
+            grid = self._grid(len(given), 1, rows, columns, False)
+            found = self._all(grid).reshape(len(given), -1).gather(1, (at[..., 0] * columns + at[..., 1]).clamp_min(0))
+            return found.where((at >= 0).all(-1), NONE)[..., None]
+        video = "video" in name
+        names = ("video_grid_thw",) if video else ("image_grid_thw", "grid_thw", "image_grid_hw", "spatial_shapes")
+        if "pixel_values" in name or name == "hidden_states":
+            sizes = next((s for n in names if isinstance(s := inputs.get(n), Tensor) and s.ndim == 2), None)
+            if sizes is not None:
+                return self._packed(module, given, sizes.tolist(), video)
+        ids = inputs.get("img_ids")  # of diffusers' Flux and its kin: frame, row and column of each token
+        if name == "hidden_states" and isinstance(ids, Tensor) and ids.shape[-1] >= 3 and given.ndim == 3:
+            at = (ids[0] if ids.ndim == 3 else ids).detach().cpu().long()[:, -2:]
+            rows, columns = (int(n) + 1 for n in at.amax(0)) if len(at) == given.shape[1] else (0, 0)
+            if rows * columns == len(at) and len(at.unique(dim=0)) == len(at):
+                grid = self._grid(len(given), 1, rows, columns, False)
+                return self._all(grid).reshape(len(given), -1)[:, at[:, 0] * columns + at[:, 1], None]
+        return None
+
+    def _packed(self, module: nn.Module, given: Tensor, sizes: list[list[int]], video: bool) -> Tensor | None:
+        """Of patches laid end to end, picture by picture, those of each square that is merged later together."""
+        sides = [m.spatial_merge_size for m in module.modules() if hasattr(m, "spatial_merge_size")]
+        side = int(sides[0]) if sides else 1
+        found = []
+        for size in sizes:
+            frames, rows, columns = size if len(size) == 3 else (1, *size)
+            if rows % side or columns % side:
+                side = 1
+            grid = self._grid(1, frames, rows, columns, video)
+            blocks = self._all(grid).reshape(frames, rows // side, side, columns // side, side)
+            found.append(blocks.transpose(2, 3).reshape(-1))
+        if given.ndim == 3 and len(given) == len(sizes):  # each picture's in a row of its own, and padding
+            wide = given.shape[1]
+            rows_ = [torch.cat([f[:wide], f.new_full((max(0, wide - len(f)),), NONE)]) for f in found]
+            return torch.stack(rows_)[..., None]
+        labels = torch.cat(found)
+        if len(given) == len(labels):
+            return labels.reshape(-1, *[1] * (given.ndim - 1))
+        return labels[None, :, None] if given.ndim == 3 and given.shape[:2] == (1, len(labels)) else None
+
+    def _grid(self, images: int, frames: int, rows: int, columns: int, video: bool) -> Grid:
+        grid = self._new(self.count, images, frames, rows, columns, video)
+        self.count += images * frames
+        return grid
+
+    def _new(self, first: int, images: int, frames: int, rows: int, columns: int, video: bool) -> Grid:
+        start = self.grids[-1].end if self.grids else 0
+        self.grids.append(Grid(start, first, images, frames, rows, columns, video))
+        return self.grids[-1]
+
+    def _finer(self, of: Grid, frames: int, rows: int, columns: int) -> Grid:
+        """Another grid over the same pictures."""
+        key = of.start, frames, rows, columns
+        if key not in self.derived:
+            self.derived[key] = self._new(of.first, of.images, frames, rows, columns, of.video)
+        return self.derived[key]
+
+    @staticmethod
+    def _all(grid: Grid) -> Tensor:
+        return torch.arange(grid.start, grid.end, device="cpu")
+
+    # What attention asks
+
+    def of(self, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Labels [batch, query] and [batch, key] of [batch, head, ..., dim]; None where none is known."""
+        return self._positions(query), self._positions(key)
+
+    def of_product(self, batch: int, heads: int, n: int, n_key: int) -> tuple[Tensor | None, Tensor | None]:
+        """The same of the newest scores of this shape."""
+        for shape, rows, columns in reversed(self.products):
+            if shape[-2:] == (n, n_key) and math.prod(shape) == batch * heads * n * n_key:
+                one, two = (_over_heads(f, shape[:-2], batch, heads) for f in (rows, columns))
+                return None if one is None else _any(one), None if two is None else _any(two)
+        return None, None
+
+    def _positions(self, tensor: Tensor) -> Tensor | None:
+        labels = self.labels.get(tensor)
+        if labels is None or labels.ndim != 4:
+            return None
+        labels = _alike(_alike(labels, 1), 3)
+        return _any(labels[:, 0, :, 0].expand(tensor.shape[0], tensor.shape[2]))
+
+    def places(self, labels: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """Picture, row, column and frame [..., 4] of labels, -1 where there is none; rows and columns of each picture.
+
+        Pictures that are there on several grids count once for each.
+        """
+        places = torch.full((*labels.shape, 4), -1)
+        cells = (labels >= 0) & (labels < WORD)
+        if not cells.any():
+            return places, ()
+        at = labels[cells]
+        of, picture, row, column = self._taken_apart(at)
+        used = [self.grids[i] for i in of.unique().tolist()]
+        taken = [n for g in used for n in range(g.first, g.first + g.images * g.frames)]
+        several, sizes, offsets = len(set(taken)) < len(taken), [], {}
+        for grid in used:
+            offset = len(sizes) - grid.first if several else 0
+            many = grid.first + offset + grid.images * grid.frames
+            sizes += [(0, 0)] * (many - len(sizes))
+            for i in range(grid.first + offset, many):
+                sizes[i] = (grid.rows, grid.columns)
+            offsets[grid.start] = grid.first + offset
+        numbers = torch.tensor([offsets.get(g.start, 0) for g in self.grids], device="cpu")
+        frames = torch.tensor([g.frames if g.video else 0 for g in self.grids], device="cpu")[of]
+        frame = torch.where(frames > 0, picture % frames.clamp_min(1), -1)
+        places[cells] = torch.stack([numbers[of] + picture, row, column, frame], dim=-1)
+        return places, tuple(sizes)
+
+    def _taken_apart(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which grid, and picture, row and column on it."""
+        numbers = torch.tensor([(g.start, g.rows, g.columns) for g in self.grids], device="cpu")
+        of = torch.searchsorted(numbers[:, 0].contiguous(), labels, right=True) - 1
+        start, rows, columns = numbers[of].unbind(-1)
+        at = labels - start
+        return of, at // (rows * columns), at // columns % rows, at % columns
+
+    # Functions that run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if getattr(_local, "off", False):
+            return result
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property
+            name = getattr(func.__self__, "__name__", "")
+        elif name.endswith("_") and not name.endswith("__"):
+            name = name[:-1]
+        if (rule := _RULES.get(name)) is not None:
+            try:
+                rule(self, func, result, args, kwargs)
+            except (RuntimeError, ValueError, IndexError, TypeError):  # called in a way that is not known here
+                for one in result if isinstance(result, (tuple, list)) else [result]:
+                    self._set(one, None)
+        elif isinstance(result, Tensor) and args and result is args[0] and result in self.labels:
+            del self.labels[result]  # changed in place, and not known how
+        return result
+
+    def _set(self, tensor: Any, labels: Tensor | None) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        if labels is not None and labels.ndim == tensor.ndim and _any(labels) is not None:
+            self.labels[tensor] = labels
+        elif tensor in self.labels:
+            del self.labels[tensor]
+
+    def _get(self, tensor: Any) -> Tensor | None:
+        """Labels of a tensor; a parameter is the model's own."""
+        if not isinstance(tensor, Tensor):
+            return None
+        labels = self.labels.get(tensor)
+        if labels is None and isinstance(tensor, nn.Parameter) and tensor.ndim:
+            return torch.full((1,) * tensor.ndim, OWN, device="cpu")
+        return labels
+
+    def _entrywise(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not isinstance(result, Tensor) or not any(t in self.labels for t in tensors):
+            return
+        known = [(t, self._get(t)) for t in tensors if t.ndim]
+        labels = None
+        for _, own in known:
+            if own is not None:
+                own = own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
+                labels = own if labels is None or labels is own else _both(labels, own)
+        unknown = any(own is None and t.ndim > 1 for t, own in known)
+        if labels is not None and unknown:  # what else went into it may be anything
+            labels = labels.masked_fill(labels == OWN, NONE) if bool((labels == OWN).all()) else labels
+        self._set(result, labels)
+
+    def _same(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Of the first argument, entry by entry."""
+        given = args[0] if args else kwargs.get("input")
+        if isinstance(result, Tensor) and isinstance(given, Tensor) and result.shape == given.shape:
+            self._set(result, self._get(given))
+
+    def _linear(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Along the last axis, everything with everything."""
+        labels = self._get(args[0] if args else kwargs["input"])
+        self._set(result, None if labels is None else self._hull(labels, -1))
+
+    def _normed(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        labels = self._get(args[0] if args else kwargs["input"])
+        shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", (0,))
+        for i in range(len(shape) if labels is not None else 0):
+            labels = self._hull(labels, -1 - i)
+        self._set(result, labels)
+
+    def _product(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        a, b = args[-2:] if len(args) > 1 else (args[0], kwargs.get("other", kwargs.get("mat2")))
+        if not isinstance(result, Tensor) or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return
+        if b not in self.labels and (isinstance(b, nn.Parameter) or b.ndim == 2):  # a linear map
+            if a in self.labels:
+                self._set(result, self._hull(self.labels[a], -1))
+            return
+        rows, columns = self.labels.get(a), self.labels.get(b)
+        if rows is None or columns is None or a.ndim != b.ndim or a.ndim < 3:
+            return
+        rows, columns = _alike(rows, -1)[..., 0], _alike(columns, -2)[..., 0, :]
+        self._scores(result.shape, rows, columns)
+
+    def _einsum(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+        parts = args[0].replace(" ", "").replace("->", ",").split(",") if isinstance(args[0], str) else []
+        labels = [self.labels.get(o) for o in operands]
+        if len(parts) != 3 or "." in args[0] or any(own is None for own in labels):
+            return
+        (first, second, out), n = parts, []
+        for letters, own in zip((first, second), labels):
+            for letter in [letter for letter in letters if letter not in out]:
+                own = _alike(own, letters.index(letter))
+            kept = [letter for letter in letters if letter in out]
+            own = own.reshape([s for letter, s in zip(letters, own.shape) if letter in out])
+            order = [kept.index(letter) for letter in out if letter in kept]
+            shape = iter(own.permute(order).shape)
+            n.append(own.permute(order).reshape([next(shape) if letter in kept else 1 for letter in out]))
+        if out[-2] in first and out[-2] not in second and out[-1] in second and out[-1] not in first:
+            self._scores(result.shape, n[0][..., 0], n[1][..., 0, :])
+
+    def _scores(self, shape: torch.Size, rows: Tensor, columns: Tensor) -> None:
+        self.products = [*self.products[1 - _MOST_PRODUCTS :], (shape, rows, columns)]
+
+    def _reduced(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given, dims = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs.get("dim")
+        labels = self.labels.get(given)
+        values = result if isinstance(result, Tensor) else result[0]
+        if labels is None or dims is None or isinstance(dims, Tensor):
+            return
+        dims = sorted({d % given.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims])}, reverse=True)
+        for dim in dims:
+            labels = self._hull(labels, dim)
+            if values.ndim < given.ndim:
+                labels = labels.squeeze(dim)
+        self._set(values, labels)
+
+    def _moved(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """By the function itself, on labels of the same axes."""
+        labels = self._get(args[0])
+        if labels is not None:
+            self._set(result, func(labels, *args[1:], **kwargs))
+
+    def _reshaped(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given = args[0]
+        labels = self._get(given) if isinstance(given, Tensor) and isinstance(result, Tensor) else None
+        if labels is None or not result.numel():
+            return
+        self._set(result, _reshaped(labels, given.shape, result.shape))
+
+    def _expanded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        labels = self._get(args[0])
+        if labels is not None:
+            self._set(result, labels.reshape((1,) * (result.ndim - labels.ndim) + labels.shape))
+
+    def _repeated(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given, labels = args[0], self._get(args[0])
+        if labels is None:
+            return
+        more = (1,) * (result.ndim - given.ndim)
+        times = [n // old for n, old in zip(result.shape, more + given.shape)]
+        labels = labels.reshape(more + labels.shape)
+        self._set(result, labels.repeat([1 if n == 1 else t for t, n in zip(times, labels.shape)]))
+
+    def _joined(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        tensors = args[0] if args else kwargs.get("tensors", ())
+        name = func.__name__
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 1 if name == "hstack" else 0)
+        tensors = [t for t in tensors if t.ndim and t.numel()]
+        if not any(self._get(t) is not None for t in tensors):
+            return
+        every = [self._get(t) for t in tensors]
+        every = [torch.full((1,) * t.ndim, NONE) if own is None else own for t, own in zip(tensors, every)]
+        if name == "stack":
+            dim %= result.ndim
+            every, sizes = [own.unsqueeze(dim) for own in every], [1] * len(tensors)
+        else:
+            dim %= result.ndim
+            sizes = [t.shape[dim] for t in tensors]
+        if all(own.shape[dim] == 1 and torch.equal(own, every[0]) for own in every):
+            self._set(result, every[0])
+            return
+        shape = list(torch.broadcast_shapes(*(o.shape[:dim] + o.shape[dim + 1 :] for o in every)))
+        wide = [o.expand(*shape[:dim], n, *shape[dim:]) for o, n in zip(every, sizes)]
+        self._set(result, torch.cat(wide, dim))
+
+    def _parted(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        labels = self._get(args[0])
+        if labels is None:
+            return
+        options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        rest = [_on_cpu(a) for a in args[1:]]
+        parts = func(labels.expand(args[0].shape), *rest, **options)
+        if isinstance(result, Tensor):
+            self._set(result, _narrow(parts))
+            return
+        for one, own in zip(result, parts):
+            self._set(one, _narrow(own))
+
+    def _padded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given, pad = args[0], args[1] if len(args) > 1 else kwargs["pad"]
+        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+        if (labels := self._get(given)) is None or mode != "constant":
+            return
+        for i in range(0, len(pad), 2):
+            axis = given.ndim - 1 - i // 2
+            if pad[i] or pad[i + 1]:
+                labels = labels.expand(*labels.shape[:axis], given.shape[axis], *labels.shape[axis + 1 :])
+        pad = [0 if labels.shape[labels.ndim - 1 - i // 2] == 1 else p for i, p in enumerate(pad)]
+        self._set(result, torch.nn.functional.pad(labels, pad, value=NONE))
+
+    def _chosen(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """By a condition, from one or the other."""
+        if len(args) < 3:
+            return
+        condition, a, b = args[:3] if func.__name__ == "where" and args[0].dtype == torch.bool else (
+            args[1], args[0], args[2]
+        )  # fmt: skip
+        known = [self._get(t) for t in (a, b)]
+        if not any(isinstance(t, Tensor) and t in self.labels for t in (a, b)):
+            return
+        one, two = (
+            torch.full((1,) * result.ndim, NONE) if own is None else own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
+            for own in known
+        )
+        where = condition.detach().cpu()
+        where = _alike_or_wide(where.reshape((1,) * (result.ndim - where.ndim) + where.shape))
+        found = torch.where(where, one, two)
+        other = torch.where(where, two, one)
+        cell = (other >= 0) & (other < WORD) & ((found == OWN) | (found == NONE))
+        self._set(result, torch.where(cell, other, found))  # a mask token stands where the patch stood
+
+    def _scattered(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given, mask, source = (*args, *kwargs.values())[:3]
+        into, what = self._get(given), self._get(source)
+        if into is None and what is None:
+            return
+        into = torch.full((1,) * given.ndim, NONE) if into is None else into
+        what = torch.full((1,) * source.ndim, NONE) if what is None else what
+        mask = mask.detach().cpu().expand(given.shape)
+        rows = bool((mask == mask[..., :1]).all()) and source.shape[-1] == given.shape[-1]
+        if rows and into.shape[-1] == what.shape[-1] == 1:
+            into = into.expand(*given.shape[:-1], 1).clone()
+            self._set(result, into.masked_scatter_(mask[..., :1], what.expand(*source.shape[:-1], 1).contiguous()))
+            return
+        into = into.expand(given.shape).clone()
+        self._set(result, _narrow(into.masked_scatter_(mask, what.expand(source.shape).contiguous())))
+
+    def _written(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        given, index, value = args[:3]
+        into, what = self._get(given), self._get(value)
+        if into is None and what is None:
+            return
+        into = torch.full((1,) * given.ndim, NONE) if into is None else into
+        into = into.expand(given.shape).clone()
+        into[_on_cpu(index)] = NONE if what is None else what.expand(value.shape)
+        self._set(given, _narrow(into))
+
+    def _embedded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        ids = args[0] if args else kwargs["input"]
+        if (labels := self.labels.get(ids)) is not None:
+            self._set(result, labels[..., None])
+
+    def _convolved(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Also pooled, and resized: another grid over the same picture."""
+        given = args[0] if args else kwargs["input"]
+        values = result if isinstance(result, Tensor) else result[0]
+        labels = self._get(given)
+        if labels is None:
+            return
+        axes = next((int(n) for n in "123" if f"{n}d" in func.__name__), given.ndim - 2)
+        if given.ndim == axes + 1:  # without a batch
+            labels, shape, out = labels[None], given.shape, values.shape
+        else:
+            labels, shape, out = labels, given.shape[1:], values.shape[1:]
+        labels = _narrow(self._hull(labels, 1), views=False)
+        if out[1:] != shape[1:] and any(n > 1 for n in labels.shape[2:]):
+            labels = self._laid(labels.expand(*labels.shape[:2], *shape[1:]), tuple(out[1:]))
+        if labels is not None and given.ndim == axes + 1:
+            labels = labels[0]
+        self._set(values, labels)
+
+    def _laid(self, labels: Tensor, size: tuple[int, ...]) -> Tensor | None:
+        """Labels [picture, 1, (frame,) row, column], which are a whole picture and padding, on a grid of this size."""
+        cells = labels >= 0
+        if len(size) < 2 or not cells.any() or bool((labels >= WORD).any()):
+            return None
+        at = [cells.any(0).flatten(1).any(1)] if False else None
+        at = [cells.movedim(d, 0).flatten(1).any(1).nonzero() for d in range(2, labels.ndim)]
+        inner = labels[(slice(None), slice(None), *(slice(int(i[0]), int(i[-1]) + 1) for i in at))]
+        first = inner.flatten(1)[:, :1]
+        of, picture, row, column = self._taken_apart(first)
+        grids = of.unique().tolist()
+        if len(grids) != 1 or bool((first < 0).any()):
+            return None
+        grid, shape = self.grids[grids[0]], inner.shape[2:]
+        frames = shape[0] if len(shape) == 3 else 1
+        whole = shape[-2:] == (grid.rows, grid.columns) and frames in (1, grid.frames) and not bool((row + column).any())
+        if not whole or not torch.equal(inner.flatten(1), first + torch.arange(math.prod(shape), device="cpu")):
+            return None
+        video = len(size) == 3 and frames == grid.frames
+        new = self._finer(grid, size[0] if video else grid.frames, *size[-2:])
+        if new.rows * new.columns == 1:  # the picture as a whole has no place in it
+            return None
+        one = size[-2] * size[-1]
+        start = picture // grid.frames * new.frames if video else picture
+        cells = new.start + start * one + torch.arange((size[0] if video else 1) * one, device="cpu")
+        cells = cells.reshape(len(labels), 1, *((size[0] if video else 1,) if len(size) == 3 else ()), *size[-2:])
+        return cells
+
+    def _hull(self, labels: Tensor, dim: int) -> Tensor:
+        """Of what is made of everything along an axis: the one place, or the rectangle of places as a larger cell."""
+        if labels.shape[dim] == 1:
+            return labels
+        first = labels.narrow(dim, 0, 1)
+        if bool((labels == first).all()):
+            return first
+        nothing = torch.full_like(first, NONE)
+        cells = (labels >= 0) & (labels < WORD)
+        if bool((labels >= WORD).any()) or not bool(cells.any()):
+            same = (labels == first).all(dim, keepdim=True)
+            return torch.where(same, first, NONE)
+        of, picture, row, column = self._taken_apart(labels.clamp_min(0))
+        frames = torch.tensor([g.frames for g in self.grids], device="cpu")[of]
+        parts = {"of": of, "image": picture // frames, "frame": picture % frames, "row": row, "column": column}
+        low = {k: v.masked_fill(~cells, 1 << 40).amin(dim, keepdim=True) for k, v in parts.items()}
+        high = {k: v.masked_fill(~cells, -1).amax(dim, keepdim=True) for k, v in parts.items()}
+        there = cells.any(dim, keepdim=True)
+        if any(bool((low[k] != high[k])[there].any()) for k in ("of", "image")):
+            return nothing
+        found = nothing.clone()
+        for number in low["of"][there].unique().tolist():
+            here, grid = there & (low["of"] == number), self.grids[number]
+            sides = {}
+            for k in ("frame", "row", "column"):
+                sides[k] = int((high[k] - low[k])[here].max()) + 1
+                if bool((low[k] // sides[k] != high[k] // sides[k])[here].any()):
+                    return nothing
+            counts = [-(-n // s) for n, s in zip((grid.frames, grid.rows, grid.columns), sides.values())]
+            if counts[1] * counts[2] == 1:  # the picture as a whole has no place in it
+                continue
+            new = self._finer(grid, *counts)
+            f, r, c = (low[k] // s for k, s in sides.items())
+            label = new.start + ((low["image"] * new.frames + f) * new.rows + r) * new.columns + c
+            found = torch.where(here, label, found)
+        return found
+
+
+def _any(labels: Tensor) -> Tensor | None:
+    return labels if bool((labels != NONE).any()) else None
+
+
+def _alike(labels: Tensor, dim: int) -> Tensor:
+    """With one label along an axis: `NONE` where they differ."""
+    if labels.shape[dim] == 1:
+        return labels
+    first = labels.narrow(dim, 0, 1)
+    return torch.where((labels == first).all(dim, keepdim=True), first, NONE)
+
+
+def _over_heads(labels: Tensor, leading: torch.Size, batch: int, heads: int) -> Tensor | None:
+    """Labels [batch, position] of [..., position], which all heads of `leading` share."""
+    n = labels.shape[-1]
+    for axis in range(len(leading) - 1, 0, -1):
+        if leading[axis] == heads and labels.shape[axis] == 1:
+            return labels.squeeze(axis).expand(*leading[:axis], *leading[axis + 1 :], n).reshape(batch, n)
+    every = labels.expand(*leading, n).reshape(batch, heads, n)
+    return every[:, 0] if bool((every == every[:, :1]).all()) else None
+
+
+def _alike_or_wide(mask: Tensor) -> Tensor:
+    return mask[..., :1] if mask.shape[-1] > 1 and bool((mask == mask[..., :1]).all()) else mask
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """Of what was made of two: what is known of one, unless the other says something else."""
+    a_says, b_says = ((x != NONE) & (x != OWN) for x in (a, b))
+    either = torch.where(a_says, a, torch.where(b_says, b, torch.maximum(a, b)))
+    return torch.where(a_says & b_says & (a != b), NONE, either)
+
+
+def _narrow(labels: Tensor, views: bool = True) -> Tensor:
+    """The same, of size 1 along axes where all are alike; `views`: the others were not expanded."""
+    for dim in range(labels.ndim):
+        if labels.shape[dim] > 1:
+            first = labels.narrow(dim, 0, 1)
+            if labels.stride(dim) == 0 or (views and dim and bool((labels == first).all())):
+                labels = first
+    return labels
+
+
+def _reshaped(labels: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor | None:
+    """Labels of a tensor of shape `old`, seen as of shape `new`: axes that go over into each other together."""
+    shape: list[int] = []
+    wide: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b, i0, j0 = 1, 1, i, j
+        while i < len(old) and i == i0 or j < len(new) and j == j0 or a != b:
+            if a <= b and i < len(old) and (i == i0 or a < b):
+                a, i = a * old[i], i + 1
+            elif j < len(new):
+                b, j = b * new[j], j + 1
+            elif i < len(old):
+                a, i = a * old[i], i + 1
+            else:
+                return None
+        alike = all(n == 1 for n in labels.shape[i0:i])
+        wide += [1] * (i - i0) if alike else list(old[i0:i])
+        shape += [1] * (j - j0) if alike else list(new[j0:j])
+    return labels.expand(wide).reshape(shape)
+
+
+def _on_cpu(index: Any) -> Any:
+    if isinstance(index, Tensor):
+        return index.detach().cpu()
+    return type(index)(_on_cpu(i) for i in index) if type(index) in (tuple, list) else index
+
+
+_BINARY = "add sub subtract mul multiply div divide true_divide pow maximum minimum floor_divide fmod remainder"
+_NAMES: dict[Callable[..., None], str] = {
+    Pictures._entrywise: f"{_BINARY} lerp addcmul addcdiv __radd__ __rsub__ __rmul__ __rtruediv__ __rdiv__ __rpow__ rsub "
+    "__add__ __sub__ __mul__ __truediv__ __div__ __pow__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__",
+    Pictures._same: "neg __neg__ abs exp log sqrt rsqrt square sin cos tanh sigmoid gelu relu relu6 silu elu selu celu mish "
+    "leaky_relu hardswish hardsigmoid hardtanh softplus logsigmoid clamp clip clamp_min clamp_max nan_to_num erf round "
+    "dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d to type type_as float double half bfloat16 cpu "
+    "cuda contiguous clone detach alias requires_grad data masked_fill batch_norm group_norm instance_norm "
+    "__pos__ quick_gelu rrelu prelu copysign real",
+    Pictures._linear: "linear",
+    Pictures._normed: "layer_norm rms_norm",
+    Pictures._product: "matmul __matmul__ mm bmm baddbmm addmm",
+    Pictures._einsum: "einsum",
+    Pictures._reduced: "mean sum amax amin max min norm var std logsumexp median prod vector_norm linalg_vector_norm",
+    Pictures._moved: "permute transpose swapaxes swapdims movedim moveaxis mT T t flip fliplr flipud roll rot90 "
+    "adjoint",
+    Pictures._reshaped: "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel _reshape_alias",
+    Pictures._expanded: "expand expand_as broadcast_to",
+    Pictures._repeated: "repeat tile",
+    Pictures._joined: "cat concat concatenate stack vstack hstack",
+    Pictures._parted: "__getitem__ split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split narrow select "
+    "index_select gather take_along_dim masked_select unfold repeat_interleave pixel_shuffle pixel_unshuffle "
+    "tril triu",
+    Pictures._padded: "pad",
+    Pictures._chosen: "where",
+    Pictures._scattered: "masked_scatter",
+    Pictures._written: "__setitem__",
+    Pictures._embedded: "embedding",
+    Pictures._convolved: "conv1d conv2d conv3d conv_transpose2d conv_transpose3d avg_pool2d avg_pool3d max_pool2d max_pool3d "
+    "boolean_dispatch adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d interpolate upsample _max_pool2d "
+    "_max_pool3d max_pool2d_with_indices avg_pool1d",
+}
+_RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
