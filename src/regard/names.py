@@ -82,15 +82,12 @@ class Names:
         patches = places[..., 0] >= 0
         tokens = tokens.marked("special", labels >= OWN).marked("text", (labels >= STATE) & (labels < OWN))
         tokens = tokens.marked("image", patches)
-        for name, first, end in (("input_ids", WORD, STATE), ("encoder_hidden_states", STATE, OWN)):
-            words, here = self._words(stack, name, inputs), (labels >= first) & (labels < end)
-            if words is not None and here.any() and int(labels[here].max()) - first < words.roles.numel():
-                at = (labels - first).where(here, 0)
-                tokens = replace(
-                    tokens,
-                    roles=torch.where(here, words.roles.flatten()[at], tokens.roles),
-                    ids=torch.where(here, words.ids.flatten()[at], tokens.ids),
-                )
+        for first, end in ((WORD, STATE), (STATE, OWN)):
+            here = (labels >= first) & (labels < end)
+            if here.any() and (words := self._words(stack, first)) is not None:
+                roles, ids = (words[i][(labels - first).where(here, 0)] for i in (0, 1))
+                roles, ids = torch.where(here, roles, tokens.roles), torch.where(here, ids, tokens.ids)
+                tokens = replace(tokens, roles=roles, ids=ids)
         hidden = inputs.get("bool_masked_pos")
         if isinstance(hidden, Tensor) and grids and hidden.ndim == 2 and len(hidden) == len(grids):
             rows, columns = grids[0]
@@ -100,14 +97,16 @@ class Names:
                 tokens = tokens.marked("special", patches & masked)
         return tokens.at(_between(places, labels >= OWN, grids), grids, after)
 
-    def _words(self, stack: str, name: str, inputs: Mapping[str, Any]) -> Tokens | None:
-        given = inputs.get(name)
-        if not isinstance(given, Tensor):
-            return None
-        if name == "encoder_hidden_states":
-            return self._read(stack, given)
-        tokens = self._text(stack, given.reshape(len(given), -1), 0, False, None)
-        return _unmasked(tokens, inputs.get("attention_mask"), 0)
+    def _words(self, stack: str, kind: int) -> tuple[Tensor, Tensor] | None:
+        """Roles and ids of all words that this pass was given, end to end."""
+        found = []
+        for given, mask in self.pictures.texts[kind]:
+            tokens = self._text(stack, given, 0, False, None) if kind == WORD else self._read(stack, given)
+            if tokens is None:
+                return None
+            found.append(_unmasked(tokens, mask, 0))
+        roles, ids = (torch.cat([getattr(tokens, name).flatten() for tokens in found]) for name in ("roles", "ids"))
+        return roles, ids
 
     def before(self, call: Call, inputs: Mapping[str, Any], generation: Generation | None) -> Tokens:
         """What a cache that was filled elsewhere holds, as far as `generate` and the mask tell."""

@@ -93,7 +93,9 @@ class _Entry:
             if entry is self.source:
                 break
         mask = next((mask for mask in masks if mask is not None), None)
-        return {**self.source.inputs, "attention_mask": mask}
+        hidden = (entry.inputs.get("bool_masked_pos") for entry in self.outwards())
+        hidden = next((mask for mask in hidden if mask is not None), None)
+        return {**self.source.inputs, "attention_mask": mask, "bool_masked_pos": hidden}
 
     def outwards(self) -> Iterator[_Entry]:
         entry: _Entry | None = self

@@ -29,7 +29,7 @@ from ..functions import bound
 
 NONE = -1  # not known
 WORD = 1 << 40  # and above: one of `input_ids`, counted through the batch
-STATE = 1 << 41  # and above: one of `encoder_hidden_states`
+STATE = 1 << 41  # and above: one of the `encoder_hidden_states` of diffusers' models
 OWN = 1 << 42  # a parameter of the model: class, register, mask and detection tokens, learned queries
 
 _IMAGES = ("sample", "hidden_states", "x", "inputs", "input", "images", "image")  # of models that are not transformers'
@@ -42,6 +42,7 @@ class Grid:
     """Rows and columns of the cells of some pictures, whose labels begin at `start`."""
 
     start: int
+    source: int  # where the labels of the pictures' own pixels, or patches, begin
     first: int  # number of the first picture; each frame of a video counts as one
     images: int
     frames: int  # of a video
@@ -100,9 +101,11 @@ class Pictures(TorchFunctionMode):
         super().__init__()
         self.labels: Any = WeakTensorKeyDictionary()
         self.grids: list[Grid] = []
-        self.derived: dict[tuple[int, int, int, int], Grid] = {}  # by what they were made of
+        self.over: dict[tuple[int, int, int, int], Grid] = {}  # by pictures and size
         self.count = 0  # pictures of this pass
-        self.on = False
+        self.texts: dict[int, list[tuple[Tensor, Any]]] = {WORD: [], STATE: []}  # and its texts, with their masks
+        self.around = False  # this mode is on
+        self.on = False  # for a model that runs on pictures
         # The newest products of two labelled tensors: shape, and the labels of rows and of columns.
         self.products: list[tuple[torch.Size, Tensor, Tensor]] = []
 
@@ -111,21 +114,35 @@ class Pictures(TorchFunctionMode):
     def run(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a model, following its pictures where it has any."""
         inputs = bound(module, args, kwargs)
-        if not self.on:
-            self.count, self.products = 0, []
-        there = self._found(module, inputs)
-        if self.on or not there:
+        if self.on:
+            self._found(module, inputs)
             return own(*args, **kwargs)
-        self.on = True
+        with ExitStack() as undo:
+            self.on = undo.enter_context(self.following(module, inputs))
+            undo.callback(setattr, self, "on", False)
+            if self.around and not self.on:  # a step of decoding
+                undo.enter_context(unfollowed())
+            return own(*args, **kwargs)
+
+    @contextmanager
+    def following(self, module: nn.Module, inputs: Mapping[str, Any]) -> Iterator[bool]:
+        """Follow what the model does with these inputs, if there are pictures among them; whether there are."""
+        if not self.around:
+            self.count, self.texts = 0, {WORD: [], STATE: []}
+        there = self._found(module, inputs)
+        if self.around or not there:
+            yield there
+            return
+        self.around = True
         try:
             with self:
-                return own(*args, **kwargs)
+                yield True
         finally:
-            self.on = False
+            self.around = False
 
     def _found(self, module: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Label the pictures and texts among the inputs; whether there are pictures."""
-        there = any(isinstance(value, Tensor) and value in self.labels for value in inputs.values())
+        """Label the pictures and texts among the inputs; whether there are pictures, or what was made of some."""
+        there = any(tensor in self.labels for tensor in _tensors(inputs))
         for name, value in inputs.items():
             parts = value if isinstance(value, (list, tuple)) else [value]
             if "mask" in name or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
@@ -133,11 +150,14 @@ class Pictures(TorchFunctionMode):
             for part in parts:
                 if part not in self.labels and (labels := self._source(module, name, part, inputs)) is not None:
                     self.labels[part], there = labels, True
-        for name, kind in (("input_ids", WORD), ("encoder_hidden_states", STATE)):
+        foreign = not hasattr(module, "main_input_name")
+        for name, kind in (("input_ids", WORD), *[("encoder_hidden_states", STATE)] * foreign):
             given = inputs.get(name)
             if there and isinstance(given, Tensor) and given.ndim > 1 and given not in self.labels:
-                labels = kind + torch.arange(math.prod(given.shape[:2]), device="cpu").reshape(given.shape[:2])
+                start, shape = kind + sum(math.prod(text.shape[:2]) for text, _ in self.texts[kind]), given.shape[:2]
+                labels = torch.arange(start, start + math.prod(shape), device="cpu").reshape(shape)
                 self.labels[given] = labels if given.ndim == 2 else labels[..., None]
+                self.texts[kind].append((given, inputs.get("attention_mask")))
         return there
 
     def _source(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -203,21 +223,21 @@ class Pictures(TorchFunctionMode):
         return labels[None, :, None] if given.ndim == 3 and given.shape[:2] == (1, len(labels)) else None
 
     def _grid(self, images: int, frames: int, rows: int, columns: int, video: bool) -> Grid:
-        grid = self._new(self.count, images, frames, rows, columns, video)
+        grid = self._new(None, self.count, images, frames, rows, columns, video)
         self.count += images * frames
         return grid
 
-    def _new(self, first: int, images: int, frames: int, rows: int, columns: int, video: bool) -> Grid:
+    def _new(self, source: int | None, first: int, images: int, frames: int, *size: Any) -> Grid:
         start = self.grids[-1].end if self.grids else 0
-        self.grids.append(Grid(start, first, images, frames, rows, columns, video))
-        return self.grids[-1]
+        grid = Grid(start, start if source is None else source, first, images, frames, *size)
+        self.grids.append(grid)
+        self.over[grid.source, frames, grid.rows, grid.columns] = grid
+        return grid
 
-    def _finer(self, of: Grid, frames: int, rows: int, columns: int) -> Grid:
-        """Another grid over the same pictures."""
-        key = of.start, frames, rows, columns
-        if key not in self.derived:
-            self.derived[key] = self._new(of.first, of.images, frames, rows, columns, of.video)
-        return self.derived[key]
+    def _over(self, of: Grid, frames: int, rows: int, columns: int) -> Grid:
+        """The grid of this size over the same pictures."""
+        known = self.over.get((of.source, frames, rows, columns))
+        return known or self._new(of.source, of.first, of.images, frames, rows, columns, of.video)
 
     @staticmethod
     def _all(grid: Grid) -> Tensor:
@@ -274,7 +294,7 @@ class Pictures(TorchFunctionMode):
     def _taken_apart(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Which grid, and picture, row and column on it."""
         numbers = torch.tensor([(g.start, g.rows, g.columns) for g in self.grids], device="cpu")
-        of = torch.searchsorted(numbers[:, 0].contiguous(), labels, right=True) - 1
+        of = torch.searchsorted(numbers[:, 0].contiguous(), labels.contiguous(), right=True) - 1
         start, rows, columns = numbers[of].unbind(-1)
         at = labels - start
         return of, at // (rows * columns), at // columns % rows, at % columns
@@ -484,7 +504,9 @@ class Pictures(TorchFunctionMode):
         if not any(isinstance(t, Tensor) and t in self.labels for t in (a, b)):
             return
         one, two = (
-            torch.full((1,) * result.ndim, NONE) if own is None else own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
+            torch.full((1,) * result.ndim, NONE)
+            if own is None
+            else own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
             for own in known
         )
         where = condition.detach().cpu()
@@ -559,11 +581,13 @@ class Pictures(TorchFunctionMode):
             return None
         grid, shape = self.grids[grids[0]], inner.shape[2:]
         frames = shape[0] if len(shape) == 3 else 1
-        whole = shape[-2:] == (grid.rows, grid.columns) and frames in (1, grid.frames) and not bool((row + column).any())
+        whole = (
+            shape[-2:] == (grid.rows, grid.columns) and frames in (1, grid.frames) and not bool((row + column).any())
+        )
         if not whole or not torch.equal(inner.flatten(1), first + torch.arange(math.prod(shape), device="cpu")):
             return None
         video = len(size) == 3 and frames == grid.frames
-        new = self._finer(grid, size[0] if video else grid.frames, *size[-2:])
+        new = self._over(grid, size[0] if video else grid.frames, *size[-2:])
         if new.rows * new.columns == 1:  # the picture as a whole has no place in it
             return None
         one = size[-2] * size[-1]
@@ -603,11 +627,20 @@ class Pictures(TorchFunctionMode):
             counts = [-(-n // s) for n, s in zip((grid.frames, grid.rows, grid.columns), sides.values())]
             if counts[1] * counts[2] == 1:  # the picture as a whole has no place in it
                 continue
-            new = self._finer(grid, *counts)
+            new = self._over(grid, *counts)
             f, r, c = (low[k] // s for k, s in sides.items())
             label = new.start + ((low["image"] * new.frames + f) * new.rows + r) * new.columns + c
             found = torch.where(here, label, found)
         return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _any(labels: Tensor) -> Tensor | None:
@@ -660,7 +693,7 @@ def _reshaped(labels: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor 
     i = j = 0
     while i < len(old) or j < len(new):
         a, b, i0, j0 = 1, 1, i, j
-        while i < len(old) and i == i0 or j < len(new) and j == j0 or a != b:
+        while (i < len(old) and i == i0) or (j < len(new) and j == j0) or a != b:
             if a <= b and i < len(old) and (i == i0 or a < b):
                 a, i = a * old[i], i + 1
             elif j < len(new):
