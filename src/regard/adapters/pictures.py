@@ -100,6 +100,7 @@ class Pictures(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.labels: Any = WeakTensorKeyDictionary()
+        self.given: Any = WeakTensorKeyDictionary()  # of them, those of inputs of this pass
         self.grids: list[Grid] = []
         self.over: dict[tuple[int, int, int, int], Grid] = {}  # by pictures and size
         self.count = 0  # pictures of this pass
@@ -129,6 +130,9 @@ class Pictures(TorchFunctionMode):
         """Follow what the model does with these inputs, if there are pictures among them; whether there are."""
         if not self.around:
             self.count, self.texts = 0, {WORD: [], STATE: []}
+            for tensor in list(self.given.keys()):  # what earlier passes were given; what they made is known
+                self._set(tensor, None)
+            self.given = WeakTensorKeyDictionary()
         there = self._found(module, inputs)
         if self.around or not there:
             yield there
@@ -149,7 +153,7 @@ class Pictures(TorchFunctionMode):
                 continue
             for part in parts:
                 if part not in self.labels and (labels := self._source(module, name, part, inputs)) is not None:
-                    self.labels[part], there = labels, True
+                    self.labels[part], self.given[part], there = labels, True, True
         foreign = not hasattr(module, "main_input_name")
         for name, kind in (("input_ids", WORD), *[("encoder_hidden_states", STATE)] * foreign):
             given = inputs.get(name)
@@ -157,6 +161,7 @@ class Pictures(TorchFunctionMode):
                 start, shape = kind + sum(math.prod(text.shape[:2]) for text, _ in self.texts[kind]), given.shape[:2]
                 labels = torch.arange(start, start + math.prod(shape), device="cpu").reshape(shape)
                 self.labels[given] = labels if given.ndim == 2 else labels[..., None]
+                self.given[given] = True
                 self.texts[kind].append((given, inputs.get("attention_mask")))
         return there
 
@@ -449,7 +454,7 @@ class Pictures(TorchFunctionMode):
     def _joined(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         tensors = args[0] if args else kwargs.get("tensors", ())
         name = func.__name__
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", 1 if name == "hstack" else 0)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         tensors = [t for t in tensors if t.ndim and t.numel()]
         if not any(self._get(t) is not None for t in tensors):
             return
@@ -714,36 +719,39 @@ def _on_cpu(index: Any) -> Any:
     return type(index)(_on_cpu(i) for i in index) if type(index) in (tuple, list) else index
 
 
+# fmt: off
 _BINARY = "add sub subtract mul multiply div divide true_divide pow maximum minimum floor_divide fmod remainder"
 _NAMES: dict[Callable[..., None], str] = {
-    Pictures._entrywise: f"{_BINARY} lerp addcmul addcdiv __radd__ __rsub__ __rmul__ __rtruediv__ __rdiv__ __rpow__ rsub "
-    "__add__ __sub__ __mul__ __truediv__ __div__ __pow__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__",
-    Pictures._same: "neg __neg__ abs exp log sqrt rsqrt square sin cos tanh sigmoid gelu relu relu6 silu elu selu celu mish "
-    "leaky_relu hardswish hardsigmoid hardtanh softplus logsigmoid clamp clip clamp_min clamp_max nan_to_num erf round "
-    "dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d to type type_as float double half bfloat16 cpu "
-    "cuda contiguous clone detach alias requires_grad data masked_fill batch_norm group_norm instance_norm "
-    "__pos__ quick_gelu rrelu prelu copysign real",
+    Pictures._entrywise: f"""{_BINARY} lerp addcmul addcdiv rsub __add__ __sub__ __mul__ __truediv__ __div__ __pow__
+        __radd__ __rsub__ __rmul__ __rtruediv__ __rdiv__ __rpow__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__""",
+    Pictures._same: """neg __neg__ __pos__ abs exp log sqrt rsqrt square sin cos tanh sigmoid erf round real copysign
+        gelu relu relu6 silu elu selu celu mish leaky_relu rrelu hardswish hardsigmoid hardtanh softplus logsigmoid
+        clamp clip clamp_min clamp_max nan_to_num masked_fill batch_norm group_norm instance_norm
+        dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d to type type_as float double half bfloat16
+        cpu cuda contiguous clone detach alias requires_grad data""",
     Pictures._linear: "linear",
     Pictures._normed: "layer_norm rms_norm",
     Pictures._product: "matmul __matmul__ mm bmm baddbmm addmm",
     Pictures._einsum: "einsum",
-    Pictures._reduced: "mean sum amax amin max min norm var std logsumexp median prod vector_norm linalg_vector_norm",
-    Pictures._moved: "permute transpose swapaxes swapdims movedim moveaxis mT T t flip fliplr flipud roll rot90 "
-    "adjoint",
-    Pictures._reshaped: "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel _reshape_alias",
+    Pictures._reduced: """mean sum prod amax amin max min norm var std logsumexp median vector_norm
+        linalg_vector_norm""",
+    Pictures._moved: """permute transpose swapaxes swapdims movedim moveaxis mT T t adjoint flip fliplr flipud roll
+        rot90""",
+    Pictures._reshaped: "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel",
     Pictures._expanded: "expand expand_as broadcast_to",
     Pictures._repeated: "repeat tile",
-    Pictures._joined: "cat concat concatenate stack vstack hstack",
-    Pictures._parted: "__getitem__ split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split narrow select "
-    "index_select gather take_along_dim masked_select unfold repeat_interleave pixel_shuffle pixel_unshuffle "
-    "tril triu",
+    Pictures._joined: "cat concat concatenate stack",
+    Pictures._parted: """__getitem__ split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split narrow
+        select index_select gather take_along_dim masked_select unfold repeat_interleave pixel_shuffle
+        pixel_unshuffle""",
     Pictures._padded: "pad",
     Pictures._chosen: "where",
     Pictures._scattered: "masked_scatter",
     Pictures._written: "__setitem__",
     Pictures._embedded: "embedding",
-    Pictures._convolved: "conv1d conv2d conv3d conv_transpose2d conv_transpose3d avg_pool2d avg_pool3d max_pool2d max_pool3d "
-    "boolean_dispatch adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d interpolate upsample _max_pool2d "
-    "_max_pool3d max_pool2d_with_indices avg_pool1d",
+    Pictures._convolved: """conv1d conv2d conv3d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d
+        max_pool2d max_pool3d _max_pool2d _max_pool3d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d
+        interpolate upsample""",
 }
+# fmt: on
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from ..files import MARK, refuse_foreign
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
+
+
+SAME = 8.0  # of 255: how far a picture may be on average from what its processor made of it
 
 
 class InputError(ValueError):
@@ -104,6 +109,30 @@ def prepare(
             )
         inputs = {k: v[:, :room] if isinstance(v, Tensor) and v.shape[:2] == (1, n) else v for k, v in inputs.items()}
     return inputs, roles
+
+
+def seen(processor: Any, inputs: dict[str, Any], picture: Image.Image) -> list[Image.Image]:
+    """The picture as the model is shown it, cropped or squeezed, or in parts; where that is the whole, itself."""
+    pixels, processor = inputs.get("pixel_values"), getattr(processor, "image_processor", processor)
+    if not isinstance(pixels, Tensor) or pixels.ndim < 4 or pixels.shape[-3] != 3:
+        return [picture]  # packed: patches of the whole
+    values = pixels.detach().cpu().float().reshape(-1, *pixels.shape[-3:]).movedim(1, -1).numpy()
+    if getattr(processor, "do_normalize", False):
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if getattr(processor, "do_rescale", False):
+        values = values / processor.rescale_factor
+    if not np.isfinite(values).all() or values.min() < -SAME or values.max() > 255 + SAME or np.ptp(values) < SAME:
+        return [picture]  # what was made of it is not known
+    shown = [Image.fromarray(one) for one in values.round().clip(0, 255).astype(np.uint8)]
+    return [picture if _alike(picture, one) else one for one in shown]
+
+
+def _alike(picture: Image.Image, shown: Image.Image) -> bool:
+    """Whether it shows the whole picture in its own shape."""
+    small, (wide, high) = picture.convert("RGB").resize(shown.size, Image.Resampling.BICUBIC), shown.size
+    if abs(math.log(picture.width * high / (picture.height * wide))) > 0.02:
+        return False
+    return float(np.abs(np.asarray(small, float) - np.asarray(shown, float)).mean()) < SAME
 
 
 def hear(loaded: Loaded, name: str, heard: Sound | None, more: bool) -> dict[str, Any]:
