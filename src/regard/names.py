@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.generation import Generation
-from .adapters.pictures import NONE, OWN, STATE, WORD, Pictures
+from .adapters.grids import NONE, OWN, STATE, WORD
+from .adapters.pictures import Pictures
 from .call import Call
 from .functions import bound
 from .tokens import ROLES, Tokens
@@ -64,7 +65,7 @@ class Names:
             tokens = self._text(call.site.stack, ids, call.query_start, call.query_start == 0, generation)
             if labels is not None:
                 patches = labels.masked_fill(~tokens.role("image"), NONE)
-                tokens = tokens.at(*self.pictures.places(patches), after)
+                tokens = tokens.at(*self.pictures.grids.places(patches), after)
             return _unmasked(tokens, inputs.get("attention_mask"), call.query_start)
         if labels is not None:
             return self.labelled(call.site.stack, labels, inputs, after)
@@ -78,7 +79,7 @@ class Names:
     def labelled(self, stack: str, labels: Tensor, inputs: Mapping[str, Any], after: int = 0) -> Tokens:
         """Positions of pictures, and of words and the model's own tokens beside them."""
         tokens = Tokens.plain("other", *labels.shape)
-        places, grids = self.pictures.places(labels)
+        places, grids = self.pictures.grids.places(labels)
         patches = places[..., 0] >= 0
         tokens = tokens.marked("special", labels >= OWN).marked("text", (labels >= STATE) & (labels < OWN))
         tokens = tokens.marked("image", patches)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import caches, checkpoints, generation, pictures, transforms
 from .adapters.caches import Rows
 from .adapters.generation import Generation
-from .adapters.pictures import NONE
+from .adapters.grids import NONE
 from .call import Call, Site, UnreachableAttention
 from .functions import bound
 from .names import Names, shows

@@ -152,6 +152,7 @@ class _Session:
         if not self.sites:
             sites.refuse_unreached(model, missed, other)
         if recorder is not None:
+            recorder.attributes.setdefault("architecture", type(getattr(model, "_orig_mod", model)).__name__)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         for module, site in self.sites.items():

@@ -374,3 +374,23 @@ def test_nothing_stays_behind(fails):
     assert model.forward == before
     assert torch.overrides._get_current_function_mode() is None
     assert not vars(given)
+
+
+def test_a_timm_model():
+    """Not one of transformers': its argument is called x, and its attention calls torch's function."""
+    timm = pytest.importorskip("timm", exc_type=ImportError)  # timm itself needs torchvision
+    torch.manual_seed(0)
+    sizes = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+    model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
+    given = {"x": torch.randn(2, 3, 32, 48)}
+    with regard.record(model, "entropy", "received") as recording, torch.no_grad():
+        model(**given)
+    node = recording.tree["encoder"]
+    assert repr(recording).startswith("Recording of VisionTransformer")
+    assert json.loads(node.attrs["grids"]) == [[4, 6], [4, 6]]
+    assert list(node["key_role"].values[1]) == ["special"] + ["image"] * 24
+    assert list(node["key_column"].values[1]) == [-1, *list(range(6)) * 4]
+    for method in ("gradient_x_input", "grad_cam"):
+        found = regard.attribute(model, given, target=1, method=method)
+        assert dict(found.sizes) == {"batch": 2, "row": 32, "column": 48}
+        assert float(np.abs(found).max()) > 0

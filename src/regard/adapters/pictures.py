@@ -14,9 +14,8 @@ import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,33 +25,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import hooks
 from ..functions import bound
-
-NONE = -1  # not known
-WORD = 1 << 40  # and above: one of `input_ids`, counted through the batch
-STATE = 1 << 41  # and above: one of the `encoder_hidden_states` of diffusers' models
-OWN = 1 << 42  # a parameter of the model: class, register, mask and detection tokens, learned queries
+from .grids import NONE, OWN, STATE, WORD, Grids, alike, alike_or_wide, both, known, narrow, over_heads, reshaped
 
 _IMAGES = ("sample", "hidden_states", "x", "inputs", "input", "images", "image")  # of models that are not transformers'
 _MOST_PRODUCTS = 4
 _local = threading.local()
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Rows and columns of the cells of some pictures, whose labels begin at `start`."""
-
-    start: int
-    source: int  # where the labels of the pictures' own pixels, or patches, begin
-    first: int  # number of the first picture; each frame of a video counts as one
-    images: int
-    frames: int  # of a video
-    rows: int
-    columns: int
-    video: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + self.images * self.frames * self.rows * self.columns
 
 
 @contextmanager
@@ -101,9 +78,7 @@ class Pictures(TorchFunctionMode):
         super().__init__()
         self.labels: Any = WeakTensorKeyDictionary()
         self.given: Any = WeakTensorKeyDictionary()  # of them, those of inputs of this pass
-        self.grids: list[Grid] = []
-        self.over: dict[tuple[int, int, int, int], Grid] = {}  # by pictures and size
-        self.count = 0  # pictures of this pass
+        self.grids = Grids()
         self.texts: dict[int, list[tuple[Tensor, Any]]] = {WORD: [], STATE: []}  # and its texts, with their masks
         self.around = False  # this mode is on
         self.on = False  # for a model that runs on pictures
@@ -129,7 +104,7 @@ class Pictures(TorchFunctionMode):
     def following(self, module: nn.Module, inputs: Mapping[str, Any]) -> Iterator[bool]:
         """Follow what the model does with these inputs, if there are pictures among them; whether there are."""
         if not self.around:
-            self.count, self.texts = 0, {WORD: [], STATE: []}
+            self.grids.count, self.texts = 0, {WORD: [], STATE: []}
             for tensor in list(self.given.keys()):  # what earlier passes were given; what they made is known
                 self._set(tensor, None)
             self.given = WeakTensorKeyDictionary()
@@ -167,6 +142,12 @@ class Pictures(TorchFunctionMode):
 
     def _source(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         """Labels of a picture's pixels, or of patches whose places other arguments tell."""
+        try:
+            return self._labelled(module, name, given, inputs)
+        except (RuntimeError, ValueError, IndexError, TypeError):  # arguments that are not what they are called
+            return None
+
+    def _labelled(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         foreign = not hasattr(module, "main_input_name") and name in _IMAGES
         if given.ndim <= 3:
             return self._patches(module, name, given, inputs)
@@ -178,18 +159,22 @@ class Pictures(TorchFunctionMode):
         video = "video" in name or (len(leading) == 2 and hasattr(getattr(module, "config", None), "num_frames"))
         if len(leading) == 2 and foreign:  # diffusers: [batch, channel, frame, row, column]
             leading, channels, video = [leading[0], channels], 1, True
-            grid = self._grid(leading[0], leading[1], rows, columns, True)
-            return self._all(grid).reshape(leading[0], 1, leading[1], rows, columns)
+            grid = self.grids.new(leading[0], leading[1], rows, columns, True)
+            return self.grids.cells(grid).reshape(leading[0], 1, leading[1], rows, columns)
         frames = leading[-1] if video and len(leading) == 2 else 1
-        grid = self._grid(math.prod(leading) // frames, frames, rows, columns, frames > 1)
-        return self._all(grid).reshape(*leading, 1, rows, columns)
+        grid = self.grids.new(math.prod(leading) // frames, frames, rows, columns, frames > 1)
+        return self.grids.cells(grid).reshape(*leading, 1, rows, columns)
 
     def _patches(self, module: nn.Module, name: str, given: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         if name == "flattened_patches" and given.ndim == 3:  # their first numbers are row and column, from 1 on
             at = given[..., :2].detach().cpu().long() - 1
             rows, columns = (int(n) + 1 for n in at.flatten(0, 1).amax(0))
-            grid = self._grid(len(given), 1, rows, columns, False)
-            found = self._all(grid).reshape(len(given), -1).gather(1, (at[..., 0] * columns + at[..., 1]).clamp_min(0))
+            grid = self.grids.new(len(given), 1, rows, columns, False)
+            found = (
+                self.grids.cells(grid)
+                .reshape(len(given), -1)
+                .gather(1, (at[..., 0] * columns + at[..., 1]).clamp_min(0))
+            )
             return found.where((at >= 0).all(-1), NONE)[..., None]
         video = "video" in name
         names = ("video_grid_thw",) if video else ("image_grid_thw", "grid_thw", "image_grid_hw", "spatial_shapes")
@@ -202,8 +187,8 @@ class Pictures(TorchFunctionMode):
             at = (ids[0] if ids.ndim == 3 else ids).detach().cpu().long()[:, -2:]
             rows, columns = (int(n) + 1 for n in at.amax(0)) if len(at) == given.shape[1] else (0, 0)
             if rows * columns == len(at) and len(at.unique(dim=0)) == len(at):
-                grid = self._grid(len(given), 1, rows, columns, False)
-                return self._all(grid).reshape(len(given), -1)[:, at[:, 0] * columns + at[:, 1], None]
+                grid = self.grids.new(len(given), 1, rows, columns, False)
+                return self.grids.cells(grid).reshape(len(given), -1)[:, at[:, 0] * columns + at[:, 1], None]
         return None
 
     def _packed(self, module: nn.Module, given: Tensor, sizes: list[list[int]], video: bool) -> Tensor | None:
@@ -215,8 +200,8 @@ class Pictures(TorchFunctionMode):
             frames, rows, columns = size if len(size) == 3 else (1, *size)
             if rows % side or columns % side:
                 side = 1
-            grid = self._grid(1, frames, rows, columns, video)
-            blocks = self._all(grid).reshape(frames, rows // side, side, columns // side, side)
+            grid = self.grids.new(1, frames, rows, columns, video)
+            blocks = self.grids.cells(grid).reshape(frames, rows // side, side, columns // side, side)
             found.append(blocks.transpose(2, 3).reshape(-1))
         if given.ndim == 3 and len(given) == len(sizes):  # each picture's in a row of its own, and padding
             wide = given.shape[1]
@@ -226,27 +211,6 @@ class Pictures(TorchFunctionMode):
         if len(given) == len(labels):
             return labels.reshape(-1, *[1] * (given.ndim - 1))
         return labels[None, :, None] if given.ndim == 3 and given.shape[:2] == (1, len(labels)) else None
-
-    def _grid(self, images: int, frames: int, rows: int, columns: int, video: bool) -> Grid:
-        grid = self._new(None, self.count, images, frames, rows, columns, video)
-        self.count += images * frames
-        return grid
-
-    def _new(self, source: int | None, first: int, images: int, frames: int, *size: Any) -> Grid:
-        start = self.grids[-1].end if self.grids else 0
-        grid = Grid(start, start if source is None else source, first, images, frames, *size)
-        self.grids.append(grid)
-        self.over[grid.source, frames, grid.rows, grid.columns] = grid
-        return grid
-
-    def _over(self, of: Grid, frames: int, rows: int, columns: int) -> Grid:
-        """The grid of this size over the same pictures."""
-        known = self.over.get((of.source, frames, rows, columns))
-        return known or self._new(of.source, of.first, of.images, frames, rows, columns, of.video)
-
-    @staticmethod
-    def _all(grid: Grid) -> Tensor:
-        return torch.arange(grid.start, grid.end, device="cpu")
 
     # What attention asks
 
@@ -258,51 +222,16 @@ class Pictures(TorchFunctionMode):
         """The same of the newest scores of this shape."""
         for shape, rows, columns in reversed(self.products):
             if shape[-2:] == (n, n_key) and math.prod(shape) == batch * heads * n * n_key:
-                one, two = (_over_heads(f, shape[:-2], batch, heads) for f in (rows, columns))
-                return None if one is None else _any(one), None if two is None else _any(two)
+                one, two = (over_heads(f, shape[:-2], batch, heads) for f in (rows, columns))
+                return None if one is None else known(one), None if two is None else known(two)
         return None, None
 
     def _positions(self, tensor: Tensor) -> Tensor | None:
         labels = self.labels.get(tensor)
         if labels is None or labels.ndim != 4:
             return None
-        labels = _alike(_alike(labels, 1), 3)
-        return _any(labels[:, 0, :, 0].expand(tensor.shape[0], tensor.shape[2]))
-
-    def places(self, labels: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-        """Picture, row, column and frame [..., 4] of labels, -1 where there is none; rows and columns of each picture.
-
-        Pictures that are there on several grids count once for each.
-        """
-        places = torch.full((*labels.shape, 4), -1)
-        cells = (labels >= 0) & (labels < WORD)
-        if not cells.any():
-            return places, ()
-        at = labels[cells]
-        of, picture, row, column = self._taken_apart(at)
-        used = [self.grids[i] for i in of.unique().tolist()]
-        taken = [n for g in used for n in range(g.first, g.first + g.images * g.frames)]
-        several, sizes, offsets = len(set(taken)) < len(taken), [], {}
-        for grid in used:
-            offset = len(sizes) - grid.first if several else 0
-            many = grid.first + offset + grid.images * grid.frames
-            sizes += [(0, 0)] * (many - len(sizes))
-            for i in range(grid.first + offset, many):
-                sizes[i] = (grid.rows, grid.columns)
-            offsets[grid.start] = grid.first + offset
-        numbers = torch.tensor([offsets.get(g.start, 0) for g in self.grids], device="cpu")
-        frames = torch.tensor([g.frames if g.video else 0 for g in self.grids], device="cpu")[of]
-        frame = torch.where(frames > 0, picture % frames.clamp_min(1), -1)
-        places[cells] = torch.stack([numbers[of] + picture, row, column, frame], dim=-1)
-        return places, tuple(sizes)
-
-    def _taken_apart(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which grid, and picture, row and column on it."""
-        numbers = torch.tensor([(g.start, g.rows, g.columns) for g in self.grids], device="cpu")
-        of = torch.searchsorted(numbers[:, 0].contiguous(), labels.contiguous(), right=True) - 1
-        start, rows, columns = numbers[of].unbind(-1)
-        at = labels - start
-        return of, at // (rows * columns), at // columns % rows, at % columns
+        labels = alike(alike(labels, 1), 3)
+        return known(labels[:, 0, :, 0].expand(tensor.shape[0], tensor.shape[2]))
 
     # Functions that run
 
@@ -329,7 +258,7 @@ class Pictures(TorchFunctionMode):
     def _set(self, tensor: Any, labels: Tensor | None) -> None:
         if not isinstance(tensor, Tensor):
             return
-        if labels is not None and labels.ndim == tensor.ndim and _any(labels) is not None:
+        if labels is not None and labels.ndim == tensor.ndim and known(labels) is not None:
             self.labels[tensor] = labels
         elif tensor in self.labels:
             del self.labels[tensor]
@@ -347,13 +276,13 @@ class Pictures(TorchFunctionMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not isinstance(result, Tensor) or not any(t in self.labels for t in tensors):
             return
-        known = [(t, self._get(t)) for t in tensors if t.ndim]
+        labelled = [(t, self._get(t)) for t in tensors if t.ndim]
         labels = None
-        for _, own in known:
+        for _, own in labelled:
             if own is not None:
                 own = own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
-                labels = own if labels is None or labels is own else _both(labels, own)
-        unknown = any(own is None and t.ndim > 1 for t, own in known)
+                labels = own if labels is None or labels is own else both(labels, own)
+        unknown = any(own is None and t.ndim > 1 for t, own in labelled)
         if labels is not None and unknown:  # what else went into it may be anything
             labels = labels.masked_fill(labels == OWN, NONE) if bool((labels == OWN).all()) else labels
         self._set(result, labels)
@@ -367,13 +296,13 @@ class Pictures(TorchFunctionMode):
     def _linear(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         """Along the last axis, everything with everything."""
         labels = self._get(args[0] if args else kwargs["input"])
-        self._set(result, None if labels is None else self._hull(labels, -1))
+        self._set(result, None if labels is None else self.grids.hull(labels, -1))
 
     def _normed(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         labels = self._get(args[0] if args else kwargs["input"])
         shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", (0,))
         for i in range(len(shape) if labels is not None else 0):
-            labels = self._hull(labels, -1 - i)
+            labels = self.grids.hull(labels, -1 - i)
         self._set(result, labels)
 
     def _product(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -382,12 +311,12 @@ class Pictures(TorchFunctionMode):
             return
         if b not in self.labels and (isinstance(b, nn.Parameter) or b.ndim == 2):  # a linear map
             if a in self.labels:
-                self._set(result, self._hull(self.labels[a], -1))
+                self._set(result, self.grids.hull(self.labels[a], -1))
             return
         rows, columns = self.labels.get(a), self.labels.get(b)
         if rows is None or columns is None or a.ndim != b.ndim or a.ndim < 3:
             return
-        rows, columns = _alike(rows, -1)[..., 0], _alike(columns, -2)[..., 0, :]
+        rows, columns = alike(rows, -1)[..., 0], alike(columns, -2)[..., 0, :]
         self._scores(result.shape, rows, columns)
 
     def _einsum(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -399,7 +328,7 @@ class Pictures(TorchFunctionMode):
         (first, second, out), n = parts, []
         for letters, own in zip((first, second), labels):
             for letter in [letter for letter in letters if letter not in out]:
-                own = _alike(own, letters.index(letter))
+                own = alike(own, letters.index(letter))
             kept = [letter for letter in letters if letter in out]
             own = own.reshape([s for letter, s in zip(letters, own.shape) if letter in out])
             order = [kept.index(letter) for letter in out if letter in kept]
@@ -419,7 +348,7 @@ class Pictures(TorchFunctionMode):
             return
         dims = sorted({d % given.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims])}, reverse=True)
         for dim in dims:
-            labels = self._hull(labels, dim)
+            labels = self.grids.hull(labels, dim)
             if values.ndim < given.ndim:
                 labels = labels.squeeze(dim)
         self._set(values, labels)
@@ -435,7 +364,7 @@ class Pictures(TorchFunctionMode):
         labels = self._get(given) if isinstance(given, Tensor) and isinstance(result, Tensor) else None
         if labels is None or not result.numel():
             return
-        self._set(result, _reshaped(labels, given.shape, result.shape))
+        self._set(result, reshaped(labels, given.shape, result.shape))
 
     def _expanded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         labels = self._get(args[0])
@@ -481,10 +410,10 @@ class Pictures(TorchFunctionMode):
         rest = [_on_cpu(a) for a in args[1:]]
         parts = func(labels.expand(args[0].shape), *rest, **options)
         if isinstance(result, Tensor):
-            self._set(result, _narrow(parts))
+            self._set(result, narrow(parts))
             return
         for one, own in zip(result, parts):
-            self._set(one, _narrow(own))
+            self._set(one, narrow(own))
 
     def _padded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         given, pad = args[0], args[1] if len(args) > 1 else kwargs["pad"]
@@ -505,17 +434,17 @@ class Pictures(TorchFunctionMode):
         condition, a, b = args[:3] if func.__name__ == "where" and args[0].dtype == torch.bool else (
             args[1], args[0], args[2]
         )  # fmt: skip
-        known = [self._get(t) for t in (a, b)]
+        either = [self._get(t) for t in (a, b)]
         if not any(isinstance(t, Tensor) and t in self.labels for t in (a, b)):
             return
         one, two = (
             torch.full((1,) * result.ndim, NONE)
             if own is None
             else own.reshape((1,) * (result.ndim - own.ndim) + own.shape)
-            for own in known
+            for own in either
         )
         where = condition.detach().cpu()
-        where = _alike_or_wide(where.reshape((1,) * (result.ndim - where.ndim) + where.shape))
+        where = alike_or_wide(where.reshape((1,) * (result.ndim - where.ndim) + where.shape))
         found = torch.where(where, one, two)
         other = torch.where(where, two, one)
         cell = (other >= 0) & (other < WORD) & ((found == OWN) | (found == NONE))
@@ -535,7 +464,7 @@ class Pictures(TorchFunctionMode):
             self._set(result, into.masked_scatter_(mask[..., :1], what.expand(*source.shape[:-1], 1).contiguous()))
             return
         into = into.expand(given.shape).clone()
-        self._set(result, _narrow(into.masked_scatter_(mask, what.expand(source.shape).contiguous())))
+        self._set(result, narrow(into.masked_scatter_(mask, what.expand(source.shape).contiguous())))
 
     def _written(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         given, index, value = args[:3]
@@ -545,7 +474,7 @@ class Pictures(TorchFunctionMode):
         into = torch.full((1,) * given.ndim, NONE) if into is None else into
         into = into.expand(given.shape).clone()
         into[_on_cpu(index)] = NONE if what is None else what.expand(value.shape)
-        self._set(given, _narrow(into))
+        self._set(given, narrow(into))
 
     def _embedded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         ids = args[0] if args else kwargs["input"]
@@ -564,79 +493,12 @@ class Pictures(TorchFunctionMode):
             labels, shape, out = labels[None], given.shape, values.shape
         else:
             labels, shape, out = labels, given.shape[1:], values.shape[1:]
-        labels = _narrow(self._hull(labels, 1), views=False)
+        labels = narrow(self.grids.hull(labels, 1), views=False)
         if out[1:] != shape[1:] and any(n > 1 for n in labels.shape[2:]):
-            labels = self._laid(labels.expand(*labels.shape[:2], *shape[1:]), tuple(out[1:]))
+            labels = self.grids.laid(labels.expand(*labels.shape[:2], *shape[1:]), tuple(out[1:]))
         if labels is not None and given.ndim == axes + 1:
             labels = labels[0]
         self._set(values, labels)
-
-    def _laid(self, labels: Tensor, size: tuple[int, ...]) -> Tensor | None:
-        """Labels [picture, 1, (frame,) row, column], which are a whole picture and padding, on a grid of this size."""
-        cells = labels >= 0
-        if len(size) < 2 or not cells.any() or bool((labels >= WORD).any()):
-            return None
-        at = [cells.any(0).flatten(1).any(1)] if False else None
-        at = [cells.movedim(d, 0).flatten(1).any(1).nonzero() for d in range(2, labels.ndim)]
-        inner = labels[(slice(None), slice(None), *(slice(int(i[0]), int(i[-1]) + 1) for i in at))]
-        first = inner.flatten(1)[:, :1]
-        of, picture, row, column = self._taken_apart(first)
-        grids = of.unique().tolist()
-        if len(grids) != 1 or bool((first < 0).any()):
-            return None
-        grid, shape = self.grids[grids[0]], inner.shape[2:]
-        frames = shape[0] if len(shape) == 3 else 1
-        whole = (
-            shape[-2:] == (grid.rows, grid.columns) and frames in (1, grid.frames) and not bool((row + column).any())
-        )
-        if not whole or not torch.equal(inner.flatten(1), first + torch.arange(math.prod(shape), device="cpu")):
-            return None
-        video = len(size) == 3 and frames == grid.frames
-        new = self._over(grid, size[0] if video else grid.frames, *size[-2:])
-        if new.rows * new.columns == 1:  # the picture as a whole has no place in it
-            return None
-        one = size[-2] * size[-1]
-        start = picture // grid.frames * new.frames if video else picture
-        cells = new.start + start * one + torch.arange((size[0] if video else 1) * one, device="cpu")
-        cells = cells.reshape(len(labels), 1, *((size[0] if video else 1,) if len(size) == 3 else ()), *size[-2:])
-        return cells
-
-    def _hull(self, labels: Tensor, dim: int) -> Tensor:
-        """Of what is made of everything along an axis: the one place, or the rectangle of places as a larger cell."""
-        if labels.shape[dim] == 1:
-            return labels
-        first = labels.narrow(dim, 0, 1)
-        if bool((labels == first).all()):
-            return first
-        nothing = torch.full_like(first, NONE)
-        cells = (labels >= 0) & (labels < WORD)
-        if bool((labels >= WORD).any()) or not bool(cells.any()):
-            same = (labels == first).all(dim, keepdim=True)
-            return torch.where(same, first, NONE)
-        of, picture, row, column = self._taken_apart(labels.clamp_min(0))
-        frames = torch.tensor([g.frames for g in self.grids], device="cpu")[of]
-        parts = {"of": of, "image": picture // frames, "frame": picture % frames, "row": row, "column": column}
-        low = {k: v.masked_fill(~cells, 1 << 40).amin(dim, keepdim=True) for k, v in parts.items()}
-        high = {k: v.masked_fill(~cells, -1).amax(dim, keepdim=True) for k, v in parts.items()}
-        there = cells.any(dim, keepdim=True)
-        if any(bool((low[k] != high[k])[there].any()) for k in ("of", "image")):
-            return nothing
-        found = nothing.clone()
-        for number in low["of"][there].unique().tolist():
-            here, grid = there & (low["of"] == number), self.grids[number]
-            sides = {}
-            for k in ("frame", "row", "column"):
-                sides[k] = int((high[k] - low[k])[here].max()) + 1
-                if bool((low[k] // sides[k] != high[k] // sides[k])[here].any()):
-                    return nothing
-            counts = [-(-n // s) for n, s in zip((grid.frames, grid.rows, grid.columns), sides.values())]
-            if counts[1] * counts[2] == 1:  # the picture as a whole has no place in it
-                continue
-            new = self._over(grid, *counts)
-            f, r, c = (low[k] // s for k, s in sides.items())
-            label = new.start + ((low["image"] * new.frames + f) * new.rows + r) * new.columns + c
-            found = torch.where(here, label, found)
-        return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -646,71 +508,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(part)
-
-
-def _any(labels: Tensor) -> Tensor | None:
-    return labels if bool((labels != NONE).any()) else None
-
-
-def _alike(labels: Tensor, dim: int) -> Tensor:
-    """With one label along an axis: `NONE` where they differ."""
-    if labels.shape[dim] == 1:
-        return labels
-    first = labels.narrow(dim, 0, 1)
-    return torch.where((labels == first).all(dim, keepdim=True), first, NONE)
-
-
-def _over_heads(labels: Tensor, leading: torch.Size, batch: int, heads: int) -> Tensor | None:
-    """Labels [batch, position] of [..., position], which all heads of `leading` share."""
-    n = labels.shape[-1]
-    for axis in range(len(leading) - 1, 0, -1):
-        if leading[axis] == heads and labels.shape[axis] == 1:
-            return labels.squeeze(axis).expand(*leading[:axis], *leading[axis + 1 :], n).reshape(batch, n)
-    every = labels.expand(*leading, n).reshape(batch, heads, n)
-    return every[:, 0] if bool((every == every[:, :1]).all()) else None
-
-
-def _alike_or_wide(mask: Tensor) -> Tensor:
-    return mask[..., :1] if mask.shape[-1] > 1 and bool((mask == mask[..., :1]).all()) else mask
-
-
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    """Of what was made of two: what is known of one, unless the other says something else."""
-    a_says, b_says = ((x != NONE) & (x != OWN) for x in (a, b))
-    either = torch.where(a_says, a, torch.where(b_says, b, torch.maximum(a, b)))
-    return torch.where(a_says & b_says & (a != b), NONE, either)
-
-
-def _narrow(labels: Tensor, views: bool = True) -> Tensor:
-    """The same, of size 1 along axes where all are alike; `views`: the others were not expanded."""
-    for dim in range(labels.ndim):
-        if labels.shape[dim] > 1:
-            first = labels.narrow(dim, 0, 1)
-            if labels.stride(dim) == 0 or (views and dim and bool((labels == first).all())):
-                labels = first
-    return labels
-
-
-def _reshaped(labels: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor | None:
-    """Labels of a tensor of shape `old`, seen as of shape `new`: axes that go over into each other together."""
-    shape: list[int] = []
-    wide: list[int] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        a, b, i0, j0 = 1, 1, i, j
-        while (i < len(old) and i == i0) or (j < len(new) and j == j0) or a != b:
-            if a <= b and i < len(old) and (i == i0 or a < b):
-                a, i = a * old[i], i + 1
-            elif j < len(new):
-                b, j = b * new[j], j + 1
-            elif i < len(old):
-                a, i = a * old[i], i + 1
-            else:
-                return None
-        alike = all(n == 1 for n in labels.shape[i0:i])
-        wide += [1] * (i - i0) if alike else list(old[i0:i])
-        shape += [1] * (j - j0) if alike else list(new[j0:j])
-    return labels.expand(wide).reshape(shape)
 
 
 def _on_cpu(index: Any) -> Any:

@@ -20,7 +20,6 @@ from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
 
-
 SAME = 8.0  # of 255: how far a picture may be on average from what its processor made of it
 
 
