@@ -78,7 +78,7 @@ class Names:
 
     def labelled(self, stack: str, labels: Tensor, inputs: Mapping[str, Any], after: int = 0) -> Tokens:
         """Positions of pictures, and of words and the model's own tokens beside them."""
-        tokens = Tokens.plain("other", *labels.shape)
+        tokens = Tokens.plain("other", len(labels), labels.shape[1])
         places, grids = self.pictures.grids.places(labels)
         patches = places[..., 0] >= 0
         tokens = tokens.marked("special", labels >= OWN).marked("text", (labels >= STATE) & (labels < OWN))

@@ -290,6 +290,7 @@ class Passes:
             _, valued = self.pictures.of(call.query, call.value)
             keys = valued if keys is None else keys
             queries = keys if queries is None and n == n_key else queries
+        self.pictures.attended = queries
         queries = torch.full((batch, n), NONE) if queries is None else queries
         keys = torch.full((len(call.key), n_key), NONE) if keys is None else keys
         alike = not call.site.cross and (torch.equal(keys, queries) or entry.cache is not None)

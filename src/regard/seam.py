@@ -315,6 +315,7 @@ def _route(
         _shown(sessions, seen, module)
         if result is None or edited is not output:
             result = edited.transpose(1, 2).contiguous()
+    sessions[0].passes.pictures.gave(result)
     return result, weights
 
 

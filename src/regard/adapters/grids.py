@@ -131,6 +131,14 @@ class Grids:
         cells = cells.reshape(len(labels), 1, *((size[0] if video else 1,) if len(size) == 3 else ()), *size[-2:])
         return cells
 
+    def squares(self, labels: Tensor, size: tuple[int, ...]) -> Tensor | None:
+        """Labels [..., row, column] of a part of a picture, merged to this many rows and columns."""
+        (*leading, rows, columns), (high, wide) = labels.shape, size[-2:]
+        if len(size) != 2 or rows % high or columns % wide:
+            return None
+        parts = labels.reshape(*leading, high, rows // high, wide, columns // wide).transpose(-3, -2)
+        return self.hull(parts.flatten(-2), -1).squeeze(-1)
+
     def hull(self, labels: Tensor, dim: int) -> Tensor:
         """Of what is made of everything along an axis: the one place, or the rectangle of places as a larger cell."""
         if labels.shape[dim] == 1:
@@ -198,7 +206,8 @@ def alike_or_wide(mask: Tensor) -> Tensor:
 def both(a: Tensor, b: Tensor) -> Tensor:
     """Of what was made of two: what is known of one, unless the other says something else."""
     a_says, b_says = ((x != NONE) & (x != OWN) for x in (a, b))
-    either = torch.where(a_says, a, torch.where(b_says, b, torch.maximum(a, b)))
+    neither = torch.minimum(a, b)  # what is made of something else too is no longer the model's own
+    either = torch.where(a_says, a, torch.where(b_says, b, neither))
     return torch.where(a_says & b_says & (a != b), NONE, either)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -82,6 +83,7 @@ class Pictures(TorchFunctionMode):
         self.texts: dict[int, list[tuple[Tensor, Any]]] = {WORD: [], STATE: []}  # and its texts, with their masks
         self.around = False  # this mode is on
         self.on = False  # for a model that runs on pictures
+        self.attended: Tensor | None = None  # labels of the newest attention's queries
         # The newest products of two labelled tensors: shape, and the labels of rows and of columns.
         self.products: list[tuple[torch.Size, Tensor, Tensor]] = []
 
@@ -193,8 +195,8 @@ class Pictures(TorchFunctionMode):
 
     def _packed(self, module: nn.Module, given: Tensor, sizes: list[list[int]], video: bool) -> Tensor | None:
         """Of patches laid end to end, picture by picture, those of each square that is merged later together."""
-        sides = [m.spatial_merge_size for m in module.modules() if hasattr(m, "spatial_merge_size")]
-        side = int(sides[0]) if sides else 1
+        sides: list[Any] = [getattr(m, "spatial_merge_size", None) for m in module.modules()]
+        side = next((int(n) for n in sides if n), 1)
         found = []
         for size in sizes:
             frames, rows, columns = size if len(size) == 3 else (1, *size)
@@ -225,6 +227,12 @@ class Pictures(TorchFunctionMode):
                 one, two = (over_heads(f, shape[:-2], batch, heads) for f in (rows, columns))
                 return None if one is None else known(one), None if two is None else known(two)
         return None, None
+
+    def gave(self, output: Tensor | None) -> None:
+        """The newest attention's output [batch, query, head, dim] is of its queries."""
+        queries, self.attended = self.attended, None
+        if self.on and queries is not None and output is not None and queries.shape == output.shape[:2]:
+            self._set(output, queries[..., None, None])
 
     def _positions(self, tensor: Tensor) -> Tensor | None:
         labels = self.labels.get(tensor)
@@ -299,11 +307,15 @@ class Pictures(TorchFunctionMode):
         self._set(result, None if labels is None else self.grids.hull(labels, -1))
 
     def _normed(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Along the last axes."""
         labels = self._get(args[0] if args else kwargs["input"])
         shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", (0,))
-        for i in range(len(shape) if labels is not None else 0):
-            labels = self.grids.hull(labels, -1 - i)
-        self._set(result, labels)
+        if labels is not None:
+            for i in range(len(shape)):
+                labels = self.grids.hull(labels, -1 - i)
+            self._set(result, labels)
+        else:
+            self._set(result, None)
 
     def _product(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         a, b = args[-2:] if len(args) > 1 else (args[0], kwargs.get("other", kwargs.get("mat2")))
@@ -406,6 +418,9 @@ class Pictures(TorchFunctionMode):
         labels = self._get(args[0])
         if labels is None:
             return
+        if func is F.unfold:
+            self._set(result, self._windows(labels, args[0], *args[1:], **kwargs))
+            return
         options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         rest = [_on_cpu(a) for a in args[1:]]
         parts = func(labels.expand(args[0].shape), *rest, **options)
@@ -414,6 +429,14 @@ class Pictures(TorchFunctionMode):
             return
         for one, own in zip(result, parts):
             self._set(one, narrow(own))
+
+    def _windows(self, labels: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Labels of squares of [batch, channel, row, column], each one column of what is given on."""
+        if given.ndim != 4:
+            return torch.full((1, 1), NONE)
+        cells = self.grids.hull(labels, 1).expand(len(given), 1, *given.shape[2:])
+        columns = F.unfold((cells + 1).double(), *args, **kwargs).long() - 1  # what is padded is 0
+        return self.grids.hull(columns, 1)
 
     def _padded(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         given, pad = args[0], args[1] if len(args) > 1 else kwargs["pad"]
@@ -425,7 +448,7 @@ class Pictures(TorchFunctionMode):
             if pad[i] or pad[i + 1]:
                 labels = labels.expand(*labels.shape[:axis], given.shape[axis], *labels.shape[axis + 1 :])
         pad = [0 if labels.shape[labels.ndim - 1 - i // 2] == 1 else p for i, p in enumerate(pad)]
-        self._set(result, torch.nn.functional.pad(labels, pad, value=NONE))
+        self._set(result, F.pad(labels, pad, value=NONE))
 
     def _chosen(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         """By a condition, from one or the other."""
@@ -494,8 +517,14 @@ class Pictures(TorchFunctionMode):
         else:
             labels, shape, out = labels, given.shape[1:], values.shape[1:]
         labels = narrow(self.grids.hull(labels, 1), views=False)
-        if out[1:] != shape[1:] and any(n > 1 for n in labels.shape[2:]):
-            labels = self.grids.laid(labels.expand(*labels.shape[:2], *shape[1:]), tuple(out[1:]))
+        if all(n == 1 for n in out[1:]):
+            merged = self.grids.hull(labels.expand(*labels.shape[:2], *shape[1:]).flatten(2), -1)
+            labels = merged.reshape(*labels.shape[:2], *[1] * axes)
+        elif out[1:] != shape[1:] and any(n > 1 for n in labels.shape[2:]):
+            labels, size = labels.expand(*labels.shape[:2], *shape[1:]), tuple(out[1:])
+            # What was padded is no part of the picture: squares of it keep no place.
+            ways = [self.grids.laid, self.grids.squares][:: 1 if bool((labels != NONE).all()) else -1]
+            labels = next((found for way in ways if (found := way(labels, size)) is not None), None)
         if labels is not None and given.ndim == axes + 1:
             labels = labels[0]
         self._set(values, labels)
