@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import transformers as t
 from conformance.build import build
 from families import IMAGE, VISION, pixels, text, with_image
 from families import build as family
+from PIL import Image
 from torch import nn
 
 import regard
@@ -68,6 +71,16 @@ STAGED = {
     "sam_hq_vision_model": {"vision_encoder": (16, 16), "vision_encoder.2": (16, 16)},
     "sam_vision_model": {"vision_encoder": (16, 16), "vision_encoder.2": (16, 16)},
     "sam3_vision_model": {"backbone": (14, 14), "backbone.2": (14, 14)},
+    "sam2_vision_model": {
+        "backbone": (4, 4),
+        "backbone.2": (8, 4),
+        "backbone.3": (8, 8),
+        "backbone.4": (16, 8),
+        "backbone.5": (16, 16),
+        "backbone.6": (16, 16),
+        "backbone.7": (32, 16),
+        "backbone.8": (32, 32),
+    },
     "segformer": {"stages": (4, 32), "stages.2": (8, 32)},
     "swin": {f"encoder.{i}" if i > 1 else "encoder": (s, s) for i, s in enumerate((4, 4, 8, 8, 16, 16, 32, 32), 1)},
 }
@@ -394,3 +407,22 @@ def test_a_timm_model():
         found = regard.attribute(model, given, target=1, method=method)
         assert dict(found.sizes) == {"batch": 2, "row": 32, "column": 48}
         assert float(np.abs(found).max()) > 0
+
+
+@pytest.mark.skipif(
+    not os.environ.get("REGARD_MODELS") or not os.environ.get("REGARD_DATA"), reason="needs REGARD_MODELS"
+)
+def test_photographs_of_their_own_shapes():
+    """A real DINOv2, with whole photographs rather than the square that its processor cuts out."""
+    model, processor = regard.load(Path(os.environ["REGARD_MODELS"]) / "dinov2-small", dtype=torch.float32)
+    for file in sorted((Path(os.environ["REGARD_DATA"]) / "pictures").glob("*.jpg")):
+        picture = Image.open(file)
+        size = {"height": picture.height // 56 * 14, "width": picture.width // 56 * 14}
+        given = processor(picture, do_center_crop=False, size=size, return_tensors="pt")
+        with regard.record(model, "entropy") as recording, torch.no_grad():
+            model(**given)
+        node = recording.tree["encoder"]
+        rows, columns = picture.height // 56, picture.width // 56
+        assert json.loads(node.attrs["grids"]) == [[rows, columns]]
+        assert list(node["key_role"].values[0]) == ["special"] + ["image"] * (rows * columns)
+        assert node["key_row"].values[0, 1:].tolist() == [r for r in range(rows) for _ in range(columns)]

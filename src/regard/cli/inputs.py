@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from torch import Tensor, nn
@@ -110,20 +112,23 @@ def prepare(
     return inputs, roles
 
 
-def seen(processor: Any, inputs: dict[str, Any], picture: Image.Image) -> list[Image.Image]:
-    """The picture as the model is shown it, cropped or squeezed, or in parts; where that is the whole, itself."""
-    pixels, processor = inputs.get("pixel_values"), getattr(processor, "image_processor", processor)
-    if not isinstance(pixels, Tensor) or pixels.ndim < 4 or pixels.shape[-3] != 3:
-        return [picture]  # packed: patches of the whole
-    values = pixels.detach().cpu().float().reshape(-1, *pixels.shape[-3:]).movedim(1, -1).numpy()
-    if getattr(processor, "do_normalize", False):
-        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    if getattr(processor, "do_rescale", False):
-        values = values / processor.rescale_factor
-    if not np.isfinite(values).all() or values.min() < -SAME or values.max() > 255 + SAME or np.ptp(values) < SAME:
-        return [picture]  # what was made of it is not known
-    shown = [Image.fromarray(one) for one in values.round().clip(0, 255).astype(np.uint8)]
-    return [picture if _alike(picture, one) else one for one in shown]
+def drawn(processor: Any, pixels: Any) -> list[Image.Image]:
+    """The pictures that a model is given, cut and scaled; none where pixels are no pictures."""
+    if not isinstance(pixels, Tensor) or pixels.ndim < 4 or pixels.shape[-3] not in (1, 3):
+        return []
+    maker = getattr(processor, "image_processor", processor)
+    mean, std = (getattr(maker, f"image_{name}", None) for name in ("mean", "std"))
+    values = pixels.detach().cpu().double().flatten(0, -4)
+    if mean is not None and std is not None and getattr(maker, "do_normalize", True):
+        values = values * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    values = (255 * values.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in values]
+
+
+def seen(processor: Any, inputs: Mapping[str, Any], picture: Image.Image) -> list[Image.Image]:
+    """The picture as the model is given it, in parts where it is; where that shows the whole, itself."""
+    shown = drawn(processor, inputs.get("pixel_values"))
+    return [picture if _alike(picture, one) else one for one in shown] or [picture]
 
 
 def _alike(picture: Image.Image, shown: Image.Image) -> bool:
