@@ -93,6 +93,22 @@ def intact(folder: Path) -> bool:
     return True
 
 
+def with_section(page: str, name: str, made: str) -> str:
+    """A page of Markdown whose section of this name is made anew; at its end where there is none yet.
+
+    It stands between two comments, so that what others make, or wrote, is left alone. ValueError where one is missing.
+    """
+    begin, end = f"<!-- section {name} -->", f"<!-- end of section {name} -->"
+    section = f"{begin}\n\n{made.strip()}\n\n{end}"
+    if (page.count(begin), page.count(end)) == (0, 0):
+        return f"{page.rstrip()}\n\n{section}\n".lstrip()
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or begin in rest or end in after:
+        raise ValueError(f"a section begins with {begin} and ends with {end}, once in a page; put that right first")
+    return f"{before}{section}{after}"
+
+
 def _foreign(path: Path) -> str | None:
     """What tells that Regard did not write this, None where it did or nothing is there."""
     if path.is_dir():
