@@ -181,7 +181,8 @@ class Names:
 def _between(places: Tensor, own: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     """Places, with those of mask tokens that stand between patches of one picture, where all stand in its order."""
     places = places.clone()
-    for sample, tokens in zip(places, own):
+    rows = (own.any(1) & (places[..., 0] >= 0).any(1)).nonzero().flatten().tolist()
+    for sample, tokens in ((places[i], own[i]) for i in rows):
         at = (sample[:, 0] >= 0).nonzero().flatten()
         if len(at) < 2 or len(sample[at, 0].unique()) > 1:
             continue

@@ -306,8 +306,8 @@ def _route(
         return function(module, query, key, value, attention_mask, **kwargs)
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
     given = interface.read(asked, sessions[0].sites[module])
-    contexts = [session.passes.where(module, given) for session in sessions]
     with pictures.unfollowed():
+        contexts = [session.passes.where(module, given) for session in sessions]
         call = _changed(sessions, contexts, given)
         seen, result, weights = _attended(asked, given, call, sessions, contexts)
         output = seen[0].output
