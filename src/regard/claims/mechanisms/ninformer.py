@@ -2,8 +2,8 @@
 
 Handwritten digits in 16 patches, two blocks of 32 channels. The gate's MLPs are 24 wide, where it costs less than
 attention; as wide as the authors' it would cost more. Beside attention stand the mixer alone, without the gate, and a
-gate that is learned but the same for every picture, which is the control. On seed 1 attention
-learned too little in as many steps at a third of this rate.
+gate that is learned but the same for every picture, which is the control. On seed 1 attention learned too
+little in as many steps at a third of this rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Digits that are named, with each of the four in the place of attention."""
     expected = (
         "fewer operations than attention as counted; with the gate at most 1 point below attention, and above a gate "
-        f"that is the same for every picture, both by two standard errors over digits"
+        "that is the same for every picture, both by two standard errors over digits"
     )
     trained, tested = digits(7, TRAINED, TESTED, seed=seed)
     right: dict[str, Tensor] = {}
