@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, mechanism, scale_of, softmax
-from ._windows import grid, group, ungroup
+from ._pictures import grid, group, ungroup
 from .memory_efficient import fold, unfold
 
 

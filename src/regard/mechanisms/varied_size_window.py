@@ -23,7 +23,7 @@ from ..adapters import register
 from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, scale_of
 from ._modules import module
-from ._windows import grid
+from ._pictures import grid
 
 
 def coordinates(offset: Tensor, scale: Tensor, *, shape: Sequence[int], window: int) -> Tensor:
