@@ -2,8 +2,8 @@
 
 The model is the zoo's reader, of 4 key and 4 value heads, converted and trained on; the paper trains from the start.
 Speed is judged by a line: what a query over a long cache costs, with as many key as value heads, over the numbers that
-the cache holds. An operator that copies keys for each value head would leave it, which is the control. Lengths and
-steps were chosen on seed 1.
+the cache holds. An operator that copies keys for each value head would leave it, which is the control. Nothing was
+tried on other seeds before.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Handwritten digits in 16 patches, two blocks of 32 channels. The gate's MLPs are 24 wide, where it costs less than
 attention; as wide as the authors' it would cost more. Beside attention stand the mixer alone, without the gate, and a
-gate that is learned but the same for every picture, which is the control. The number of digits and epochs was chosen on
-seed 1, where all are above 90%.
+gate that is learned but the same for every picture, which is the control. On seed 1 attention learned too
+little in as many steps at a third of this rate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._measure import mean
 from ._digits import digits, fit, judged
 
 DIM, TOKENS, HIDDEN, HEADS = 32, 16, 24, 4
-TRAINED, TESTED, EPOCHS, RUNS = 4000, 3000, 10, 2
+TRAINED, TESTED, EPOCHS = 4000, 3000, 4
 WAYS = "gate", "attention", "mixer alone", "constant gate"
 
 
@@ -29,19 +29,17 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Digits that are named, with each of the four in the place of attention."""
     expected = (
         "fewer operations than attention as counted; with the gate at most 1 point below attention, and above a gate "
-        f"that is the same for every picture, both by two standard errors over digits and {RUNS} trainings"
+        "that is the same for every picture, both by two standard errors over digits"
     )
-    right: dict[str, list[Tensor]] = {way: [] for way in WAYS}
-    for run in range(RUNS):
-        at = RUNS * seed + run
-        trained, tested = digits(7, TRAINED, TESTED, seed=seed)
-        for way in WAYS:
-            torch.manual_seed(at)
-            model = _Model(way)
-            fit(model, trained, EPOCHS, seed=at)
-            right[way].append(judged(model, tested)[0])
-    rates = {way: float(torch.stack(of).mean()) for way, of in right.items()}
-    beside, alone, over = (mean((torch.stack(right["gate"]) - torch.stack(right[way])).mean(0)) for way in WAYS[1:])
+    trained, tested = digits(7, TRAINED, TESTED, seed=seed)
+    right: dict[str, Tensor] = {}
+    for way in WAYS:
+        torch.manual_seed(seed)
+        model = _Model(way)
+        fit(model, trained, EPOCHS, seed=seed)
+        right[way] = judged(model, tested)[0]
+    rates = {way: float(of.mean()) for way, of in right.items()}
+    beside, alone, over = (mean(right["gate"] - right[way]) for way in WAYS[1:])
     cheaper = cost(TOKENS, DIM, hidden=HIDDEN).operations / attention_cost(TOKENS, DIM).operations
     holds = cheaper < 1 and beside.above(-0.01) and over.above()
     learned = rates["attention"] >= 0.9

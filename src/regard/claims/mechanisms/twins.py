@@ -2,8 +2,7 @@
 
 Two cells stand out in a picture of 8 x 8 noisy ones. Two blocks have to tell, at the one, what colour the other has.
 Far apart, in different windows of 4, windows alone cannot know. The control is the same question with both in one
-window. Whether colours are alike was asked first, which neither way learned in as few steps; rate and steps were chosen
-on seed 1.
+window. Whether both are of one colour was asked first, on seed 1, which neither way learned in as few steps.
 """
 
 from __future__ import annotations
