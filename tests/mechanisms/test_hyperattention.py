@@ -79,6 +79,20 @@ def test_more_queries_than_blocks_fill():
     torch.testing.assert_close(hyperattention(query, key, value, **how), right)
 
 
+def test_halves_of_halves():
+    """Several levels with samples, of an odd number of positions, with gaps: what the counts say."""
+    query, key, value = (t.requires_grad_() for t in tensors(45))
+    there = torch.rand(1, 1, 1, 45, generator=torch.Generator().manual_seed(0)) < 0.8
+    how = {"causal": True, "mask": there, "scale": None, "block": 3, "sample": 4, "least": 5}
+    found = hyperattention(query, key, value, **how)
+    right = hyperattention.spec.weights(query, key, **how) @ value
+    torch.testing.assert_close(found, right)
+    given = torch.randn_like(right)
+    leaves = query, key, value
+    for ours, theirs in zip(torch.autograd.grad(found, leaves, given), torch.autograd.grad(right, leaves, given)):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_refusals():
     x = torch.randn(1, 1, 4, 2)
     for knobs in ({"block": 0}, {"sample": -1}, {"projections": 0}, {"projections": 63}, {"least": 0}):

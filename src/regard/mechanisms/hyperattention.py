@@ -147,12 +147,23 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, there: Tensor, scale: flo
         query, key, value = (F.pad(t, (0, 0, 0, 1)) for t in (query, key, value))
         output, lse = _causal(query, key, value, F.pad(there, (0, 1)), scale, plan)
         return output[:, :, :n], lse[:, :, :n]
-    first, last = slice(0, n // 2), slice(n // 2, n)
-    early, late = (
-        _causal(query[:, :, s], key[:, :, s], value[:, :, s], there[:, s], scale, plan) for s in (first, last)
+    half = n // 2
+    output, lse = _causal(
+        _halved(query), _halved(key), _halved(value), there.unflatten(1, (2, -1)).flatten(0, 1), scale, plan
     )
-    late = _joined(late, _near(query[:, :, last], key[:, :, first], value[:, :, first], there[:, first], scale, plan))
-    return torch.cat([early[0], late[0]], 2), torch.cat([early[1], late[1]], 2)
+    output, lse = _whole(output), _whole(lse[..., None])[..., 0]
+    far = _near(query[:, :, half:], key[:, :, :half], value[:, :, :half], there[:, :half], scale, plan)
+    late = _joined((output[:, :, half:], lse[:, :, half:]), far)
+    return torch.cat([output[:, :, :half], late[0]], 2), torch.cat([lse[:, :, :half], late[1]], 2)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Both halves of [batch, head, position, dim] as rows of the batch, one after the other."""
+    return tensor.unflatten(2, (2, -1)).movedim(2, 1).flatten(0, 1)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (-1, 2)).movedim(1, 2).flatten(2, 3)
 
 
 def _counts(query: Tensor, key: Tensor, there: Tensor, causal: bool, plan: _Plan) -> Tensor:
@@ -172,10 +183,10 @@ def _counts(query: Tensor, key: Tensor, there: Tensor, causal: bool, plan: _Plan
         return full * (own + times * ~own if plan.masked else own + times)
     longer = n + n % 2
     query, key, there = F.pad(query, (0, 0, 0, n % 2)), F.pad(key, (0, 0, 0, n % 2)), F.pad(there, (0, n % 2))
-    first, last = slice(0, longer // 2), slice(longer // 2, longer)
-    found = query.new_zeros(batch, heads, longer, longer)
-    for rows, keys, past in ((first, first, True), (last, last, True), (last, first, False)):
-        found[:, :, rows, keys] = _counts(query[:, :, rows], key[:, :, keys], there[:, keys], past, plan)
+    half, found = longer // 2, query.new_zeros(batch, heads, longer, longer)
+    own = _counts(_halved(query), _halved(key), there.unflatten(1, (2, -1)).flatten(0, 1), True, plan)
+    found[:, :, :half, :half], found[:, :, half:, half:] = own[::2], own[1::2]
+    found[:, :, half:, :half] = _counts(query[:, :, half:], key[:, :, :half], there[:, :half], False, plan)
     return found[:, :, :n, :n]
 
 
@@ -246,7 +257,8 @@ def hyperattention(
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim]. block: keys that meet; sample: keys drawn;
     projections: signs of a hash, or directions [dim, projection]; least: with fewer keys it is exact softmax attention.
     seed: of directions and draws, so that calls repeat; sampled: places of drawn keys in the sorted order
-    [batch, head, sample], one tensor a call, to be drawn otherwise. mask: which keys there are, [batch, 1, 1, key].
+    [batch, head, sample], a tensor a call, to be drawn otherwise; where halves are taken, the shortest first, with
+    both halves of each sequence as rows of the batch. mask: which keys there are, [batch, 1, 1, key].
     Raises ValueError for causal attention of fewer queries than keys.
 
         >>> x = torch.randn(1, 4, 3000, 64)

@@ -11,6 +11,11 @@ from .. import Case, Source
 SOURCE = Source("authors", "insuhan/hyper-attn, hyper_attn.py")
 
 
+def _by_batch(sampled: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+    """There halves of a sequence are heads side by side; here they are rows of the batch."""
+    return sampled.view(batch, heads, -1, sampled.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+
 def compare(case: Case):
     settings = case.settings
     leaves = case.leaves("query", "key", "value")
@@ -20,7 +25,7 @@ def compare(case: Case):
         "sample": settings["sample_size"],
         "least": settings["min_seq_len"],
         "projections": case["projections"],
-        "sampled": [case[name] for name in names],
+        "sampled": [_by_batch(case[name], len(case["query"]), case["query"].shape[1]) for name in names],
         "mask_sampled": settings["sample_mask_applied"],
     }
     how = {"causal": settings["causal"], "scale": settings["scale"]}
