@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
-from .adapters import caches, checkpoints, generation, interface
+from .adapters import caches, checkpoints, generation, interface, parallel
 from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
@@ -144,11 +145,13 @@ class _Session:
     ) -> None:
         self.own_output = own_output
         self.model, self.recorder, self.interventions = model, recorder, interventions
+        parallel.refuse(model)
         self.sites = sites.find(model)
         missed, other = sites.unreached(model, self.sites)
         if not self.sites:
             sites.refuse_unreached(model, missed, other)
         if recorder is not None:
+            recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         for module, site in self.sites.items():
@@ -162,6 +165,9 @@ class _Session:
                 )
         self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
         self.closed = False
+        statistics = () if recorder is None else recorder.statistics
+        self.does = ", ".join([*(type(thing).__name__ for thing in interventions), *statistics])
+        self.agreed: set[Any] = set()  # groups of processes that have said to each other that they do the same
         self.expected: set[Reduction] | None = None  # of a call; None: ask what was asked of the last one
 
     def change(self, call: Call) -> Call:
@@ -206,6 +212,9 @@ def _open(session: _Session) -> Iterator[None]:
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
                 attach(undo, module.register_forward_hook, passes.leave)
+        for name, module in passes.plain.items():
+            attach(undo, module.register_forward_pre_hook, partial(passes.enter_plain, name), with_kwargs=True)
+            attach(undo, module.register_forward_hook, passes.leave_plain)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
             attach(undo, reader.register_forward_hook, passes.names.read, with_kwargs=True)
@@ -299,6 +308,7 @@ def _route(
         return function(module, query, key, value, attention_mask, **kwargs)
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
     given = interface.read(asked, sessions[0].sites[module])
+    asked, given = _brought_together(asked, given, sessions)
     contexts = [session.passes.where(module, given) for session in sessions]
     call = _changed(sessions, contexts, given)
     seen, result, weights = _attended(asked, given, call, sessions, contexts)
@@ -306,8 +316,20 @@ def _route(
     edited = _edited(sessions, seen, output)
     _shown(sessions, seen, module)
     if result is None or edited is not output:
-        result = edited.transpose(1, 2).contiguous()
-    return result, weights
+        result = asked.mine(edited, query).transpose(1, 2).contiguous()
+    return result, None if weights is None else asked.mine(weights, query)
+
+
+def _brought_together(asked: Asked, given: Call, sessions: Sequence[_Session]) -> tuple[Asked, Call]:
+    """The call of all heads, where several processes have some each."""
+    share = parallel.share(asked.module, given, asked.function)
+    if share is None:
+        return asked, given
+    if any(share.group not in session.agreed for session in sessions):
+        parallel.agree(share, " | ".join(session.does for session in sessions))
+    for session in sessions:
+        session.agreed.add(share.group)
+    return replace(asked, share=share), share.whole(given)
 
 
 def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], given: Call) -> Call:
@@ -346,8 +368,9 @@ def _attended(
     if asked.new or not fused:
         changed = (call.query, given.query), (call.key, given.key), (call.value, given.value)
         theirs = (asked.query, asked.key, asked.value)
-        result, weights = asked.run(*(ours if ours is not old else own for (ours, old), own in zip(changed, theirs)))
-        own = result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2)
+        used = (asked.mine(ours, own) if ours is not old else own for (ours, old), own in zip(changed, theirs))
+        result, weights = asked.run(*used)
+        own = asked.whole(result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2))
         if asked.new:
             interface.check(asked, call.but(own_output=own))
         if not fused:

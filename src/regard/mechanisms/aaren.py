@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._mechanism import Cost, by_head, scale_of, softmax
+from ._modules import module
 from ._scan import State as Carried
 from ._scan import scan, tokens
 
@@ -104,6 +105,13 @@ def aaren(
     return output  # type: ignore[return-value]
 
 
+def prefixes(scores: Tensor, value: Tensor, *, block: int = 64) -> Tensor:
+    """What softmax over every prefix of scores [batch, head, key] makes of values. [batch, head, key, dim]"""
+    top = scores.new_full(scores.shape[:2], _lowest(scores))
+    start = State(top, torch.zeros_like(top), top.new_zeros(*top.shape, value.shape[-1]))
+    return _prefixes(start, scores, value, block)[0]
+
+
 def _prefixes(before: State, scores: Tensor, value: Tensor, block: int) -> tuple[Tensor, State]:
     """The output at each of some tokens, [batch, head, key, dim], and the state after the last."""
     n, lowest = scores.shape[2], _lowest(scores)
@@ -157,6 +165,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block
         raise ValueError(f"aaren: a block holds 1 token or more; got {block=}")
 
 
+@module("causal")
 class Aaren(nn.Module):
     """The paper's layer in place of self-attention: [batch, token, dim] to the same, causal, with a learned query.
 

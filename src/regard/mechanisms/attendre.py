@@ -161,7 +161,7 @@ def _cost(n_query: int, n_key: int, dim: int, *, chunk: int = 64, memory: int = 
     return Cost(4 * dim * n_query * min(memory, n_key), 2 * dim * (n_query + chunks * min(memory, n_key)))
 
 
-@mechanism("causal", "full", mask="keys", weights=_weights, cost=_cost, cached=False)
+@mechanism("causal", "full", mask="keys", weights=_weights, cost=_cost, whole=True)
 def attendre(
     query: Tensor,
     key: Tensor,

@@ -64,7 +64,7 @@ def step(
     return _past(Product(None, 1), state, query if scale is None else query * scale, key, value)
 
 
-@mechanism("causal", "full", "cross", mask="keys", weights=_weights, cost=_cost, step=step, scaled=False, cached=False)
+@mechanism("causal", "full", "cross", mask="keys", weights=_weights, cost=_cost, step=step, scaled=False, whole=True)
 def flow_attention(
     query: Tensor,
     key: Tensor,
