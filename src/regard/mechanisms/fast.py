@@ -137,13 +137,13 @@ class _Product(Product):
 
     def __init__(self, order: int, scale: float, factors: Tensor, block: int) -> None:
         super().__init__(None, block)
-        self.order, self.scale, self.factors = order, scale, factors[:, 0]
+        self.order, self.scale, self.coefficients = order, scale, factors[:, 0]
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         return _polynomial(query @ key.mT * self.scale, self.order)
 
     def asked(self, query: Tensor) -> Tensor:
-        return _monomials(query, self.order) * self.factors
+        return _monomials(query, self.order) * self.coefficients
 
     def kept(self, key: Tensor) -> Tensor:
         return _monomials(key, self.order)
