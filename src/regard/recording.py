@@ -30,7 +30,7 @@ from .tokens import ROLES, Tokens
 _Declared = TypeVar("_Declared", bound=Callable[..., Any])
 
 _SIDES = ("query", "key")
-_PARTS = ("token", "role", "image", "row", "column")  # what a coordinate says of each position of a side
+_PARTS = ("token", "role", "image", "row", "column", "frame")  # what a coordinate says of each position of a side
 # What a recording or a profile has beside what statistics say.
 _COORDINATES = {"batch", "layer", "step", "head", "role", "quantile", "exemplar", "item", "item_id", "item_text"}
 _COORDINATES |= {*_SIDES, *(f"{side}_{part}" for side in _SIDES for part in _PARTS)}
@@ -481,7 +481,7 @@ class Recorder(Recording):
             data[name] = (dims, array, {"long_name": spec.title, "units": spec.units, "about": spec.about, **limits})
         first = sites[layers[0]]
         queries = run.tokens.get(stack)
-        keys = run.keys.get(stack) if first.cross else queries
+        keys = run.keys.get(stack, None if first.cross else queries)
         coords: dict[str, Any] = {"layer": layers, "head": np.arange(sizes["head"])}
         coords |= self._labels("query", queries, query0, sizes["query"], sizes["batch"])
         coords |= self._labels("key", keys, key0, sizes["key"], sizes["batch"])
@@ -491,6 +491,8 @@ class Recorder(Recording):
             "sites": [sites[i].name for i in layers],
             "grids": json.dumps(next((t.grids for t in (keys, queries) if t is not None and t.grids), ())),
         }
+        if queries is not None and queries.grids and json.dumps(queries.grids) != attrs["grids"]:
+            attrs["query_grids"] = json.dumps(queries.grids)
         dataset = xr.Dataset(data, coords, attrs)
         if "role" in dataset.dims:
             present = {ROLES.index(r) for r in np.unique(coords["key_role"][1])} if "key_role" in coords else set()
@@ -512,7 +514,7 @@ class Recorder(Recording):
         names = np.array(ROLES)
         labels[f"{axis}_token"] = (("batch", axis), texts)
         labels[f"{axis}_role"] = (("batch", axis), names[tokens.roles.numpy()].astype(object))
-        for i, part in enumerate(("image", "row", "column")):
+        for i, part in enumerate(_PARTS[2:]):
             labels[f"{axis}_{part}"] = (("batch", axis), tokens.places[..., i].numpy())
         return labels
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
-from .adapters import caches, checkpoints, generation, interface, parallel
+from .adapters import caches, checkpoints, generation, interface, parallel, pictures
 from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
@@ -38,6 +38,9 @@ _HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
+_followed: weakref.WeakKeyDictionary[nn.Module, Callable[[], AbstractContextManager[None]]] = (
+    weakref.WeakKeyDictionary()  # models whose pictures are followed
+)
 _get_interface = AttentionInterface.get_interface
 # What each statistic asked of its last call: most likely what it asks of the next, so that one pass can serve all.
 _asked: weakref.WeakKeyDictionary[Callable[..., Tensor | None], set[Reduction]] = weakref.WeakKeyDictionary()
@@ -152,6 +155,7 @@ class _Session:
             sites.refuse_unreached(model, missed, other)
         if recorder is not None:
             recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
+            recorder.attributes.setdefault("architecture", type(getattr(model, "_orig_mod", model)).__name__)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         for module, site in self.sites.items():
@@ -212,6 +216,9 @@ def _open(session: _Session) -> Iterator[None]:
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
                 attach(undo, module.register_forward_hook, passes.leave)
+                if pictures.takes(module):
+                    watch = _followed.setdefault(module, shared(partial(pictures.watch, module)))
+                    undo.enter_context(watch())
         for name, module in passes.plain.items():
             attach(undo, module.register_forward_pre_hook, partial(passes.enter_plain, name), with_kwargs=True)
             attach(undo, module.register_forward_hook, passes.leave_plain)
@@ -308,15 +315,17 @@ def _route(
         return function(module, query, key, value, attention_mask, **kwargs)
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
     given = interface.read(asked, sessions[0].sites[module])
-    asked, given = _brought_together(asked, given, sessions)
-    contexts = [session.passes.where(module, given) for session in sessions]
-    call = _changed(sessions, contexts, given)
-    seen, result, weights = _attended(asked, given, call, sessions, contexts)
-    output = seen[0].output
-    edited = _edited(sessions, seen, output)
-    _shown(sessions, seen, module)
-    if result is None or edited is not output:
-        result = asked.mine(edited, query).transpose(1, 2).contiguous()
+    with pictures.unfollowed():
+        asked, given = _brought_together(asked, given, sessions)
+        contexts = [session.passes.where(module, given) for session in sessions]
+        call = _changed(sessions, contexts, given)
+        seen, result, weights = _attended(asked, given, call, sessions, contexts)
+        output = seen[0].output
+        edited = _edited(sessions, seen, output)
+        _shown(sessions, seen, module)
+        if result is None or edited is not output:
+            result = asked.mine(edited, query).transpose(1, 2).contiguous()
+    sessions[0].passes.pictures.gave(result)
     return result, None if weights is None else asked.mine(weights, query)
 
 
