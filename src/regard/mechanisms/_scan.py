@@ -80,7 +80,7 @@ class _Scan(torch.autograd.Function):
             def weighed(*inputs: Tensor) -> Tensor:
                 output, after = _plain(ctx.step, ctx.strip, inputs[: ctx.n_state], inputs[ctx.n_state :])
                 paired = zip((output, *after), (grad, *grads), strict=True)
-                return torch.stack([(o * g).sum().double() for o, g in paired if o is not None]).sum()
+                return torch.stack([(o * g).sum().double() for o, g in paired if o is not None and g is not None]).sum()
 
             return None, None, None, *gradients(weighed, torch.ones((), dtype=torch.float64), *given)
         needed = ctx.needs_input_grad[3 + ctx.n_state :]
@@ -126,14 +126,25 @@ class Product:
         whole = n // self.block * self.block
         if not 0 < whole < n:
             return self._blocks(state, query, key, value, min(n, self.block))
-        first, state = self._blocks(state, *_take((query, key, value), slice(whole)), self.block)
-        rest, state = self._blocks(state, *_take((query, key, value), slice(whole, n)), n - whole)
+        first, state = self._blocks(state, query[:, :, :whole], key[:, :, :whole], value[:, :, :whole], self.block)
+        rest, state = self._blocks(state, query[:, :, whole:], key[:, :, whole:], value[:, :, whole:], n - whole)
         return torch.cat([first, rest], 2), state
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Inside a block, where it is cheaper than `asked(query) @ kept(key).mT`, which it equals."""
+        return query @ key.mT
+
+    def asked(self, query: Tensor) -> Tensor:
+        return query
+
+    def kept(self, key: Tensor) -> Tensor:
+        return key
 
     def _blocks(self, state: Tensor, query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor]:
         count = query.shape[2] // size
         query, key, value = (t.unflatten(2, (count, size)) for t in (query, key, value))
-        scores = query @ key.mT
+        scores = self.scores(query, key)
+        query, key = self.asked(query), self.kept(key)
         if self.rates is None:
             scores = scores.tril()
         else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._mechanism import Cost, by_head, mechanism, pairs, recomputed, softmax, visible
+from ._modules import module
 
 _EPS = 1e-5
 _STRIP = 2**18  # scores of all heads that are made at once
@@ -205,6 +206,12 @@ def _knobs(query: Tensor, knobs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return nu, tau
 
 
+@module(
+    "causal",
+    build=lambda dim, heads, tokens: AdaptiveFilter(
+        dim, heads=heads, length=tokens, width=max(2, dim // heads // 4 * 2)
+    ),
+)
 class AdaptiveFilter(nn.Module):
     """The paper's layer in place of self-attention: [batch, token, dim] to the same, causal.
 

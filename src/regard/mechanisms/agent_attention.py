@@ -70,7 +70,9 @@ def pooled(query: Tensor, agents: int, shape: tuple[int, int] | None = None, mas
             )
         grid = query.mT.flatten(0, 1).unflatten(-1, shape)
         return F.adaptive_avg_pool2d(grid, side).flatten(2).unflatten(0, query.shape[:2]).mT
-    there = query.new_ones(1, 1, 1, query.shape[2]) if mask is None else mask.to(query.dtype)
+    if mask is None:
+        return F.adaptive_avg_pool1d(query.mT.flatten(0, 1), agents).unflatten(0, query.shape[:2]).mT
+    there = mask.to(query.dtype)
     rank, count = there.cumsum(-1) - 1, there.sum(-1, keepdim=True)
     run = torch.arange(agents, device=query.device, dtype=query.dtype)[:, None]
     start, end = (run * count / agents).floor(), ((run + 1) * count / agents).ceil()

@@ -150,7 +150,9 @@ def _check(chunk: int, memory: int, wait: int, policy: str) -> None:
         )
 
 
-def _weights(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, scale: float | None, **knobs: Any):
+def _weights(
+    query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, scale: float | None, **knobs: Any
+) -> Tensor:
     """Which key goes where depends on the weights themselves, so keys are followed by values that name them."""
     named = torch.eye(key.shape[2], dtype=query.dtype, device=query.device).expand(*key.shape[:3], -1)
     return attendre(query, key, named, causal=causal, mask=mask, scale=scale, **knobs)

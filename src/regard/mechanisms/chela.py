@@ -59,6 +59,7 @@ class ShortLongConvolution(nn.Module):
 
     def reach(self) -> Tensor:
         """The long kernel. [dim or 2 dim, lag]"""
+        assert self.long is not None, "merged already"
         parts = []
         for i, piece in enumerate(self.long):
             size = _PIECE * 2 ** max(0, i - 1)
@@ -67,11 +68,10 @@ class ShortLongConvolution(nn.Module):
 
     def kernel(self) -> Tensor:
         """Both in one. [dim or 2 dim, lag]"""
-        return (
-            self.reach() + F.pad(self.short, (0, self.length - self.short.shape[1]))
-            if self.merged is None
-            else self.merged
-        )
+        if self.merged is not None:
+            return self.merged
+        assert self.short is not None
+        return self.reach() + F.pad(self.short, (0, self.length - self.short.shape[1]))
 
     def merge(self) -> ShortLongConvolution:
         """Keep the sum of the kernels in their place, for use: the same outputs, from one convolution."""
@@ -178,6 +178,9 @@ def chela(
         return Chela(dim, causal=bool(getattr(attention, "is_causal", False)) if causal is None else causal, **knobs)
 
     return exchanged(model, made, projection, "chela")
+
+
+convert = chela
 
 
 def cost(n: int, dim: int, *, z: int = 64, value: int | None = None, chunk: int = 64, causal: bool = True) -> Cost:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ._layers import exchanged
 from ._mechanism import Cost
+from ._modules import module
 
 
+@module("full", build=lambda dim, tokens: TriadicModulation(dim, top=min(12, tokens - 1)))
 class TriadicModulation(nn.Module):
     """The layer: [batch, token, dim] to the same, the first token the latent one.
 
@@ -75,6 +77,9 @@ def co4(model: nn.Module, *, top: int = 12, projection: str | None = None) -> Ca
         return TriadicModulation(dim, top=top)
 
     return exchanged(model, made, projection, "co4")
+
+
+convert = co4
 
 
 def cost(n: int, dim: int, *, top: int = 12) -> Cost:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._mechanism import Cost, by_head, mechanism, scale_of, visible
-from ._scan import State, scan, tokens
+from ._scan import Product, State, scan, tokens
 
 NORMALISATIONS = ("none", "token")
 
@@ -115,13 +115,10 @@ def fast(
         return _divided(_monomials(query.to(exact), order) @ (factors * state[0])).to(value.dtype), state
 
     def past(state: State, query: Tensor, *strip: Tensor) -> tuple[Tensor, State]:
-        query, (key, values) = query.to(exact), taken(*strip)
-        inside = _polynomial(query @ key.mT * scale, order).tril() @ values
-        before = _monomials(query, order) @ (factors * state[0])
-        state = (state[0] + _monomials(key, order).mT @ values,) if n > block else state
-        return _divided(inside + before).to(value.dtype), state
+        sums, held = product(state[0], query.to(exact), *taken(*strip))
+        return _divided(sums).to(value.dtype), (held,)
 
-    n, there = query.shape[2], () if mask is None else (mask.mT,)
+    there = () if mask is None else (mask.mT,)
     monomials = 1 + dim + (dim * (dim + 1) // 2 if order == 2 else 0)
     held = (query.new_zeros(*query.shape[:2], monomials, value.shape[-1] + 1, dtype=exact),)
     factors, strip = _factors(held[0], dim, scale, order), max(64, tokens(query) * dim // monomials)
@@ -131,7 +128,25 @@ def fast(
         return scan(give, held, (query,), strip=strip)[0]  # type: ignore[return-value]
     if first:
         held = scan(gather, held, [t[:, :, :first] for t in strips], strip=strip)[1]
-    return scan(past, held, (query, *(t[:, :, first:] for t in strips)), strip=block)[0]  # type: ignore[return-value]
+    product, strip = _Product(order, scale, factors, block), max(1, strip // block) * block
+    return scan(past, held, (query, *(t[:, :, first:] for t in strips)), strip=strip)[0]  # type: ignore[return-value]
+
+
+class _Product(Product):
+    """Of monomials; inside a block by the polynomial itself."""
+
+    def __init__(self, order: int, scale: float, factors: Tensor, block: int) -> None:
+        super().__init__(None, block)
+        self.order, self.scale, self.coefficients = order, scale, factors[:, 0]
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        return _polynomial(query @ key.mT * self.scale, self.order)
+
+    def asked(self, query: Tensor) -> Tensor:
+        return _monomials(query, self.order) * self.coefficients
+
+    def kept(self, key: Tensor) -> Tensor:
+        return _monomials(key, self.order)
 
 
 def _scale(query: Tensor, scale: float | None, normalise: str) -> float:

@@ -28,6 +28,7 @@ from ._convolution import convolved
 from ._gates import Gated, refuse_gaps
 from ._layers import exchanged
 from ._mechanism import Cost, pairs, softmax
+from ._modules import module
 
 ATTENTIONS, BIASES = ("softmax", "laplace", "relu2"), ("simple", "rotary")
 
@@ -70,10 +71,10 @@ class MovingAverage(nn.Module):
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """mask: which tokens there are, boolean [batch, token]; the others add nothing."""
         given = hidden if mask is None else hidden.where(mask[..., None], 0.0)
-        kernels = self.kernel(hidden.shape[1]).chunk(2) if self.bidirectional else (self.kernel(hidden.shape[1]),)
-        found = convolved(given, kernels[0])
-        if self.bidirectional:
-            found = found + convolved(given.flip(1), kernels[1]).flip(1)
+        past, *future = self.kernel(hidden.shape[1]).chunk(1 + self.bidirectional)
+        found = convolved(given, past)
+        if future:
+            found = found + convolved(given.flip(1), future[0]).flip(1)
         return F.silu(found + hidden * self.omega)
 
     def step(self, state: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,13 @@ class State(NamedTuple):
     taken: int  # tokens before
 
 
+@module(
+    "causal",
+    "full",
+    build=lambda dim, causal, tokens: Mega(
+        dim, z=dim // 8 * 2, value=dim // 2, order=4, causal=causal, positions=tokens, residual=False
+    ),
+)
 class Mega(Gated):
     """The paper's layer: [batch, token, dim] to the same, its residual included.
 
@@ -267,6 +275,9 @@ def mega(
         return Mega(dim, causal=bool(getattr(attention, "is_causal", False)) if causal is None else causal, **knobs)
 
     return exchanged(model, made, projection, "mega")
+
+
+convert = mega
 
 
 def cost(n: int, dim: int, *, z: int = 64, value: int | None = None, chunk: int | None = None, causal: bool = False):

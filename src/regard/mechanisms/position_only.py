@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class PositionOnly(nn.Module):
     def weights(self) -> Tensor:
         """[head, query, key]"""
         if self.shifts is not None:
-            return self.alpha[:, self.shifts]
+            return self.alpha[:, cast(Tensor, self.shifts)]
         return self.alpha.tril() if self.causal else self.alpha
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -165,6 +166,9 @@ def position_only(
         return PositionOnly(dim, heads=heads or dim // int(width or 1), tokens=tokens, causal=causal)
 
     return exchanged(model, made, projection, "position_only")
+
+
+convert = position_only
 
 
 def cost(n: int, dim: int, *, causal: bool = False) -> Cost:

@@ -76,8 +76,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 def _layer(way: str) -> Chela:
     layer = Chela(WIDTH, z=16, length=TOKENS, causal=True)
     if way == "short only":
-        nn.init.zeros_(layer.move.long)
-        layer.move.long.requires_grad_(False)
+        long = layer.move.get_parameter("long")
+        nn.init.zeros_(long)
+        long.requires_grad_(False)
     if way == "none":
         layer.move = _Still()  # type: ignore[assignment]
     return layer

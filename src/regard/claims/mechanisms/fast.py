@@ -67,13 +67,14 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 def _off(order: int, causal: bool, half: float = 0.5) -> float:
     """Largest difference of outputs and gradients from those of the map."""
     leaves = [(0.5 * torch.randn(2, 2, 300, 8, dtype=torch.float64)).requires_grad_() for _ in range(3)]
-    found, right = fast(*leaves, causal=causal, order=order), _map(*leaves, order, causal, half)
+    found, right = fast(*leaves, causal=causal, order=order), _map(leaves, order, causal, half)
     given = torch.randn_like(right)
     pairs = zip(*(torch.autograd.grad(output, leaves, given) for output in (found, right)))
     return max(float((a - b).detach().abs().max()) for a, b in ((found, right), *pairs))
 
 
-def _map(query: Tensor, key: Tensor, value: Tensor, order: int, causal: bool, half: float) -> Tensor:
+def _map(tensors: list[Tensor], order: int, causal: bool, half: float) -> Tensor:
+    query, key, value = tensors
     scores = query @ key.mT / query.shape[-1] ** 0.5
     weights = 1 + scores + (half * scores**2 if order == 2 else 0)
     weights = weights.tril() if causal else weights

@@ -2,7 +2,8 @@
 
 Of 64 features 8 carry the class, as +1 or -1. In one data set they stand 3 deviations off the others, in the other all
 are of the same distribution, and only their places tell them apart, which the operator cannot see: there importance has
-to be chance, while a linear classifier's weights find them. Settings were chosen on seeds 1 and 2.
+to be chance, while a linear classifier's weights find them. Of two settings, with the features added and without, the
+second was chosen on seeds 1, 101 and 102, since the class is learned with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .._measure import Mean, mean
 SCALES = "small", "large"
 FEATURES, INFORMATIVE, HEADS, GAUSSIANS = 64, 8, 4, 3
 APART, STEPS = 3.0, 300
-RUNS = {"small": 5, "large": 20}
+RUNS = {"small": 3, "large": 20}
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
@@ -69,7 +70,7 @@ def _trained(apart: float, seed: int) -> tuple[float, float, float]:
 
     def sample(count: int) -> tuple[Tensor, Tensor]:
         label = torch.randint(0, 2, (count,))
-        signal = (2 * label - 1)[:, None] * torch.ones(INFORMATIVE) * (1 if apart else 1.0)
+        signal = (2 * label - 1)[:, None] * torch.ones(INFORMATIVE)
         features = torch.randn(count, FEATURES) * 2**0.5
         features[:, informative] = signal + torch.randn(count, INFORMATIVE) + apart * 2**0.5
         return features, label
@@ -80,7 +81,7 @@ def _trained(apart: float, seed: int) -> tuple[float, float, float]:
     for _ in range(STEPS):
         features, label = sample(128)
         # Weights are of sum 1 over a part: what is weighted is brought back to the size of what is not.
-        mixed = features + attention(features) * (FEATURES // HEADS)
+        mixed = attention(features) * (FEATURES // HEADS)
         optimizer.zero_grad()
         F.cross_entropy(classifier(mixed), label).backward()
         optimizer.step()
@@ -94,7 +95,7 @@ def _trained(apart: float, seed: int) -> tuple[float, float, float]:
     with torch.no_grad():
         features, label = sample(2000)
         weights = attention.weights(features)
-        mixed = features + features * weights * (FEATURES // HEADS)
+        mixed = features * weights * (FEATURES // HEADS)
         right = (classifier(mixed).argmax(-1) == label).float().mean()
         scores = importance(weights), (plain.weight[1] - plain.weight[0]).abs()
     return _area(scores[0], informative), _area(scores[1], informative), float(right)

@@ -18,8 +18,8 @@ from .._measure import exponent, mean, seconds
 
 SCALES = "small", "large"
 CHUNK, ORDER = 8, 4
-STEPS, RUNS = {"small": 200, "large": 1000}, {"small": 2, "large": 5}
-LENGTHS = (1024, 2048, 4096)
+STEPS, RUNS = {"small": 250, "large": 1000}, {"small": 2, "large": 5}
+LENGTHS = (512, 1024, 2048)
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
@@ -35,7 +35,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for run in range(RUNS[scale]):
         for way, of in found.items():
             where = RUNS[scale] * seed + run
-            model = trained(lambda way=way: _layer(way), pooled=True, steps=STEPS[scale], seed=where)
+            model = trained(lambda way=way: _layer(way), pooled=True, steps=STEPS[scale], seed=where, batch=64)
             of.append((right(model, border, where), right(model, inside, where)))
     shares = {way: [mean(values) for values in zip(*of)] for way, of in found.items()}
     powers = [_power(chunk) for chunk in (128, None)]

@@ -105,12 +105,8 @@ def _system() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 columns.append(at[tuple(other)])
                 couplings.append(j / 2)
     spins = torch.tensor(states, dtype=torch.float64)
-    return (
-        spins,
-        *(torch.tensor(t) for t in (rows, columns)),
-        torch.tensor(couplings).double(),
-        torch.tensor(diagonal).double(),
-    )
+    at_rows, at_columns = torch.tensor(rows), torch.tensor(columns)
+    return spins, at_rows, at_columns, torch.tensor(couplings).double(), torch.tensor(diagonal).double()
 
 
 class _WithQueries(nn.Module):
