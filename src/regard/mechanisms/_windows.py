@@ -158,7 +158,7 @@ def cost(axes: Sequence[Window], n_query: int, dim: int) -> Cost:
     """Of one head: of the pairs that see each other, and of keys and values as often as tiles of queries take them."""
     seen, taken = 1.0, 1.0
     for axis, size in zip(axes, TILES[len(axes)], strict=True):
-        seen *= float(axis.sees().count.sum())
+        seen *= float(axis.sees().number.sum())
         taken *= -(-(axis.length - axis.first) // size) * (size + axis.window - 1)
     return Cost(4 * dim * seen, 2 * dim * (n_query + taken))
 
