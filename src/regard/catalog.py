@@ -6,26 +6,26 @@ import base64
 import difflib
 import json
 import os
-import pkgutil
 import re
-import sqlite3
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
-
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from .extras import needs, shortened
 from .files import MARK, refuse_foreign, replaced, written_aside
 
-_FOLDER = Path(__file__).parent / "catalog"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Nothing here imports torch, or a room, before a method is asked for: names of methods are read from their files.
+_HERE = Path(__file__).parent
+_FOLDER = _HERE / "catalog"
 SHIPPED = _FOLDER / "found.json"
 SCALES = ("small", "real", "large")
 _PLOTS = {".svg": "Creator", ".png": "Software"}  # where their metadata say who made them
@@ -60,9 +60,9 @@ class Row:
         """`not built`, `broken`, `built`, or what the last run of its claim found: see `runs`."""
         if not self.object:
             return "not built"
-        try:
-            self.load()
-        except (ImportError, AttributeError):
+        module, _, name = self.object.partition(":")
+        path = _HERE.joinpath(*module.split(".")[1:])
+        if not any(_defines(file, name) for file in (path.with_suffix(".py"), path / "__init__.py")):
             return "broken"
         return self.last.finding.verdict if self.last else "built"
 
@@ -220,6 +220,8 @@ def search(words: str) -> list[Row]:
     terms = [f'"{w.replace(chr(34), "")}"*' for w in words.split()]
     if not terms:
         return list(rows().values())
+    import sqlite3
+
     with sqlite3.connect(":memory:") as base:
         base.execute(
             "create virtual table paper using fts5(key, title, about, works, expects, tags, room, tokenize='porter')"
@@ -232,42 +234,47 @@ def search(words: str) -> list[Row]:
 
 
 def methods(room: str) -> list[str]:
-    """Names of the methods of a room: its files that hold something of their own name."""
-    return [name for name in _files(room) if _namesake(room, name) is not None]
+    """Names of the methods of a room: its files that define something of their own name."""
+    return [name for name in files(room) if _defines(_file(room, name), name)]
 
 
 def method(room: str, name: str) -> Any:
     """The method of this name: `name` in `regard/<room>/<name>.py`, whatever else there is left alone."""
-    found = _namesake(room, name) if name in _files(room) else None
-    if found is None:
+    if name not in methods(room):
         raise KeyError(f"no method {_near(name, methods(room), f' in {room}')}; there are {', '.join(methods(room))}")
-    return found
+    return getattr(import_module(f"regard.{room}.{name}"), name)
 
 
 @cache
 def statistics() -> list[str]:
-    """Names of the statistics that `record` takes: those of the room that have a `spec`.
+    """Names of the statistics that `record` takes: those of the room that are declared with `@statistic`.
 
     The others are analyses, plain functions of a model or of what was recorded.
     """
-    return [name for name in methods("statistics") if hasattr(_namesake("statistics", name), "spec")]
+    return [name for name in files("statistics") if _defines(_file("statistics", name), name, r"@statistic\([^@]+\)\n")]
 
 
 def statistic(name: str) -> Callable[..., Tensor | None]:
     """The statistic of this name: function `name` in `regard/statistics/name.py`."""
-    found: Any = _namesake("statistics", name) if name in _files("statistics") else None
-    if not hasattr(found, "spec"):
+    if name not in statistics():
         raise KeyError(f"no statistic {_near(name, statistics())}; there are {', '.join(statistics())}")
-    return found
+    return method("statistics", name)
 
 
-def _files(room: str) -> list[str]:
-    modules = pkgutil.iter_modules(import_module(f"regard.{room}").__path__)
-    return sorted(m.name for m in modules if not (m.ispkg or m.name.startswith("_")))
+def files(room: str) -> list[str]:
+    """Names of a room's files, without those that begin with an underscore."""
+    return sorted(path.stem for path in (_HERE / room).glob("[!_]*.py"))
 
 
-def _namesake(room: str, name: str) -> Any:
-    return getattr(import_module(f"regard.{room}.{name}"), name, None)
+def _file(room: str, name: str) -> Path:
+    return _HERE / room / f"{name}.py"
+
+
+@cache
+def _defines(path: Path, name: str, before: str = "") -> bool:
+    """Whether this file defines this name at its top level, after these lines."""
+    defined = rf"^{before}(?:(?:def|class) {re.escape(name)}\b|{re.escape(name)}\b[^\n=]* = )"
+    return path.is_file() and re.search(defined, path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | None = None) -> Finding:
@@ -278,9 +285,7 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     if scale not in found.scales:
         raise ValueError(f"the claim of {key} has no scale {scale!r}; it has {', '.join(found.scales)}")
     if plot is not None:
-        if plot.suffix not in _PLOTS:
-            raise ValueError(f"{plot}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
-        refuse_foreign(plot)
+        check_plot(plot)
     began = time.process_time()
     finding: Finding = import_module(found.claim).claim(scale=scale, seed=seed)
     finding = replace(finding, seconds=time.process_time() - began)
@@ -290,12 +295,21 @@ def reproduce(key: str, *, scale: str = "small", seed: int = 0, plot: Path | Non
     known = here()
     with written_aside(path) as draft:
         draft.write_text(written({**known, key: {**known.get(key, {}), scale: made}}))
-    if plot is not None:
-        _plot(finding, plot)
+    if plot is not None and finding.draw is not None:
+        drawn(finding.draw, plot)
     return finding
 
 
-def _plot(finding: Finding, path: Path) -> None:
+def check_plot(path: Path) -> None:
+    """Raise ValueError where a plot cannot be drawn into a file of this name, FileExistsError where it is not ours."""
+    if path.suffix not in _PLOTS:
+        raise ValueError(f"{path}: a plot is drawn into a file that ends in {' or '.join(_PLOTS)}")
+    refuse_foreign(path)
+
+
+def drawn(draw: Callable[[Any], None], path: Path, *, size: tuple[float, float] = (8, 4)) -> None:
+    """Write what `draw` draws into a matplotlib `Figure`, small, as SVG or PNG. size: inches."""
+    check_plot(path)
     with needs("plots", "claims"):
         import matplotlib
         import numpy as np
@@ -303,17 +317,15 @@ def _plot(finding: Finding, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.image import AxesImage
         from matplotlib.lines import Line2D
-    if finding.draw is None:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    finding.draw(figure)
-    for drawn in figure.findobj(Collection):
-        if isinstance(drawn, QuadMesh) or len(np.asarray(drawn.get_offsets())) > DENSE:  # such as colour bars
-            drawn.set_rasterized(True)
-    for drawn in figure.findobj(Line2D):
-        drawn.set_rasterized(drawn.get_rasterized() or len(np.asarray(drawn.get_xdata())) > DENSE)
-    for drawn in figure.findobj(AxesImage):
-        drawn.set_interpolation("none")  # as large as its pixels are, not as the picture is
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    for part in figure.findobj(Collection):
+        if isinstance(part, QuadMesh) or len(np.asarray(part.get_offsets())) > DENSE:  # such as colour bars
+            part.set_rasterized(True)
+    for part in figure.findobj(Line2D):
+        part.set_rasterized(part.get_rasterized() or len(np.asarray(part.get_xdata())) > DENSE)
+    for part in figure.findobj(AxesImage):
+        part.set_interpolation("none")  # as large as its pixels are, not as the picture is
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same picture makes the same file; letters as such, pictures as they are.
     same: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "image.composite_image": False}
@@ -326,6 +338,8 @@ def _plot(finding: Finding, path: Path) -> None:
 
 def _lighter(svg: str) -> str:
     """The same plot with hundredths of a point, and pictures as WebP."""
+
+    from PIL import Image
 
     def webp(found: re.Match[str]) -> str:
         made = BytesIO()
@@ -348,7 +362,7 @@ def remembered(key: str, *, scale: str, seed: int) -> Finding | None:
 
 def runs() -> dict[str, dict[str, Run]]:
     """The last run of each claim, by key and scale: on this machine, or else where this version was made."""
-    found = shipped()
+    found = dict(shipped())
     for key, at in here().items():
         found[key] = {**found.get(key, {}), **at}
     return found
@@ -367,6 +381,7 @@ def here() -> dict[str, dict[str, Run]]:
         return {}  # none yet, or a file of another version
 
 
+@lru_cache(maxsize=4)
 def _read(text: str) -> dict[str, dict[str, Run]]:
     def run(scale: str, kept: dict[str, Any]) -> Run:
         when = kept.pop("when")

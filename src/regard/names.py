@@ -1,9 +1,11 @@
-"""What the positions of a sequence are: roles, ids and places, told by what the running model was given."""
+"""What the positions of a sequence are: roles, ids and places, told by what the running model was given.
+
+Where in a picture a position is, `adapters.pictures` has followed: its labels are translated here.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,34 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.generation import Generation
+from .adapters.grids import NONE, OWN, STATE, WORD
+from .adapters.pictures import Pictures
 from .call import Call
 from .functions import bound
 from .tokens import ROLES, Tokens
-
-_SIDES = (1, 2, 3, 4)  # of the squares of patches that are merged into one token
 
 
 class Names:
     """Names positions from ids, pictures and sound, as the configurations and the processor explain them."""
 
-    def __init__(self, model: nn.Module, processor: Any, roles: Sequence[str] | None) -> None:
-        self.model, self.processor, self.roles = model, processor, roles
+    def __init__(
+        self, model: nn.Module, processor: Any, roles: Sequence[str] | None, pictures: Pictures | None = None
+    ) -> None:
+        self.processor, self.roles = processor, roles
+        self.pictures = Pictures() if pictures is None else pictures
         self.vocabulary = vocabulary(model, processor)
-        # Of the newest pictures, which generate shows to the vision tower in a pass before the text's:
-        self.patches: tuple[int, int] | None = None  # rows and columns of the vision tower's patches
-        self.sizes: list[list[int]] = []  # frames, rows and columns of each, where sizes differ
-        self.pictures = 0  # how many, where they are alike
         self.texts: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, mask and states of what a text encoder read
         self.begins = True  # a new picture, whose texts are read next
 
-    def given(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """The model of this name starts to run on these inputs."""
+    def given(self) -> None:
+        """A model starts to run."""
         self.begins = True
-        if isinstance(pixels := inputs.get("pixel_values"), Tensor):
-            self.patches, self.sizes = _patches(self.model, name, pixels) or self.patches, []
-            self.pictures = len(pixels) if pixels.ndim == 4 else 0
-        if isinstance(sizes := inputs.get("image_grid_thw", inputs.get("grid_thw")), Tensor):
-            self.sizes = sizes.tolist()
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The text encoder beside a denoising model has read a batch of texts."""
@@ -51,36 +47,67 @@ class Names:
         mask = torch.ones_like(ids) if mask is None else mask
         self.texts += zip(ids.detach().cpu(), mask.detach().cpu(), output[0].detach())
 
-    def new(self, call: Call, name: str, inputs: Mapping[str, Any], n: int, generation: Generation | None) -> Tokens:
-        """The next `n` positions of a stack's sequence: the model `name` was given them."""
+    def new(
+        self,
+        call: Call,
+        inputs: Mapping[str, Any],
+        n: int,
+        generation: Generation | None,
+        labels: Tensor | None = None,
+        after: int = 0,
+    ) -> Tokens:
+        """The next `n` positions of a stack's sequence, whose model was given this.
+
+        labels [batch, n]: where in its pictures and texts each comes from; `after` pictures of earlier passes.
+        """
         batch, ids = call.query.shape[0], inputs.get("input_ids")
         if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape == (batch, n):
             tokens = self._text(call.site.stack, ids, call.query_start, call.query_start == 0, generation)
+            if labels is not None:
+                patches = labels.masked_fill(~tokens.role("image"), NONE)
+                tokens = tokens.at(*self.pictures.grids.places(patches), after)
             return _unmasked(tokens, inputs.get("attention_mask"), call.query_start)
-        pixels = inputs.get("pixel_values")
-        if isinstance(pixels, Tensor) and not call.site.cross:
-            tokens = Tokens.plain("image", batch, n)
-            grid = _patches(self.model, name, pixels)
-            extra = n - grid[0] * grid[1] if grid else -1
-            if grid and 0 <= extra <= 16 and len(pixels) == batch:  # class token and registers come first
-                tokens = tokens.marked("special", (torch.arange(n) < extra).expand(batch, n))
-                for sample in range(batch):
-                    tokens = tokens.on_grid(sample, extra, grid)
-            return tokens
-        noisy = inputs.get("hidden_states")  # pixels or latents, which a diffusion transformer cuts into patches
-        if isinstance(noisy, Tensor) and noisy.ndim == 4 and len(noisy) == batch:
-            grid, tokens = _patches(self.model, name, noisy), Tokens.plain("image", batch, n)
-            for sample in range(batch if grid and grid[0] * grid[1] == n else 0):
-                tokens = tokens.on_grid(sample, 0, grid)
-            return tokens
-        if inputs.get("grid_thw") is not None:
-            return Tokens.plain("image", batch, n)
+        if labels is not None:
+            return self.labelled(call.site.stack, labels, inputs, after)
         sound = next((v for k in ("input_features", "input_values") if (v := inputs.get(k)) is not None), None)
         if sound is not None:
             return replace(Tokens.plain("frame", batch, n), seconds=self._seconds(sound) / n)
         mask = inputs.get("attention_mask")
         fits = not isinstance(mask, Tensor) or mask.shape[-1] == call.query_start + n
         return _unmasked(Tokens.plain("other", batch, n), mask if fits else None, call.query_start)
+
+    def labelled(self, stack: str, labels: Tensor, inputs: Mapping[str, Any], after: int = 0) -> Tokens:
+        """Positions of pictures, and of words and the model's own tokens beside them."""
+        tokens = Tokens.plain("other", len(labels), labels.shape[1])
+        places, grids = self.pictures.grids.places(labels)
+        patches = places[..., 0] >= 0
+        tokens = tokens.marked("special", labels >= OWN).marked("text", (labels >= STATE) & (labels < OWN))
+        tokens = tokens.marked("image", patches)
+        for first, end in ((WORD, STATE), (STATE, OWN)):
+            here = (labels >= first) & (labels < end)
+            if here.any() and (words := self._words(stack, first)) is not None:
+                roles, ids = (words[i][(labels - first).where(here, 0)] for i in (0, 1))
+                roles, ids = torch.where(here, roles, tokens.roles), torch.where(here, ids, tokens.ids)
+                tokens = replace(tokens, roles=roles, ids=ids)
+        hidden = inputs.get("bool_masked_pos")
+        if isinstance(hidden, Tensor) and grids and hidden.ndim == 2 and len(hidden) == len(grids):
+            rows, columns = grids[0]
+            if hidden.shape[1] == rows * columns and set(grids) == {(rows, columns)}:
+                image, row, column, _ = places.clamp_min(0).unbind(-1)
+                masked = hidden.detach().cpu().bool()[image, row * columns + column]
+                tokens = tokens.marked("special", patches & masked)
+        return tokens.at(_between(places, labels >= OWN, grids), grids, after)
+
+    def _words(self, stack: str, kind: int) -> tuple[Tensor, Tensor] | None:
+        """Roles and ids of all words that this pass was given, end to end."""
+        found = []
+        for given, mask in self.pictures.texts[kind]:
+            tokens = self._text(stack, given, 0, False, None) if kind == WORD else self._read(stack, given)
+            if tokens is None:
+                return None
+            found.append(_unmasked(tokens, mask, 0))
+        roles, ids = (torch.cat([getattr(tokens, name).flatten() for tokens in found]) for name in ("roles", "ids"))
+        return roles, ids
 
     def before(self, call: Call, inputs: Mapping[str, Any], generation: Generation | None) -> Tokens:
         """What a cache that was filled elsewhere holds, as far as `generate` and the mask tell."""
@@ -116,9 +143,7 @@ class Names:
             bos[:, 0] |= _isin(ids[:, 0], self.vocabulary["decoder_start"])
         tokens = tokens.marked("special", _isin(ids, self.vocabulary["special"])).marked("bos", bos)
         image = _isin(ids, self.vocabulary["image"]) & ~made
-        if image.any():
-            tokens = self._on_pictures(tokens.marked("image", image), image)
-        tokens = tokens.marked("generated", made)
+        tokens = tokens.marked("image", image).marked("generated", made)
         padding = [] if generation is None else generation.padding[max(0, start - begins) : max(0, start + n - begins)]
         if padding and len(padding[0]) == batch:  # what generate feeds rows that are finished
             after = torch.stack(padding, 1)
@@ -137,52 +162,42 @@ class Names:
         features = sound.ndim == 3 and sound.shape[1] == getattr(extractor, "feature_size", None)
         return sound.shape[2] * hop / rate if rate and hop and features else 0.0
 
-    def _on_pictures(self, tokens: Tokens, image: Tensor) -> Tokens:
-        """Lay the image tokens on the grids of their pictures, one after the other, where their numbers agree."""
-        runs = [
-            (b, *m.span())
-            for b, row in enumerate(image.tolist())
-            for m in re.finditer("1+", "".join("01"[i] for i in row))
-        ]
-        pieces = next((p for counts in self._counts(int(image.sum())) if (p := _pieces(runs, counts))), runs)
-        for number, (sample, a, b) in enumerate(pieces):
-            shape = self.patches
-            if len(self.sizes) == len(pieces):
-                frames, *size = self.sizes[number]
-                shape = (size[0], size[1]) if frames == 1 else None
-            tokens = tokens.on_grid(sample, a, _merged(shape, b - a))
-        return tokens
-
-    def _counts(self, total: int) -> Iterator[list[int]]:
-        """How many tokens each picture may have, of `total` in all."""
-        if self.sizes:
-            for side in _SIDES:
-                yield [frames * (rows // side) * (columns // side) for frames, rows, columns in self.sizes]
-        elif self.pictures and total % self.pictures == 0:
-            yield [total // self.pictures] * self.pictures
-
     def words(self, call: Call, inputs: Mapping[str, Any]) -> Tokens | None:
-        """Tokens of the texts whose states a denoising model was given, found by the states themselves."""
+        """Tokens of the texts whose states a denoising model was given."""
         states = inputs.get("encoder_hidden_states")
-        if not self.texts or not isinstance(states, Tensor):
+        if not isinstance(states, Tensor) or states.shape[:2] != (len(call.key), call.key.shape[2]):
             return None
+        return self._read(call.site.stack, states)
+
+    def _read(self, stack: str, states: Tensor) -> Tokens | None:
+        """What the text encoder read to give these states, found by the states themselves."""
         rows = [next((text for text in self.texts if _equal(text[2], state)), None) for state in states]
-        if any(row is None for row in rows) or states.shape[:2] != (len(call.key), call.key.shape[2]):
+        if not self.texts or any(row is None for row in rows):
             return None
         ids, mask = (torch.stack([row[i] for row in rows if row is not None]) for i in (0, 1))
-        return _unmasked(self._text(call.site.stack, ids, 0, False, None), mask, 0)
+        return _unmasked(self._text(stack, ids, 0, False, None), mask, 0)
 
 
-def _pieces(runs: list[tuple[int, int, int]], counts: list[int]) -> list[tuple[int, int, int]]:
-    """The runs of image tokens cut into pictures of so many tokens, in order; none where it does not come out even."""
-    left, pieces = list(counts), []
-    for sample, a, b in runs:
-        while a < b and left and left[0] > 0:
-            pieces.append((sample, a, a + left[0]))
-            a += left.pop(0)
-        if a != b:
-            return []
-    return [] if left else pieces
+def _between(places: Tensor, own: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Places, with those of mask tokens that stand between patches of one picture, where all stand in its order."""
+    places = places.clone()
+    rows = (own.any(1) & (places[..., 0] >= 0).any(1)).nonzero().flatten().tolist()
+    for sample, tokens in ((places[i], own[i]) for i in rows):
+        at = (sample[:, 0] >= 0).nonzero().flatten()
+        if len(at) < 2 or len(sample[at, 0].unique()) > 1:
+            continue
+        image = int(sample[at[0], 0])
+        rows, columns = grids[image]
+        offsets = (at - sample[at, 1] * columns - sample[at, 2]).unique()
+        start, n = int(offsets[0]), rows * columns
+        if len(offsets) > 1 or start < 0 or start + n > len(sample) or len(at) == n:
+            continue
+        inside = torch.arange(n)
+        whole = torch.stack(
+            [torch.full_like(inside, image), inside // columns, inside % columns, sample[at[:1], 3].expand(n)], dim=-1
+        )
+        sample[start : start + n] = torch.where(tokens[start : start + n, None], whole, sample[start : start + n])
+    return places
 
 
 def _unmasked(tokens: Tokens, mask: Any, start: int) -> Tokens:
@@ -230,24 +245,3 @@ def vocabulary(model: nn.Module, processor: Any) -> dict[str, set[int]]:
 
 def _isin(ids: Tensor, among: set[int]) -> Tensor:
     return torch.isin(ids, torch.tensor(sorted(among), dtype=ids.dtype))
-
-
-def _patches(model: nn.Module, name: str, pixels: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of the patches that the vision model at `name` cuts pictures [..., row, column] into."""
-    config = getattr(getattr(model, "_orig_mod", model).get_submodule(name), "config", None)
-    config = getattr(config, "vision_config", config)
-    size = getattr(config, "patch_size", None)
-    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if pixels.ndim < 4 or not isinstance(height, int) or not isinstance(width, int):
-        return None
-    return pixels.shape[-2] // height, pixels.shape[-1] // width
-
-
-def _merged(grid: tuple[int, int] | None, n: int) -> tuple[int, int] | None:
-    """The grid of `n` tokens that patches on `grid` were merged into, in squares."""
-    if grid is None:
-        return None
-    for side in _SIDES:
-        if (grid[0] // side) * (grid[1] // side) == n:
-            return grid[0] // side, grid[1] // side
-    return None

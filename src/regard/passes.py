@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import caches, checkpoints, generation, transforms
+from .adapters import caches, checkpoints, generation, parallel, pictures, transforms
 from .adapters.caches import Rows
 from .adapters.generation import Generation
+from .adapters.grids import NONE
 from .call import Call, Site, UnreachableAttention
 from .functions import bound
 from .names import Names, shows
 from .recording import Recorder, Run
-from .sites import links
+from .sites import links, plain_stacks
 from .tokens import Tokens
 
 
@@ -34,6 +35,25 @@ class _Turn:
 
     layer: int
     seen: int = 0  # queries so far: of a packed batch, one piece comes after the other
+    stack: str = ""  # the part of its stack that it was found to belong to
+
+
+@dataclass
+class _Layout:
+    """Where in their pictures the positions of some layers are: labels [batch, query], and [batch, key] if others."""
+
+    queries: Tensor
+    keys: Tensor | None
+
+    def holds(self, start: int, queries: Tensor, keys: Tensor | None) -> bool:
+        """Whether these, from `start` on, are its own, or follow on them."""
+        known = self.queries[:, start : start + queries.shape[1]]
+        same = (self.keys is None) == (keys is None) and (keys is None or torch.equal(keys, self.keys))  # type: ignore
+        there = len(known) == len(queries) and start <= self.queries.shape[1]
+        return same and there and torch.equal(known, queries[:, : known.shape[1]])
+
+    def add(self, start: int, queries: Tensor) -> None:
+        self.queries = torch.cat([self.queries, queries[:, self.queries.shape[1] - start :]], dim=1)
 
 
 @dataclass(eq=False)
@@ -50,16 +70,19 @@ class _Entry:
     start: int = 0  # positions that the cache held before
     again: bool = False  # for a checkpoint's gradient
     called: set[nn.Module] = field(default_factory=set)  # models inside it, so far
+    gave: dict[nn.Module, list[weakref.ref[Tensor]]] = field(default_factory=dict)  # what plain encoders in it did
     turns: dict[nn.Module, _Turn] = field(default_factory=dict)
     layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
     runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
     known: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)  # fields of calls alike
+    layouts: dict[str, list[_Layout]] = field(default_factory=dict)  # of each stack that sees pictures
+    parts: dict[tuple[nn.Module, int], str] = field(default_factory=dict)  # of its stack, by module and layer
 
     def copy(self) -> _Entry:
         """The same from here on, for a checkpoint's gradient."""
         turns = {module: replace(turn) for module, turn in self.turns.items()}
         layers = {stack: set(ran) for stack, ran in self.layers.items()}
-        copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
+        copied = replace(self, frame=None, again=True, turns=turns, layers=layers, gave=dict(self.gave))
         copied.source = copied if self.source is self else self.source
         return copied
 
@@ -71,7 +94,9 @@ class _Entry:
             if entry is self.source:
                 break
         mask = next((mask for mask in masks if mask is not None), None)
-        return {**self.source.inputs, "attention_mask": mask}
+        hidden = (entry.inputs.get("bool_masked_pos") for entry in self.outwards())
+        hidden = next((mask for mask in hidden if mask is not None), None)
+        return {**self.source.inputs, "attention_mask": mask, "bool_masked_pos": hidden}
 
     def outwards(self) -> Iterator[_Entry]:
         entry: _Entry | None = self
@@ -110,11 +135,13 @@ class Passes:
         changes: bool,
     ) -> None:
         self.model, self.sites, self.recorder, self.changes = model, sites, recorder, changes
-        self.names = Names(model, None if recorder is None else recorder.processor, roles)
+        self.pictures = pictures.here()
+        self.names = Names(model, None if recorder is None else recorder.processor, roles, self.pictures)
         self.modules = set(model.modules())
         self.thread = threading.get_ident()
         self.crosses = any(site.cross for site in sites.values())
         self.selfs = {site.stack for site in sites.values() if not site.cross}
+        self.plain = plain_stacks(model, sites)
         self.links = {link for site in sites.values() for link in links(model, site.name)}
         self.served: dict[tuple[Any, ...], Site] = {}  # a site as the layers that it has been
         self.entries: list[_Entry] = []  # running now, outermost first
@@ -127,16 +154,24 @@ class Passes:
 
     # What the hooks tell
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType | None = None,
+    ) -> None:
         """A model, or a model inside it, starts to run."""
         self._own_thread()
         inputs = bound(module, args, kwargs)
         within = self._innermost()
         if within is None:
             transforms.refuse(inputs.values())
+            parallel.refuse(self.model)
             self._unchanged()
             self.run, self.ran = None, {}
-        entry = _Entry(name, module, inputs, sys._getframe(1), within)
+        entry = _Entry(name, module, inputs, frame or sys._getframe(1), within)
         given = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None
         # A model that is given embeddings once more in one pass may be given another text's.
         entry.source = entry if given or within is None or module in within.called else within.source
@@ -151,7 +186,7 @@ class Passes:
             entry.start = within.start if same else int(entry.cache.get_seq_length())  # type: ignore[union-attr]
         self.entries.append(entry)
         if not entry.again:
-            self.names.given(name, inputs)
+            self.names.given()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """It has run; one that fails says nothing, and is found by its frame."""
@@ -169,6 +204,27 @@ class Passes:
                 run.cached |= entry.runs.keys()
             self._gave(entry, output)
 
+    def enter_plain(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A stack of layers, no model of transformers, starts to run: for a second time on what it did not give itself
+        it reads another text, as a model would.
+        """
+        within = self._innermost()
+        if within is not None and (before := within.gave.get(module)) is not None:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not any(value is one() for value in given for one in before):
+                self.enter(name, module, args, kwargs, sys._getframe(1))
+
+    def leave_plain(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (entry := self._innermost()) is None:
+            return
+        if entry.module is module:
+            self.leave(module, args, output)
+            entry = entry.within
+        if entry is not None:
+            held = output.values() if isinstance(output, Mapping) else output
+            held = held if isinstance(held, (tuple, list, ValuesView)) else [held]
+            entry.gave[module] = [weakref.ref(value) for value in held if isinstance(value, Tensor)]
+
     def turn(self, module: nn.Module, *_: Any) -> None:
         """An attention module starts to run."""
         self._own_thread()
@@ -177,6 +233,7 @@ class Passes:
             layer = self._layer(entry, site)
             entry.turns[module] = _Turn(layer)
             entry.layers.setdefault(site.stack, set()).add(layer)
+            self.pictures.products.clear()
 
     def check_seen(self, module: nn.Module, *_: Any) -> None:
         if self.entries and (turn := self.entries[-1].turns.get(module)) is not None and turn.seen == 0:
@@ -241,34 +298,85 @@ class Passes:
         if (turn := entry.turns.get(module)) is None:  # not by the call that runs hooks
             turn = entry.turns[module] = _Turn(self._layer(entry, site))
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
-        serves = module, turn.layer, heads, kv_heads, causal
+        labels = self._labels(entry, call)
+        stack = self._part(entry, module, turn, site, call, labels)
+        serves = module, turn.layer, heads, kv_heads, causal, stack
         if serves not in self.served:
-            changes = {"layer": turn.layer, "heads": heads, "kv_heads": kv_heads, "causal": causal}
+            changes = {"layer": turn.layer, "heads": heads, "kv_heads": kv_heads, "causal": causal, "stack": stack}
             self.served[serves] = replace(site, **changes)
         site = self.served[serves]
         alike = (site.stack, turn.seen, *call.query.shape[:3:2], *call.key.shape[:3:2])
         if (known := entry.known.get(alike)) is None:
-            known = entry.known[alike] = self._known(entry, replace(call, site=site), turn.seen)
+            known = entry.known[alike] = self._known(entry, replace(call, site=site), turn.seen, *labels)
         return {"site": site, **known}
 
-    def _known(self, entry: _Entry, call: Call, seen: int) -> dict[str, Any]:
-        """Positions and tokens, which are the same for all layers of a stack."""
+    def _labels(self, entry: _Entry, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """Where in pictures and texts queries and keys come from; of keys, None where they are as the queries."""
+        if not self.pictures.on:
+            return None, None
+        (batch, heads, n, _), n_key = call.query.shape, call.key.shape[2]
+        queries, keys = self.pictures.of(call.query, call.key)
+        if call.edits:  # an adapter's, which knows scores and values only
+            queries, keys = self.pictures.of_product(batch, heads, n, n_key)
+            _, valued = self.pictures.of(call.query, call.value)
+            keys = valued if keys is None else keys
+            queries = keys if queries is None and n == n_key else queries
+        self.pictures.attended = queries
+        queries = torch.full((batch, n), NONE) if queries is None else queries
+        keys = torch.full((len(call.key), n_key), NONE) if keys is None else keys
+        alike = not call.site.cross and (torch.equal(keys, queries) or entry.cache is not None)
+        return queries, None if alike else keys
+
+    def _part(
+        self, entry: _Entry, module: nn.Module, turn: _Turn, site: Site, call: Call, labels: Sequence[Tensor | None]
+    ) -> str:
+        """The name of its stack, or of the part of it whose positions are these: of a stage, of shifted windows."""
+        (queries, keys), (batch, n) = labels, (len(call.query), call.query.shape[2])
+        if turn.stack or queries is None:
+            name = turn.stack or entry.parts.get((module, turn.layer), site.stack)
+            if queries is not None and (layouts := entry.layouts.get(site.stack)):
+                layouts[self._number(site, name)].add(turn.seen, queries)
+            return name
+        ids = entry.source.inputs.get("input_ids")
+        if entry.cache is not None or (isinstance(ids, Tensor) and ids.shape == (batch, n)):
+            return site.stack
+        layouts = entry.layouts.setdefault(site.stack, [])
+        number = next((i for i, one in enumerate(layouts) if one.holds(turn.seen, queries, keys)), len(layouts))
+        if number == len(layouts):
+            layouts.append(_Layout(queries, keys))
+        layouts[number].add(turn.seen, queries)
+        turn.stack = site.stack if not number else f"{site.stack}.{number + 1}"
+        entry.parts[module, turn.layer] = turn.stack
+        return turn.stack
+
+    @staticmethod
+    def _number(site: Site, part: str) -> int:
+        return int(part.removeprefix(f"{site.stack}.")) - 1 if part != site.stack else 0
+
+    def _known(
+        self, entry: _Entry, call: Call, seen: int, queries: Tensor | None = None, others: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Positions and tokens, which are the same for all layers of a stack, or of a part of it."""
         stack, n_query, n_key = call.site.stack, call.query.shape[2], call.key.shape[2]
         start = entry.start + seen
         call = replace(call, query_start=start)
         if stack not in entry.runs:
             entry.runs[stack] = self._begun(entry, call)
         run = entry.runs[stack]
-        own = self._own(entry, run, call)
+        own = self._own(entry, run, call, queries)
         if not call.site.cross:
             self.ran[stack] = own
         # A sliding cache holds the newest keys only; a packed sequence comes in pieces that see only themselves.
         key_start = 0 if call.site.cross else (seen or max(0, start + n_query - n_key))
         earlier = own[:key_start] if key_start and not seen else None
+        told = others is not None and bool((others != NONE).any())
         if call.site.cross:
-            keys = run.keys[stack] = self._keys(entry, run, call)
-        elif entry.cache is None and n_key != n_query and not seen:  # pooled, or of another kind altogether
+            keys = self.names.labelled(stack, others, entry.told()) if told else self._keys(entry, run, call)  # type: ignore
+            run.keys[stack] = keys
+        elif entry.cache is None and not seen and (n_key != n_query or told):  # pooled, or of another kind altogether
             keys, key_start, earlier = Tokens.plain("other", len(call.key), n_key), 0, None
+            if others is not None:
+                keys = run.keys[stack] = self.names.labelled(stack, others, entry.told())
         else:
             keys = own
         if len(keys) < key_start + n_key:  # a static cache is longer than what it holds
@@ -282,7 +390,7 @@ class Passes:
             "earlier": earlier,
         }
 
-    def _own(self, entry: _Entry, run: Run, call: Call) -> Tokens:
+    def _own(self, entry: _Entry, run: Run, call: Call, labels: Tensor | None) -> Tokens:
         """Tokens of the stack's sequence, up to the last query of this call."""
         stack, batch, start, n = call.site.stack, len(call.query), call.query_start, call.query.shape[2]
         known = run.tokens.get(stack)
@@ -294,9 +402,10 @@ class Passes:
         if len(known) < start:
             known = known.then(Tokens.plain("other", batch, start - len(known)))
         if start + n > len(known):
-            late = replace(call, query_start=len(known))
-            new = self.names.new(late, entry.source.name, entry.told(), start + n - len(known), decoding)
-            known = known.then(new)
+            late, more = replace(call, query_start=len(known)), start + n - len(known)
+            labels = None if labels is None else labels[:, n - more :]
+            after = len(known.grids) if entry.start else 0
+            known = known.then(self.names.new(late, entry.told(), more, decoding, labels, after))
         if len(known) >= len(run.tokens.get(stack, ())):
             run.tokens[stack] = known
         return known

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ ROLES = ("text", "bos", "system", "user", "assistant", "image", "frame", "genera
 class Tokens:
     """Positions of a sequence, from the first on.
 
-    roles [batch, token] counts `ROLES`; ids [batch, token] (-1: no vocabulary); places [batch, token, 3] says image,
-    row and column of an image patch (-1: none); `grids` holds the rows and columns of each picture; `seconds` is how
-    long a position of sound lasts (0: no sound).
+    roles [batch, token] counts `ROLES`; ids [batch, token] (-1: no vocabulary); places [batch, token, 4] says image,
+    row, column and frame of an image patch (-1: none; each frame of a video is an image, and counts on); `grids` holds
+    the rows and columns of each image, (0, 0) where they are not known; `seconds` is how long a position of sound lasts
+    (0: no sound).
     """
 
     roles: Tensor
@@ -32,7 +34,7 @@ class Tokens:
     def plain(cls, role: str, batch: int, n: int, ids: Tensor | None = None) -> Tokens:
         """`n` positions of one role."""
         ids = torch.full((batch, n), -1) if ids is None else ids.detach().cpu().long()
-        return cls(torch.full((batch, n), ROLES.index(role)), ids, torch.full((batch, n, 3), -1))
+        return cls(torch.full((batch, n), ROLES.index(role)), ids, torch.full((batch, n, 4), -1))
 
     def __len__(self) -> int:
         return self.roles.shape[1]
@@ -49,7 +51,8 @@ class Tokens:
         both = {
             name: torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in ("roles", "ids", "places")
         }
-        return replace(self, **both, grids=self.grids + more.grids, seconds=self.seconds or more.seconds)
+        grids = tuple(b if a == (0, 0) else a for a, b in zip_longest(self.grids, more.grids, fillvalue=(0, 0)))
+        return replace(self, **both, grids=grids, seconds=self.seconds or more.seconds)
 
     def to(self, device: torch.device) -> Tokens:
         return self if self.roles.device == device else replace(self, roles=self.roles.to(device))
@@ -71,13 +74,16 @@ class Tokens:
         """A copy in which the positions `where` [batch, token] have `role`."""
         return replace(self, roles=torch.where(where.cpu(), ROLES.index(role), self.roles))
 
-    def on_grid(self, sample: int, start: int, grid: tuple[int, int] | None) -> Tokens:
-        """A copy in which the next picture starts at `start`, in rows and columns of patches (None: not known)."""
-        if grid is None:
-            return replace(self, grids=(*self.grids, (0, 0)))
+    def at(self, places: Tensor, grids: Sequence[tuple[int, int]], after: int = 0) -> Tokens:
+        """A copy with these places in pictures, which follow on `after` others."""
+        places = torch.cat([places[..., :1] + after * (places[..., :1] >= 0), places[..., 1:]], dim=-1)
+        return replace(self, places=places, grids=((0, 0),) * after + tuple(grids) if grids else ())
+
+    def on_grid(self, sample: int, start: int, grid: tuple[int, int]) -> Tokens:
+        """A copy in which the next picture starts at `start`, in rows and columns of patches."""
         places, at = self.places.clone(), torch.arange(grid[0] * grid[1])
-        image = torch.full_like(at, len(self.grids))
-        places[sample, start : start + len(at)] = torch.stack([image, at // grid[1], at % grid[1]], dim=1)
+        image, still = torch.full_like(at, len(self.grids)), torch.full_like(at, -1)
+        places[sample, start : start + len(at)] = torch.stack([image, at // grid[1], at % grid[1], still], dim=1)
         return replace(self, places=places, grids=(*self.grids, grid))
 
     def texts(self, processor: Any) -> list[list[str]]:

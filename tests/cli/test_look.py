@@ -12,12 +12,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from rich.console import Console
 
 import regard
 from regard.cli import look as look_command
+from regard.cli.inputs import seen
 from regard.cli.printed import tables
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
@@ -233,3 +237,17 @@ def test_ctrl_c_saves_what_was_recorded(folders, tmp_path):
     assert recording.partial
     assert 1 < recording.tree["decoder"].sizes["query"] < 20000
     assert "Partial" in (tmp_path / "report.html").read_text()
+
+
+def test_the_picture_is_shown_as_the_model_is_given_it():
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    wide = Image.fromarray(pixels).resize((600, 400))
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 16, "width": 16}}
+    processor = transformers.CLIPImageProcessor(**sizes)
+    (shown,) = seen(processor, processor(wide, return_tensors="pt"), wide)
+    assert shown.size == (16, 16)
+    middle = np.asarray(wide.resize((48, 32), Image.Resampling.BICUBIC), float)[8:24, 16:32]
+    assert np.abs(np.asarray(shown, float) - middle).mean() < 3
+    whole = processor(wide, return_tensors="pt", do_center_crop=False)
+    assert seen(processor, whole, wide)[0] is wide  # in its own shape, and sharper
+    assert seen(processor, {"pixel_values": torch.zeros(4, 12)}, wide) == [wide]  # packed

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
 import sys
 import tomllib
 import types
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,58 @@ def test_every_row_is_there_and_whole():
         assert row.link == "" or row.link.startswith("https://"), row.key
     written = Counter(link for row in rows.values() if (link := row.link))
     assert max(written.values()) == 1
+
+
+def test_what_needs_no_model_waits_for_none():
+    """Neither `import regard` nor the command's help, lists and completion import torch or transformers."""
+    for argument in ("--help", "papers", "papers search sink", "papers show moba", "papers tags"):
+        code = (
+            "import sys, regard.cli\n"
+            "try: regard.cli.app(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'xarray', 'PIL'}\n"
+            "print('imported', *heavy & set(sys.modules), file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *argument.split()], capture_output=True, text=True)
+        assert done.stderr == "imported\n", (argument, done.stderr)
+
+
+def test_rooms_are_attributes():
+    code = "import regard\nprint(regard.gaze.compare.__name__, hasattr(regard, 'gazes'), 'record' in dir(regard))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "compare False True\n", done.stderr
+
+
+def test_shells_complete_names():
+    typed = "regard papers show mob"
+    environment = {**os.environ, "_REGARD_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": "3"}
+    command = [sys.executable, "-c", "from regard.cli import app; app(prog_name='regard')"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["moba"]
+
+
+def test_names_that_are_read_are_names_that_are_there():
+    for room in ROOMS:
+        there = [name for name in catalog.files(room) if hasattr(import_module(f"regard.{room}.{name}"), name)]
+        assert catalog.methods(room) == there
+    declared = [name for name in catalog.methods("statistics") if hasattr(catalog.method("statistics", name), "spec")]
+    assert catalog.statistics() == declared
+    assert len(declared) > 20
+
+
+def test_mechanisms_are_there_when_transformers_is():
+    orders = [
+        ("regard", "transformers"),
+        ("transformers.modeling_utils", "regard"),
+        ("regard.adapters.mechanisms",) * 2,
+    ]
+    for first, then in [*orders, ("regard.mechanisms._layers",) * 2]:
+        code = (
+            f"import {first}, {then}\nfrom transformers import AttentionInterface\n"
+            "print('regard:power' in AttentionInterface().valid_keys())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "True\n", done.stderr
 
 
 def test_no_key_stands_twice():
@@ -200,7 +255,7 @@ def test_a_plot_of_many_points_is_pixels(tmp_path):
         left.scatter(range(5000), range(5000))
         right.plot(range(5000), "o")
 
-    catalog._plot(catalog.Finding(True, "m", "e", 0, draw=draw), tmp_path / "many.svg")
+    catalog.drawn(draw, tmp_path / "many.svg")
     assert (tmp_path / "many.svg").stat().st_size < 60_000
 
 
@@ -227,18 +282,18 @@ def test_search():
 
 
 def test_an_analysis_is_no_statistic(monkeypatch, tmp_path):
-    """Of a folder's modules, those whose namesake has a spec can be recorded; the others are plain functions."""
-    import regard.statistics
-
-    (tmp_path / "some_analysis.py").write_text("def some_analysis(tree):\n    return tree\n")
-    (tmp_path / "some_statistic.py").write_text(
-        "from regard.statistics.entropy import entropy\nsome_statistic = entropy\n"
-    )
-    monkeypatch.setattr(regard.statistics, "__path__", [*regard.statistics.__path__, str(tmp_path)])
+    """Of a folder's files, those whose namesake is declared can be recorded; the others are plain functions."""
+    folder = tmp_path / "statistics"
+    folder.mkdir()
+    (folder / "some_analysis.py").write_text("@cache\ndef some_analysis(tree):\n    return tree\n")
+    declared = '@statistic("batch head", title="Some")\ndef some_statistic(call):\n    return None\n'
+    (folder / "some_statistic.py").write_text(declared)
+    (folder / "other.py").write_text(declared)
+    monkeypatch.setattr(catalog, "_HERE", tmp_path)
     catalog.statistics.cache_clear()
     try:
-        assert set(catalog.statistics()) >= {"entropy", "some_statistic"}
-        assert "some_analysis" not in catalog.statistics()
+        assert catalog.statistics() == ["some_statistic"]
+        assert catalog.methods("statistics") == ["some_analysis", "some_statistic"]
         with pytest.raises(KeyError, match="no statistic 'some_analysis'"):
             catalog.statistic("some_analysis")
     finally:

@@ -15,7 +15,7 @@ EXACT = {
     "several towers": ("clip", "idefics3", "llava", "qwen2_vl"),
     "own softmax": ("bloom", "deberta", "deberta-v2", "gptj", "mpt", "xlnet", "funnel", "fsmt"),
     "fused call": ("falcon", "sam_vision_model", "data2vec-vision"),
-    "windows of a picture": ("swin", "swinv2", "sam2_vision_model"),
+    "windows of a picture": ("swin", "swinv2", "sam2_vision_model", "hiera"),
     "torch's MultiheadAttention": ("siglip",),
     "detection": ("detr", "rt_detr"),
     "sound": ("wav2vec2",),

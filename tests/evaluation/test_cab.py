@@ -16,12 +16,12 @@ from regard.evaluation.cab import (
     PAIRS,
     PATTERNS,
     SYMBOLS,
-    _task,
     cab,
     compositional_index,
     efficiency_length,
     recall,
     supported,
+    task,
 )
 from regard.mechanisms import Cost, mechanism, operators
 
@@ -57,7 +57,7 @@ def test_which_patterns_are_supported():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_is_asked_for_is_shown_once(pattern):
-    key, value, asked, answer = _task(pattern, 5, torch.Generator().manual_seed(0))
+    key, value, asked, answer = task(pattern, 5, torch.Generator().manual_seed(0))
     known = value < SYMBOLS
     assert (known.sum(1) == PAIRS).all()
     assert (asked is None) == pattern.endswith("self")

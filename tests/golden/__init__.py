@@ -67,9 +67,13 @@ class Case:
         return {name: self[name].clone().requires_grad_() for name in names}
 
     def gradients(self, output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`grad_NAME` of each leaf of which the file holds one: with `grad_output`, or of a scalar."""
-        wanted = {f"grad_{name}": leaf for name, leaf in leaves.items() if f"grad_{name}" in self}
-        given = self.get("grad_output") if output.ndim else None
+        """`grad_NAME` or `grad.NAME` of each leaf of which the file holds one: with `grad_output` or
+        `output_gradient`, or of a scalar.
+        """
+        wanted = {
+            f"grad{dot}{name}": leaf for name, leaf in leaves.items() for dot in "_." if f"grad{dot}{name}" in self
+        }
+        given = self.arrays.get("grad_output", self.get("output_gradient")) if output.ndim else None
         return dict(zip(wanted, torch.autograd.grad(output, list(wanted.values()), given))) if wanted else {}
 
 

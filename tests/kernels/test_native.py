@@ -380,6 +380,19 @@ def test_a_learned_mask_gets_its_gradient():
         torch.testing.assert_close(ours.grad.double(), truth.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_a_row_whose_listed_keys_are_all_masked():
+    """The mask shows it keys of a block that is not listed: it sees nothing, and gives zeros."""
+    query = torch.randn(1, 1, 64, 8).requires_grad_()
+    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    mask[..., 32] = False
+    own = Blocks(torch.ones(1, 1, 2).int(), torch.tensor([0, 1]).int()[None, None, :, None], 32, 32)
+    found = native.attention(query, query, query, blocks=own, causal=True, mask=mask)
+    assert not found[0, 0, 32].any()
+    (grad,) = torch.autograd.grad(found.sum(), query)
+    assert found.isfinite().all()
+    assert grad.isfinite().all()
+
+
 def test_a_tensor_that_is_negated_lazily():
     call = made(20, 20)
     query = torch.complex(torch.zeros(call.query.shape), -call.query).conj().imag

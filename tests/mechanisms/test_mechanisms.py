@@ -37,6 +37,14 @@ OPERATORS = mechanisms.operators()
 CASES = [(name, pattern) for name, operator in OPERATORS.items() for pattern in operator.spec.patterns]
 # Small blocks, so that the sizes below hold several, and a part of one.
 SMALL = {
+    "attendre": {"chunk": 4, "memory": 12, "wait": 8, "policy": "lfa"},
+    "agent_attention": {"agents": 5},
+    "fast": {"block": 8},
+    "combiner": {"segment": 4},
+    "dynamic_mask": {"window": 6},
+    "hierarchical": {"tree": (3, 2)},
+    "hyperattention": {"block": 4, "sample": 5, "least": 8},
+    "landmark": {"block": 3},
     "lightning_2": {"block": 8},
     "memory_efficient": {"query_chunk": 5, "key_chunk": 7},
     "moba": {"block": 4, "top": 2},
@@ -48,6 +56,26 @@ SMALL = {
     "part_attention": {},
     "regional_attention": {"window": 3},
     "power": {"block": 4, "window": 2},
+    "routing": {
+        "means": F.normalize(torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(7)), dim=-1),
+        "window": 6,
+    },
+    "twins": {"window": 5},
+}
+CHOOSES = {"routing"}  # by keys of all tokens, also later ones: only their values change nothing
+# What a query gets depends on where the others lie, so padding moves it.
+ELSEWHERE = {"hyperattention"}
+WHOLE = {name for name, operator in OPERATORS.items() if operator.spec.whole}
+# On short sequences, by their own knobs; of scores as small as those here, a polynomial is the exponential too.
+EXACT = {
+    "attendre",
+    "diffqkv",
+    "dynamic_mask",
+    "fast",
+    "hyperattention",
+    "memory_efficient",
+    "part_attention",
+    "select_and_pack",
 }
 
 
@@ -116,14 +144,22 @@ def test_every_derivative(name, pattern, dtype):
         return weights @ value.repeat_interleave(2, 1)
 
     ours = partial(derivatives, partial(OPERATORS[name], causal=causal, **knobs), [t.to(dtype) for t in tensors])
+    if dtype == torch.float64 and name == "diffqkv":
+        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+            ours()
+        return
     assert_same(ours(), derivatives(right, tensors))
 
 
 @pytest.mark.parametrize("name", [n for n, p in CASES if p == "causal"])
 @pytest.mark.parametrize("n", [1, 3, 13])
 def test_continues_after_cached_keys(name, n):
-    """Fewer queries than keys: they are the last, and get what they get among all queries."""
+    """Fewer queries than keys: they are the last, and get what they get among all queries, or are refused."""
     query, key, value = inputs("causal", 29)
+    if name in WHOLE:
+        with pytest.raises(ValueError, match="takes all positions at once"):
+            small(name)(query[:, :, -n:], key, value, causal=True)
+        return
     for mask in (None, masks(OPERATORS[name].spec, query, key)[1]):
         whole = small(name)(query, key, value, causal=True, mask=mask)
         torch.testing.assert_close(small(name)(query[:, :, -n:], key, value, causal=True, mask=mask), whole[:, :, -n:])
@@ -149,7 +185,9 @@ def test_lower_precision(name, pattern, dtype):
 def test_the_future_changes_nothing(name):
     query, key, value = (t.detach() for t in inputs("causal"))
     before = small(name)(query, key, value, causal=True)
-    key[:, :, 15:], value[:, :, 15:] = 100.0, -100.0
+    value[:, :, 15:] = -100.0
+    if name not in CHOOSES:
+        key[:, :, 15:] = 100.0
     torch.testing.assert_close(
         small(name)(query, key, value, causal=True)[:, :, :15], before[:, :, :15], rtol=0, atol=0
     )
@@ -167,6 +205,8 @@ def test_padding_changes_nothing(name, pattern):
         key[:, :, -4:], value[:, :, -4:] = junk, junk
         results.append(small(name)(query, key, value, causal=causal, mask=there))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+    if name in ELSEWHERE:
+        return
     rows = slice(None) if pattern == "cross" else slice(0, key.shape[2] - 4)
     alone = small(name)(query[:, :, rows], key[:, :, :-4], value[:, :, :-4], causal=causal)
     torch.testing.assert_close(results[0][:, :, rows], alone)
@@ -217,15 +257,33 @@ def test_cost(name, pattern):
     costs = [OPERATORS[name].spec.cost(n, n, 64, causal=pattern == "causal") for n in (16384, 32768, 65536, 131072)]
     assert all(0 < c.operations < float("inf") and c.bytes() == 4 * c.elements > 0 for c in costs)
     growth = [after.operations / before.operations for before, after in pairwise(costs)]
-    low, high = {"linear": (2, 2.01), "n log n": (2, 2.4), "n and n^2 / block": (2, 2.2), "square": (3.9, 4.01)}[
-        GROWTH[name]
-    ]
+    low, high = {
+        "linear": (2, 2.01),
+        "n log n": (2, 2.4),
+        "n^1.5": (2.7, 2.95),
+        "linear from a length on": (2, 2.1),
+        "n and n^2 / block": (2, 2.2),
+        "square": (3.9, 4.01),
+    }[GROWTH[name]]
     assert all(low - 0.01 <= g <= high for g in growth), growth
 
 
 GROWTH = {
+    "deconstructed": "square",
+    "adaptive_filter": "square",
+    "attendre": "linear",
+    "agent_attention": "linear",
+    "fast": "linear",
+    "dependency_vit": "square",
+    "diffqkv": "square",
     "efficient_attention": "linear",
     "flashbias": "square",
+    "flow_attention": "linear",
+    "combiner": "n^1.5",
+    "dynamic_mask": "linear from a length on",
+    "hierarchical": "square",
+    "hyperattention": "n log n",
+    "landmark": "square",
     "lightning_2": "linear",
     "memory_efficient": "square",
     "moba": "n and n^2 / block",
@@ -237,6 +295,10 @@ GROWTH = {
     "part_attention": "square",
     "regional_attention": "linear",
     "power": "n log n",
+    "routing": "n^1.5",
+    "seerattention": "square",
+    "select_and_pack": "square",
+    "twins": "linear",
 }
 
 
@@ -290,16 +352,22 @@ def test_a_causal_model(name):
     there = F.pad(torch.ones_like(IDS), (3, 0))
     with torch.no_grad():
         logits = model(padded, attention_mask=there, position_ids=there.cumsum(-1).sub(1).clamp_min(0)).logits
-    if name not in ("moba", "power"):  # their blocks count from the first key, so padding moves them
+    # blocks that count from the first key are moved by padding
+    if name not in {"attendre", "combiner", "moba", "power", *ELSEWHERE}:
         torch.testing.assert_close(logits[:, 3:], whole, atol=1e-5, rtol=1e-4)
     # through a cache, token by token and in a piece
-    with torch.no_grad():
-        part = model(IDS[:, :9], use_cache=True)
-        step = model(IDS[:, 9:10], past_key_values=part.past_key_values, use_cache=True)
-        rest = model(IDS[:, 10:], past_key_values=step.past_key_values, use_cache=True)
-    joined = torch.cat([part.logits, step.logits, rest.logits], 1)
-    torch.testing.assert_close(joined, whole, atol=1e-5, rtol=1e-4)
-    assert model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 26)
+    more = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    if name in WHOLE:
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model.generate(IDS, **more)
+    else:
+        with torch.no_grad():
+            part = model(IDS[:, :9], use_cache=True)
+            step = model(IDS[:, 9:10], past_key_values=part.past_key_values, use_cache=True)
+            rest = model(IDS[:, 10:], past_key_values=step.past_key_values, use_cache=True)
+        joined = torch.cat([part.logits, step.logits, rest.logits], 1)
+        torch.testing.assert_close(joined, whole, atol=1e-5, rtol=1e-4)
+    assert model.generate(IDS, **more, use_cache=name not in WHOLE).shape == (2, 26)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     first = model(IDS, labels=IDS).loss
@@ -325,7 +393,7 @@ def test_a_model_of_pictures(name):
     found = model(pixels, labels=torch.tensor([0, 1]))
     found.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    if name in ("memory_efficient", "part_attention"):  # without parts it is dense
+    if name in EXACT:
         torch.testing.assert_close(found.logits, before, atol=1e-5, rtol=1e-4)
     else:
         assert not torch.allclose(found.logits, before, atol=1e-5)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
+from . import pictures
+
 _local = threading.local()
 
 
@@ -94,7 +96,7 @@ def watched() -> Iterator[None]:
 def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with _begun(model):
+        with _begun(model), pictures.here().following(model, kwargs):  # some show pictures to parts of the model first
             return own(model, *args, **kwargs)
 
     return generate

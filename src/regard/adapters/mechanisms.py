@@ -1,4 +1,7 @@
-"""Mechanisms as attention implementations of transformers: `model.set_attn_implementation("regard:power")`."""
+"""Mechanisms as attention implementations of transformers: `model.set_attn_implementation("regard:power")`.
+
+transformers is imported where a function needs it: importing it is what registers Regard's own, and these import this.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..extras import shortened
 from ..functions import innermost
@@ -45,8 +46,29 @@ def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     spec = getattr(function, "spec", None)
     if not hasattr(spec, "patterns"):
         raise TypeError(f"{mechanism!r} is not a mechanism: declare it with @regard.mechanisms.mechanism(...)")
-    name = _registered(f"{_PREFIX}{name or function.__name__}")
-    AttentionInterface.register(name, partial(_forward, mechanism, spec, name))
+    return _enter(f"{_PREFIX}{name or function.__name__}", partial(_forward, mechanism, spec))
+
+
+def held(operator: Callable[..., Tensor]) -> str:
+    """The implementation by which each attention module runs what it holds as `mechanism`, which does what
+    `operator`, a declared one, is declared to do.
+    """
+    spec = innermost(operator).spec  # type: ignore[attr-defined]
+
+    def run(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        own = getattr(module, "mechanism", None)
+        if own is None:
+            raise ValueError(f"{name}: {type(module).__name__} holds no mechanism; convert the model that it is in")
+        return _forward(own, spec, name, module, *args, **kwargs)
+
+    return _enter(f"{_PREFIX}{operator.__name__}-of-each-layer", run)
+
+
+def _enter(name: str, run: Callable[..., tuple[Tensor, None]]) -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = _registered(name)
+    AttentionInterface.register(name, partial(run, name))
     AttentionMaskInterface.register(name, partial(_mask, name))
     return name
 
@@ -60,6 +82,8 @@ def _known(name: Any) -> Any:
     """The registered name that is meant by one of Regard's; any other is left as it is. ValueError names near ones."""
     if not isinstance(name, str) or not name.startswith(_PREFIX):
         return name
+    from transformers import AttentionInterface
+
     there = [n.removeprefix(_PREFIX) for n in AttentionInterface().valid_keys() if n.startswith(_PREFIX)]
     meant = _registered(name).removeprefix(_PREFIX)
     if meant not in there:
@@ -69,16 +93,18 @@ def _known(name: Any) -> Any:
     return _PREFIX + meant
 
 
-# Every way to choose an implementation goes through this method, which answers with the name that is kept.
-_adjust = PreTrainedModel._check_and_adjust_attn_implementation
+def understood() -> None:
+    """Have transformers take the names of Regard's implementations as people write them."""
+    from transformers import PreTrainedModel
 
+    # Every way to choose an implementation goes through this method, which answers with the name that is kept.
+    adjust = PreTrainedModel._check_and_adjust_attn_implementation
 
-@functools.wraps(_adjust)
-def _adjusted(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-    return _adjust(self, _known(attn_implementation), *args, **kwargs)
+    @functools.wraps(adjust)
+    def adjusted(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        return adjust(self, _known(attn_implementation), *args, **kwargs)
 
-
-PreTrainedModel._check_and_adjust_attn_implementation = _adjusted  # type: ignore[method-assign]
+    PreTrainedModel._check_and_adjust_attn_implementation = adjusted  # type: ignore[method-assign]
 
 
 def _forward(
@@ -120,13 +146,16 @@ def _mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
 ) -> Tensor | None:
     """None where every key is there, otherwise boolean: which keys there are [batch, 1, 1, key] where that and
     causality say all, else which pairs are visible [batch, 1, query, key].
     """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    mask_function = mask_function or causal_mask_function
     if mask_function is not bidirectional_mask_function and q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
             f"{name} takes the newest key to be that of the last query, so it cannot use a static cache, which is "

@@ -113,6 +113,8 @@ class _Mode(TorchFunctionMode):
                 f"know: {of_weights},{of_value}->{of_result}"
             )
         both = "".join(x for x in of_weights if x not in (key, query))
+        if len(both) == 3 and self._heads_before_windows(known.clean, value, of_weights.index(both[1])):
+            both = both[0] + both[2] + both[1]
         weights = self._heads_apart(_ordered(known.clean, of_weights, both + query + key))
         values = self._heads_apart(_ordered(value, of_value, both + key + dim))
         self._once()
@@ -181,12 +183,20 @@ class _Mode(TorchFunctionMode):
         )
         return result.transpose(1, 2).reshape(shape)
 
-    def _heads_apart(self, tensor: Tensor) -> Tensor:
-        """[batch, head, ...] of [batch * head, ...], [batch, ...] or [batch, window, head, ...]"""
+    def _heads(self) -> int:
         config = getattr(self.module, "config", None)
         counts = (getattr(part, name, None) for part in (self.module, config) for name in _HEADS)
-        heads = next((n for n in counts if isinstance(n, int) and n > 0), 1)
-        leading = tensor.shape[:-2]
+        return next((n for n in counts if isinstance(n, int) and n > 0), 1)
+
+    def _heads_before_windows(self, weights: Tensor, value: Tensor, at: int) -> bool:
+        """Whether axis `at` of the two is heads, and the next one windows. Where there are as many of both, heads are
+        what lies next to the numbers of a head in memory, as they are of one projection."""
+        heads, first, second = self._heads(), weights.shape[at], weights.shape[at + 1]
+        return first == heads and (second != heads or value.stride(at) == value.shape[-1] != value.stride(at + 1))
+
+    def _heads_apart(self, tensor: Tensor) -> Tensor:
+        """[batch, head, ...] of [batch * head, ...], [batch, ...] or [batch, window, head, ...]"""
+        heads, leading = self._heads(), tensor.shape[:-2]
         if len(leading) == 2:
             return tensor
         if len(leading) == 1:

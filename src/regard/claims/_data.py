@@ -16,7 +16,7 @@ def folder(name: str) -> Path:
     if root is None or not (path := Path(root) / name).is_dir():
         what = "is not set" if root is None else f"is {root}, which holds no folder {name}"
         raise ValueError(
-            f"this claim needs public data: REGARD_DATA {what}; set it to the folder that holds {name} "
+            f"public data are needed: REGARD_DATA {what}; set it to the folder that holds {name} "
             f"(what it is, and where it comes from: docs/data.md)"
         )
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,18 +38,21 @@ def trained(
     anywhere: float = 0.0,
     dim: int = 32,
     heads: int = 2,
+    symbols: int = 0,
+    prompts: Callable[[int, int], tuple[Tensor, Tensor]] | None = None,
 ) -> nn.Sequential:
     """A model with this attention, trained to name a digit that stands before position `before`, at the last token.
 
+    attention: where it is a module, each layer has its own copy of it. symbols: how many more there are.
     anywhere: share of the steps, the first ones, in which the digit stands before any position but the last.
     """
     torch.manual_seed(seed)
-    body = [Layer(attention, dim, heads) for _ in range(layers)]
-    model = nn.Sequential(nn.Embedding(NOISE + DIGITS, dim), *body, nn.LayerNorm(dim), nn.Linear(dim, DIGITS))
+    body = [Layer(copy.deepcopy(attention), dim, heads) for _ in range(layers)]
+    model = nn.Sequential(nn.Embedding(NOISE + DIGITS + symbols, dim), *body, nn.LayerNorm(dim), nn.Linear(dim, DIGITS))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 50)
-        tokens, digit = prompts(64, TOKENS - 1 if step < anywhere * steps else before)
+        tokens, digit = (prompts or noise)(64, TOKENS - 1 if step < anywhere * steps else before)
         loss = F.cross_entropy(model(tokens)[:, -1], digit)
         optimizer.zero_grad()
         loss.backward()
@@ -61,13 +65,14 @@ def trained(
 def judged(model: nn.Module, *, before: int, seed: int) -> tuple[Tensor, Tensor]:
     """Loss of each of a thousand new sequences, nats, and whether its digit is named: the same ones for each model."""
     torch.manual_seed(seed + 10_000)
-    tokens, digit = prompts(1000, before)
+    tokens, digit = noise(1000, before)
     answers = model(tokens)[:, -1]
     return F.cross_entropy(answers, digit, reduction="none"), (answers.argmax(-1) == digit).float()
 
 
-def prompts(count: int, before: int) -> tuple[Tensor, Tensor]:
+def noise(count: int, before: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Sequences [count, TOKENS] of noise with one digit each, and the digits."""
-    tokens, digit = torch.randint(0, NOISE, (count, TOKENS)), torch.randint(0, DIGITS, (count,))
-    tokens[torch.arange(count), torch.randint(0, before, (count,))] = NOISE + digit
+    tokens = torch.randint(0, NOISE, (count, TOKENS), generator=generator)
+    digit = torch.randint(0, DIGITS, (count,), generator=generator)
+    tokens[torch.arange(count), torch.randint(0, before, (count,), generator=generator)] = NOISE + digit
     return tokens, digit

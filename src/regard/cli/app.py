@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +17,7 @@ from rich.table import Table
 from .. import catalog
 from ..extras import shortened
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="See where a transformer looks.", pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, help="See where a transformer looks.", pretty_exceptions_enable=False)
 papers_app = typer.Typer(invoke_without_command=True, help="The papers whose methods Regard makes runnable.")
 app.add_typer(papers_app, name="papers")
 gaze_app = typer.Typer(no_args_is_help=True, help="Models beside human gaze.")
@@ -27,6 +25,17 @@ app.add_typer(gaze_app, name="gaze")
 
 out, err = Console(), Console(stderr=True)
 
+
+def _starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell completes a word to."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _of(room: str) -> Callable[[str], list[str]]:
+    return _starting(lambda: catalog.methods(room))
+
+
+_paper, _claim = _starting(catalog.rows), _starting(catalog.claimed)
 
 Model = Annotated[str, typer.Argument(help="A zoo model, a local folder, or a hub id.")]
 TextToRead = Annotated[str | None, typer.Option("--text", "-t", help="The text to read.")]
@@ -116,7 +125,13 @@ def look(
 def steer(
     model: Model,
     methods: Annotated[
-        list[str], typer.Option("--with", "-w", help="An intervention, such as var; may be given several times.")
+        list[str],
+        typer.Option(
+            "--with",
+            "-w",
+            help="An intervention, such as var; may be given several times.",
+            autocompletion=_of("interventions"),
+        ),
     ],
     knob: Annotated[
         list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, or METHOD.NAME=VALUE for one of several.")
@@ -154,9 +169,20 @@ def profile(
     data: Annotated[
         Path, typer.Argument(help="A .txt, .jsonl, .csv or .parquet file, a folder of texts or pictures, a data set.")
     ],
-    stat: Annotated[list[str], typer.Option("--stat", "-s", help="A statistic; may be given several times.")],
+    stat: Annotated[
+        list[str],
+        typer.Option(
+            "--stat",
+            "-s",
+            help="A statistic; may be given several times.",
+            autocompletion=_starting(catalog.statistics),
+        ),
+    ],
     folder: Annotated[Path, typer.Option("--out", "-o", help="The zarr folder to write.")] = Path("profile.zarr"),
     field: Annotated[str | None, typer.Option(help="The column to read.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read or lack the column, and count them.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Items at most.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of an item at most; the rest is cut, and counted.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Asked about each picture, of a model that reads too.")] = None,
@@ -184,6 +210,7 @@ def profile(
                 trust_remote_code=trust_remote_code,
                 console=out,
                 field=field,
+                skip_bad=skip_bad,
                 limit=limit,
                 length=length,
                 prompt=prompt,
@@ -255,7 +282,9 @@ def explain(
         str | None, typer.Option(help="A class, by name or number, or a token; the model's own prediction otherwise.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Another: why the target, and not this.")] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="How to find out.")] = "integrated_gradients",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="How to find out.", autocompletion=_of("attribution"))
+    ] = "integrated_gradients",
     words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
     file_out: Annotated[Path, typer.Option("--out", "-o", help="A page (.html) or a picture (.png).")] = Path(
         "regard-explain.html"
@@ -344,7 +373,12 @@ def gaze_compare(
 def papers(
     context: typer.Context,
     tag: Annotated[
-        list[str] | None, typer.Option("--tag", help="Only papers with this tag, and with all of several.")
+        list[str] | None,
+        typer.Option(
+            "--tag",
+            help="Only papers with this tag, and with all of several.",
+            autocompletion=_starting(catalog.tags),
+        ),
     ] = None,
     verdict: Annotated[
         str | None, typer.Option(help="Only papers whose claim, when last run here, came out so: held, ...")
@@ -383,7 +417,7 @@ def papers_search(words: Annotated[list[str], typer.Argument(help="All of them m
 
 
 @papers_app.command("show")
-def papers_show(key: str) -> None:
+def papers_show(key: Annotated[str, typer.Argument(autocompletion=_paper)]) -> None:
     """One paper: what it says, what is built of it, what its claim found."""
     with _plainly():
         row = catalog.row(key)
@@ -409,7 +443,7 @@ def _verdict(finding: Any) -> str:
 
 @app.command()
 def reproduce(
-    keys: Annotated[list[str] | None, typer.Argument(help="Papers, by key.")] = None,
+    keys: Annotated[list[str] | None, typer.Argument(help="Papers, by key.", autocompletion=_claim)] = None,
     every: Annotated[bool, typer.Option("--all", help="Every claim there is.")] = False,
     scale: Annotated[
         str,
@@ -446,6 +480,83 @@ def reproduce(
     table.add_row("[bold]measured", escape(finding.measured))
     table.add_row("[bold]verdict", _verdict(finding))
     out.print(table)
+
+
+@app.command()
+def compare(
+    keys: Annotated[
+        list[str] | None,
+        typer.Option("--with", "-w", help="A mechanism, such as moba; may be given several times. Otherwise all."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            help="language, recall, passkey, classify, localise, omniglot; may be given several times. Otherwise all.",
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; 3 unless given.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="tiny: seconds, nothing is learned; small: some seconds a training; large: minutes.")
+    ] = "small",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    file_out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write, or to add to.")] = Path(
+        "regard-compare.json"
+    ),
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture file (svg, png): quality against cost, with the frontier.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="A Markdown page, of which the section is made anew.")] = None,
+) -> None:
+    """Train and measure mechanisms beside softmax attention and none. Goes on where it was stopped."""
+    from . import compare as work
+
+    with _plainly():
+        try:
+            compared = work.compare(
+                keys or (),
+                tasks or (),
+                seeds=seeds,
+                scale=scale,
+                jobs=jobs,
+                out=file_out,
+                plot=plot,
+                page=page,
+                console=out,
+            )
+        except KeyboardInterrupt:
+            err.print(
+                f"[bold yellow]interrupted:[/] every run that was done is kept in {escape(str(file_out))}.state; give "
+                f"the same command again to go on from there",
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
+    compared.to(out)
+    out.print(f"\ncompared   {file_out}", highlight=False, soft_wrap=True)
+    if plot is not None:
+        out.print(f"plot       {plot}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="A mechanism that has a conversion, such as moh.")],
+    steps: Annotated[int, typer.Option(min=0, help="Of training, after it was converted.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to train on; its last tenth is held out. Otherwise a paragraph.")
+    ] = None,
+    knob: Annotated[list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, of the conversion.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the converted model.")] = None,
+    seed: int = 0,
+) -> None:
+    """Put a mechanism into a trained MODEL, and say what that loses, before and after some training."""
+    from . import convert as work
+
+    _model(model, False)
+    with _plainly():
+        made = work.convert(model, to, steps=steps, data=data, knobs=knob or (), out=folder, seed=seed, console=out)
+    made.to(out)
 
 
 @app.command()

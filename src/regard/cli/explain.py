@@ -26,7 +26,7 @@ from ..files import MARK, replaced
 from ..loading import Loaded, load, parameters
 from ..prediction import predict
 from . import sound
-from .inputs import InputError, hear, open_picture, png, prepare, read_text, writable
+from .inputs import InputError, drawn, hear, open_picture, png, prepare, read_text, writable
 
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
@@ -242,15 +242,8 @@ def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
 def _given(picture: Image.Image | None, inputs: Mapping[str, Any], processor: Any) -> Image.Image | None:
     """The picture as the model is given it, cut and scaled, where that is a picture."""
     pixels = inputs.get("pixel_values")
-    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        return picture
-    maker = getattr(processor, "image_processor", processor)
-    mean, std = (getattr(maker, f"image_{name}", None) for name in ("mean", "std"))
-    seen = pixels[0].double()
-    if mean is not None and std is not None and getattr(maker, "do_normalize", True):
-        seen = seen * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    values = (255 * seen.clamp(0, 1)).round().to(torch.uint8).expand(3, -1, -1)
-    return Image.fromarray(values.permute(1, 2, 0).numpy())
+    shown = drawn(processor, pixels) if picture is not None and getattr(pixels, "ndim", 0) == 4 else []
+    return shown[0] if shown else picture
 
 
 def _spectrogram(features: Tensor, mask: Tensor | None) -> Image.Image:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from ..files import MARK, refuse_foreign
 from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
+
+SAME = 8.0  # of 255: how far a picture may be on average from what its processor made of it
 
 
 class InputError(ValueError):
@@ -104,6 +110,33 @@ def prepare(
             )
         inputs = {k: v[:, :room] if isinstance(v, Tensor) and v.shape[:2] == (1, n) else v for k, v in inputs.items()}
     return inputs, roles
+
+
+def drawn(processor: Any, pixels: Any) -> list[Image.Image]:
+    """The pictures that a model is given, cut and scaled; none where pixels are no pictures."""
+    if not isinstance(pixels, Tensor) or pixels.ndim < 4 or pixels.shape[-3] not in (1, 3):
+        return []
+    maker = getattr(processor, "image_processor", processor)
+    mean, std = (getattr(maker, f"image_{name}", None) for name in ("mean", "std"))
+    values = pixels.detach().cpu().double().flatten(0, -4)
+    if mean is not None and std is not None and getattr(maker, "do_normalize", True):
+        values = values * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    values = (255 * values.clamp(0, 1)).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in values]
+
+
+def seen(processor: Any, inputs: Mapping[str, Any], picture: Image.Image) -> list[Image.Image]:
+    """The picture as the model is given it, in parts where it is; where that shows the whole, itself."""
+    shown = drawn(processor, inputs.get("pixel_values"))
+    return [picture if _alike(picture, one) else one for one in shown] or [picture]
+
+
+def _alike(picture: Image.Image, shown: Image.Image) -> bool:
+    """Whether it shows the whole picture in its own shape."""
+    small, (wide, high) = picture.convert("RGB").resize(shown.size, Image.Resampling.BICUBIC), shown.size
+    if abs(math.log(picture.width * high / (picture.height * wide))) > 0.02:
+        return False
+    return float(np.abs(np.asarray(small, float) - np.asarray(shown, float)).mean()) < SAME
 
 
 def hear(loaded: Loaded, name: str, heard: Sound | None, more: bool) -> dict[str, Any]:

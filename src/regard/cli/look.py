@@ -33,7 +33,7 @@ from ..seam import record
 from ..statistics import BASIC
 from ..tokens import Tokens
 from . import sound
-from .inputs import InputError, generated, hear, open_picture, png, prepare, read_text, writable
+from .inputs import InputError, generated, hear, open_picture, png, prepare, read_text, seen, writable
 from .printed import tables
 
 ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
@@ -114,7 +114,15 @@ def look(
     seconds = time.perf_counter() - began
     if ids is not None:
         _note_said(recording, loaded, ids, 1 if decoder else inputs["input_ids"].shape[1])
-    return _write(recording, out, [picture] if picture else [], recording.interrupted, seconds, console)
+    pictures = seen(loaded.processor, inputs, picture) if picture else []
+    if len(recording) and pictures and pictures[0] is not picture:
+        recording[0].attrs["note"] = f"The picture is shown as the model is given it, {_sizes(pictures)}."
+    return _write(recording, out, pictures, recording.interrupted, seconds, console)
+
+
+def _sizes(pictures: list[Image.Image]) -> str:
+    first = pictures[0]
+    return f"{first.width} x {first.height} pixels" + (f" and {len(pictures) - 1} more" if len(pictures) > 1 else "")
 
 
 def _note_said(recording: Recording, loaded: Loaded, ids: Tensor, start: int) -> None:

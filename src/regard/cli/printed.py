@@ -40,8 +40,11 @@ def tables(title: str, side: str, rows: Sequence[str], columns: Mapping[str, Seq
         title_or_none = None if made else title
         table = Table(title=title_or_none, title_justify="left", header_style="bold", title_style="bold")
         table.add_column(side, justify="right", no_wrap=True)
+        whole = left + sum(max(map(len, (name, *columns[name]))) + 3 for name in part)
         for name in part:
-            table.add_column(name, justify="right")
+            # Where headings have to break, only they do: left to itself, the table would break cells as well.
+            fixed = max(map(len, (*name.split(), *columns[name]))) if whole > width else None
+            table.add_column(name, justify="right", width=fixed)
         for i, row in enumerate(rows):
             table.add_row(row, *(columns[name][i] for name in part))
         made.append(table)

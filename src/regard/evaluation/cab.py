@@ -81,12 +81,12 @@ def recall(operator: Operator, pattern: str, *, steps: int = 300, batch: int = 3
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        *given, answer = _task(pattern, batch, generator)
+        *given, answer = task(pattern, batch, generator)
         loss = F.cross_entropy(model(*given).flatten(0, 1), answer.flatten(), ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    *given, answer = _task(pattern, 256, torch.Generator().manual_seed(seed + 10**6))
+    *given, answer = task(pattern, 256, torch.Generator().manual_seed(seed + 10**6))
     with torch.no_grad():
         right = model(*given).argmax(-1) == answer
     return float(right[answer >= 0].float().mean())
@@ -153,7 +153,7 @@ class _Layer(nn.Module):
         return self.norm(torch.cat([self.keys(key), self.values(value)], -1))
 
 
-def _task(pattern: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def task(pattern: str, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Keys and values shown, keys asked for (None: those shown whose value is hidden), answers (-1: none)."""
 
     def shuffled(n: int) -> Tensor:

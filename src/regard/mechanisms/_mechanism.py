@@ -37,6 +37,8 @@ class Spec:
     "full" (each query sees every key, and there are as many) and "cross" (any number of keys).
     mask: "keys" (which keys there are: boolean [batch|1, 1, 1, key]) or "pairs" (boolean, broadcasts to
     [batch, head, query, key]). True: visible. A query that sees nothing gives zeros.
+    sized: where the paper's blocks or windows would hold all of a short input, those with which the operator does there
+    what it is for.
     """
 
     patterns: tuple[str, ...]
@@ -45,6 +47,9 @@ class Spec:
     cost: Callable[..., Cost]  # (n_query, n_key, dim, *, causal, **knobs)
     step: Callable[..., tuple[Tensor, Any]] | None  # (state, query, key, value, **) -> output, state; state None first
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
+    sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
+    apart: bool = False  # keys and values may have other numbers of heads
+    whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
 
 
 def mechanism(
@@ -54,9 +59,12 @@ def mechanism(
     cost: Callable[..., Cost],
     step: Callable[..., tuple[Tensor, Any]] | None = None,
     scaled: bool = True,
+    sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
+    apart: bool = False,
+    whole: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, whole)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -84,8 +92,11 @@ def spec_of(function: Any) -> Spec:
 
 
 def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None) -> str | None:
-    if problem := misfit(query, key, value):
+    one = value[:, :1].expand(-1, key.shape[1], -1, -1) if spec.apart and value.ndim == key.ndim == 4 else value
+    if problem := misfit(query, key, one):
         return problem
+    if query.shape[1] % value.shape[1]:
+        return f"{query.shape[1]} query heads do not share {value.shape[1]} value heads evenly"
     if not query.is_floating_point() or not (query.dtype == key.dtype == value.dtype):
         return f"takes one floating-point dtype for all; got {query.dtype}, {key.dtype}, {value.dtype}"
     n_query, n_key = query.shape[2], key.shape[2]
@@ -94,6 +105,11 @@ def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool
         return f"is not defined for causal attention (causal=True); it does {does}"
     if causal and n_query > n_key:
         return f"causal attention of {n_query} queries to {n_key} keys would leave the first ones nothing to see"
+    if causal and n_query < n_key and spec.whole:
+        return (
+            f"takes all positions at once, since earlier queries count too; got {n_query} queries and {n_key} keys: "
+            f"run a model with use_cache=False"
+        )
     if not causal and not {"full", "cross"} & set(spec.patterns):
         return f"is causal only: pass causal=True; without it every query would see every key (it does {does})"
     if not causal and n_query != n_key and "cross" not in spec.patterns:

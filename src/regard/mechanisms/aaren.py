@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._mechanism import Cost, by_head, scale_of, softmax
+from ._modules import module
+from ._scan import State as Carried
+from ._scan import scan, tokens
 
 
 class State(NamedTuple):
@@ -47,7 +50,7 @@ def weights(query: Tensor, key: Tensor, *, mask: Tensor | None = None, scale: fl
     return softmax(scores, past if mask is None else past & mask)
 
 
-def cost(n: int, dim: int, *, block: int = 64) -> Cost:
+def cost(n: int, dim: int, *, block: int = 16) -> Cost:
     """Of one head over `n` tokens."""
     return Cost(2 * dim * n * (min(block, n) + 1) / 2 + 2 * dim * n, 3 * dim * n)
 
@@ -71,7 +74,7 @@ def aaren(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
-    block: int = 64,
+    block: int = 16,
 ) -> Tensor:
     """Attention of one query to every prefix of the keys, in linear time. [batch, head, key, dim]
 
@@ -85,23 +88,58 @@ def aaren(
         torch.Size([2, 4, 300, 64])
     """
     _check(query, key, value, mask, block)
-    tokens = _tokens(query, key, value, mask, scale)
-    n = key.shape[2]
+    exact, heads, lowest = torch.promote_types(key.dtype, torch.float32), query.shape[1], _lowest(key)
+    asked = (query * scale_of(query, scale)).expand(len(key), -1, -1, -1).to(exact)
+    top = asked.new_full(asked.shape[:2], lowest)
+    there = () if mask is None else (mask.mT,)
+
+    def step(held: Carried, key: Tensor, value: Tensor, *there: Tensor) -> tuple[Tensor, Carried]:
+        query, *before = held
+        scores = (by_head(key, heads).to(exact) @ query.mT)[..., 0]
+        scores = scores.masked_fill(~there[0][..., 0], float("-inf")) if there else scores
+        output, after = _prefixes(State(*before), scores, by_head(value, heads).to(exact), block)
+        return output.to(value.dtype), (query, *after)
+
+    held = asked, top, torch.zeros_like(top), top.new_zeros(*top.shape, value.shape[-1])
+    output, _ = scan(step, held, (key, value, *there), strip=tokens(asked.expand(-1, -1, key.shape[2], -1), block))
+    return output  # type: ignore[return-value]
+
+
+def prefixes(scores: Tensor, value: Tensor, *, block: int = 64) -> Tensor:
+    """What softmax over every prefix of scores [batch, head, key] makes of values. [batch, head, key, dim]"""
+    top = scores.new_full(scores.shape[:2], _lowest(scores))
+    start = State(top, torch.zeros_like(top), top.new_zeros(*top.shape, value.shape[-1]))
+    return _prefixes(start, scores, value, block)[0]
+
+
+def _prefixes(before: State, scores: Tensor, value: Tensor, block: int) -> tuple[Tensor, State]:
+    """The output at each of some tokens, [batch, head, key, dim], and the state after the last."""
+    n, lowest = scores.shape[2], _lowest(scores)
     extra = -n % block
     # Blocks of the same length: what is added at the end is seen by nothing before it.
-    top = F.pad(tokens.top, (0, extra), value=float("-inf")).unflatten(2, (-1, block))
-    mixed = F.pad(tokens.mixed, (0, 0, 0, extra)).unflatten(2, (-1, block))
-    level = top.detach().cummax(-1).values.clamp_min(torch.finfo(top.dtype).min)  # of each prefix of a block
-    triangle = torch.exp((top[..., None, :] - level[..., None]).tril()).tril()
-    inside = State(level, triangle.sum(-1), triangle @ mixed)
-    before = _scan(State(*(t[:, :, :-1, -1] for t in inside)))
-    before = State(
-        F.pad(before.top, (1, 0), value=float(torch.finfo(top.dtype).min)),
-        F.pad(before.total, (1, 0)),
-        F.pad(before.mixed, (0, 0, 1, 0)),
-    )
-    whole = State(before.top[..., None], before.total[..., None], before.mixed[..., None, :]).then(inside)
-    return whole.output().flatten(2, 3)[:, :, :n].to(value.dtype)
+    top = F.pad(scores, (0, extra), value=float("-inf"))
+    mixed = F.pad(torch.cat([value, torch.ones_like(value[..., :1])], -1), (0, 0, 0, extra)).unflatten(2, (-1, block))
+    level = torch.cat([before.top[..., None], top.detach()], -1).cummax(-1).values.clamp_min(lowest)
+    top, level, at = (t.unflatten(2, (-1, block)) for t in (top, level[..., 1:], level[..., :-1]))
+    last, start = level[..., -1], at[..., 0]  # the level at the end of a block, and before it
+    # What each block adds, and the state at its start: levels only rise, so that no factor is above 1.
+    added = torch.exp(top - last[..., None])[..., None, :] @ mixed
+    joined = torch.cat([torch.cat([before.mixed, before.total[..., None]], -1)[:, :, None], added[..., 0, :]], 2)
+    levels = torch.cat([before.top[..., None], last], -1)
+    carried = torch.exp((levels[..., None, :] - levels[..., None]).tril()).tril() @ joined
+    inside = torch.exp((top[..., None, :] - level[..., None]).tril()).tril() @ mixed
+    whole = inside + torch.exp(start[..., None] - level)[..., None] * carried[:, :, :-1, None]
+    output = _state(level.flatten(2), whole.flatten(2, 3)).output()[:, :, :n]
+    return output, _state(levels[..., -1], carried[:, :, -1])
+
+
+def _state(top: Tensor, sums: Tensor) -> State:
+    """With the total in the last channel of the sums."""
+    return State(top, sums[..., -1], sums[..., :-1])
+
+
+def _lowest(like: Tensor) -> float:
+    return torch.finfo(torch.promote_types(like.dtype, torch.float32)).min
 
 
 def _tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> State:
@@ -110,16 +148,6 @@ def _tokens(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     top = (by_head(key, heads).to(exact) @ query.to(exact).mT)[..., 0] * scale_of(query, scale)
     top = top if mask is None else top.masked_fill(~mask[:, :, 0], float("-inf"))
     return State(top, torch.ones_like(top), by_head(value, heads).to(exact).expand(len(top), -1, -1, -1))
-
-
-def _scan(state: State) -> State:
-    """The state of every prefix along the third axis, in log2 steps."""
-    apart, n = 1, state.top.shape[2]
-    while apart < n:
-        later = State(*(t[:, :, :-apart] for t in state)).then(State(*(t[:, :, apart:] for t in state)))
-        state = State(*(torch.cat([t[:, :, :apart], new], 2) for t, new in zip(state, later, strict=True)))
-        apart *= 2
-    return state
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int) -> None:
@@ -137,6 +165,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block
         raise ValueError(f"aaren: a block holds 1 token or more; got {block=}")
 
 
+@module("causal")
 class Aaren(nn.Module):
     """The paper's layer in place of self-attention: [batch, token, dim] to the same, causal, with a learned query.
 

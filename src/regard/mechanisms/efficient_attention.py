@@ -9,19 +9,16 @@ root of the number of keys, which equals attention without softmax, divided by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.derivatives import again, gradients, transformed
 from ._mechanism import Cost, by_head, mechanism
+from ._scan import State, scan, tokens
 from .memory_efficient import fold, unfold
 
 NORMALISATIONS = ("softmax", "scaling")
-_STRIP = 2**18  # numbers taken at once
 
 
 def _weights(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, **knobs: Any) -> Tensor:
@@ -57,74 +54,36 @@ def efficient_attention(
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"efficient_attention: normalisation is one of {NORMALISATIONS}; got {normalisation!r}")
-    query = query if scale is None else query * scale
-    if normalisation == "softmax" and not transformed(query, key, value):
-        return _Stripwise.apply(query, key, value, mask)  # type: ignore[no-any-return]
-    return _at_once(query, key, value, mask, normalisation)
+    exact, kv_heads = torch.promote_types(query.dtype, torch.float32), key.shape[1]
+    there = () if mask is None else (mask.mT,)
+    soft, lowest = normalisation == "softmax", torch.finfo(exact).min
 
+    def context(state: State, key: Tensor, value: Tensor, *there: Tensor) -> tuple[None, State]:
+        top, *sums = state
+        key, value = key.to(exact), value.to(exact)
+        if not soft:
+            shares, higher = key if not there else key.where(there[0], 0.0), top
+        else:
+            key = key if not there else key.masked_fill(~there[0], float("-inf"))
+            higher = torch.maximum(top, key.detach().amax(2, keepdim=True))
+            shares, kept = torch.exp(key - higher), torch.exp(top - higher).mT
+            sums = [s * kept for s in sums]
+        return None, (higher, sums[0] + shares.sum(2)[..., None], sums[1] + shares.mT @ value)
 
-def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, normalisation: str) -> Tensor:
-    exact = torch.promote_types(query.dtype, torch.float32)
-    query, key = _normalised(query.to(exact), key.to(exact), mask, None, normalisation)
-    output = unfold(fold(query, key.shape[1]) @ (key.mT @ value.to(exact)), query.shape[1])
-    return output.to(value.dtype)
+    def outputs(state: State, query: Tensor) -> tuple[Tensor, State]:
+        query = query.to(exact) if scale is None else query.to(exact) * scale
+        query = fold(query.softmax(-1) if soft else query, kv_heads)
+        return unfold(query @ state[0], heads).to(value.dtype), state
 
-
-class _Stripwise(torch.autograd.Function):
-    """A strip of positions at a time: nothing as long as the sequence is made but the output and the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        exact = torch.promote_types(query.dtype, torch.float32)
-        hidden = key if mask is None else key.masked_fill(~mask.mT, float("-inf"))
-        top = hidden.amax(2, keepdim=True).to(exact).clamp_min(torch.finfo(exact).min)
-        total = torch.zeros_like(top)
-        context = total.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
-        for where in _strips(key):
-            weights = _shares(key, top, mask, where)
-            total += weights.sum(2, keepdim=True)
-            context += weights.mT @ value[:, :, where].to(exact)
-        total = total.where(total > 0, 1.0)
-        context /= total.mT
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
-        for where in _strips(query):
-            share = fold(query[:, :, where].to(exact).softmax(-1), key.shape[1])
-            output[:, :, where] = unfold(share @ context, query.shape[1])
-        ctx.save_for_backward(query, key, value, mask, top, total, context)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        query, key, value, mask, top, total, context = ctx.saved_tensors
-        if again(grad):
-            return gradients(partial(_at_once, normalisation="softmax"), grad, query, key, value, mask)
-        d_query, d_key, d_value, d_context = (torch.empty_like(t) for t in (query, key, value, context))
-        d_context.zero_()
-        for where in _strips(query):
-            share = query[:, :, where].to(context.dtype).softmax(-1)
-            given = fold(grad[:, :, where].to(context.dtype), key.shape[1])
-            d_context += fold(share, key.shape[1]).mT @ given
-            d_share = unfold(given @ context.mT, query.shape[1])
-            d_query[:, :, where] = share * (d_share - (d_share * share).sum(-1, keepdim=True))
-        mean = (context * d_context).sum(-1)[:, :, None]  # of each channel over all keys
-        for where in _strips(key):
-            weights = _shares(key, top, mask, where).div_(total)
-            d_value[:, :, where] = weights @ d_context
-            d_key[:, :, where] = weights * (value[:, :, where].to(context.dtype) @ d_context.mT - mean)
-        return d_query, d_key, d_value, None
-
-
-def _strips(tensor: Tensor) -> Iterator[slice]:
-    """Positions of a tensor [batch, head, position, dim] that fit the cache together."""
-    batch, heads, n, dim = tensor.shape
-    step = max(1, _STRIP // (batch * heads * dim))
-    return (slice(a, a + step) for a in range(0, n, step))
-
-
-def _shares(key: Tensor, top: Tensor, mask: Tensor | None, where: slice) -> Tensor:
-    """exp(key - top), which after division by its sum is each key's share of a channel; 0 where there is no key."""
-    weights = (key[:, :, where].to(top.dtype) - top).exp_()
-    return weights if mask is None else weights.masked_fill_(~mask[..., where].mT, 0.0)
+    heads, strip = query.shape[1], tokens(query)
+    top = key.new_full((*key.shape[:2], 1, key.shape[3]), lowest, dtype=exact)
+    nothing = top.mT, top.new_zeros(*key.shape[:2], key.shape[3], value.shape[3])
+    _, (_, total, mixed) = scan(
+        context, (top, torch.zeros_like(nothing[0]), nothing[1]), (key, value, *there), strip=strip
+    )
+    count = key.shape[2] if mask is None else mask.sum(-1)[..., None, None].clamp_min(1)
+    output, _ = scan(outputs, (mixed / (total.where(total > 0, 1.0) if soft else count),), (query,), strip=strip)
+    return output  # type: ignore[return-value]
 
 
 def _normalised(

@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._layers import attentions, channels, replace
+from ._modules import converted, module
 
 GRANULARITIES = ("elementwise", "headwise")
 
 
+@module("causal", "full", build=lambda dim, heads, causal: converted(gated_attention, dim, heads, causal=causal))
 class GatedAttention(nn.Module):
     """An attention module whose heads pass a gate before the output projection; takes and gives what that module does.
 
@@ -70,3 +72,6 @@ def gated_attention(
             raise ValueError(f"gated_attention: {name} does not say its head_dim; use granularity='elementwise'")
         gated[name] = GatedAttention(attention, output, dim, mixed // width)
     return replace(model, gated)
+
+
+convert = gated_attention

@@ -11,14 +11,13 @@ to TransNormerLLM's layer and are not done here, so in another model the output 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.derivatives import again, gradients, transformed
 from ._mechanism import Cost, by_head, mechanism, visible
+from ._scan import Product, State, scan, tokens
 
 
 def slopes(heads: int) -> Tensor:
@@ -92,14 +91,22 @@ def lightning_2(
     heads, first = query.shape[1], key.shape[2] - query.shape[2]
     exact = torch.promote_types(query.dtype, torch.float32)
     rates = _rates(decay, query)
-    value = value if mask is None else value.where(mask.mT, 0.0)
-    key, value = by_head(key, heads), by_head(value, heads)
+    product = Product(rates, block)
+
+    def step(state: State, query: Tensor, key: Tensor, value: Tensor, *there: Tensor) -> tuple[Tensor, State]:
+        value = value.where(there[0], 0.0) if there else value
+        asked = query.to(exact) if scale is None else query.to(exact) * scale
+        output, held = product(state[0], asked, *(by_head(t, heads).to(exact) for t in (key, value)))
+        return output.to(query.dtype), (held,)
+
     # Keys before the first query meet no query of their own: they are a state to start from.
+    before = value[:, :, :first] if mask is None else value[:, :, :first].where(mask.mT[:, :, :first], 0.0)
     weight = torch.exp(-rates[:, None] * torch.arange(first - 1, -1, -1, device=query.device))[..., None]
-    state = (key[:, :, :first].to(exact) * weight).mT @ value[:, :, :first].to(exact)
-    query = query if scale is None else query * scale
-    arguments = query, key[:, :, first:], value[:, :, first:], state, rates, block
-    return _forward(*arguments) if transformed(query, key, value) else _Blockwise.apply(*arguments)  # type: ignore[no-any-return]
+    held = (by_head(key[:, :, :first], heads).to(exact) * weight).mT @ by_head(before, heads).to(exact)
+    there = () if mask is None else (mask.mT,)
+    later = (t[:, :, first:] for t in (key, value, *there))
+    output, _ = scan(step, (held,), (query, *later), strip=tokens(query, block))
+    return output  # type: ignore[return-value]
 
 
 def _rates(decay: Tensor | None, query: Tensor) -> Tensor:
@@ -111,77 +118,3 @@ def _rates(decay: Tensor | None, query: Tensor) -> Tensor:
             f"{list(decay.shape)}{', with requires_grad' if decay.requires_grad else ''}"
         )
     return decay.to(query.device, torch.promote_types(query.dtype, torch.float32))
-
-
-class _Decay(NamedTuple):
-    """Factors inside a block of one length."""
-
-    inside: Tensor  # [head, query, key]: from key to query
-    into: Tensor  # [head, query, 1]: from the state to a query
-    out: Tensor  # [head, key, 1]: from a key to the next state
-    over: Tensor  # [head, 1, 1]: from state to state
-
-
-def _decays(rates: Tensor, length: int) -> _Decay:
-    at = torch.arange(length, device=rates.device)
-    apart = at[:, None] - at
-    by = -rates[:, None, None]
-    return _Decay(
-        torch.exp(by * apart.clamp_min(0)).tril(),
-        torch.exp(by * (at[:, None] + 1)),
-        torch.exp(by * (length - 1 - at[:, None])),
-        torch.exp(by * length),
-    )
-
-
-class _Blocks:
-    """The blocks of a sequence, and the decay inside each."""
-
-    def __init__(self, rates: Tensor, block: int, n: int) -> None:
-        self.places = [slice(a, min(a + block, n)) for a in range(0, n, block)]
-        self.dtype = rates.dtype
-        self.decays = {length: _decays(rates, length) for length in {p.stop - p.start for p in self.places}}
-
-    def take(self, where: slice, *tensors: Tensor) -> tuple[Any, ...]:
-        decay = self.decays[where.stop - where.start]
-        return decay, *(t[:, :, where].to(self.dtype) for t in tensors)
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, state: Tensor, rates: Tensor, block: int) -> Tensor:
-    blocks, outputs = _Blocks(rates, block, query.shape[2]), []
-    for where in blocks.places:
-        decay, q, k, v = blocks.take(where, query, key, value)
-        outputs.append(((q @ k.mT * decay.inside) @ v + q @ state * decay.into).to(query.dtype))
-        state = state * decay.over + (k * decay.out).mT @ v
-    return torch.cat(outputs, 2)
-
-
-class _Blockwise(torch.autograd.Function):
-    """Nothing is kept but the inputs: the backward pass makes the states again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, state: Tensor, rates: Tensor, block: int
-    ) -> Tensor:
-        ctx.block = block
-        ctx.save_for_backward(query, key, value, state, rates)
-        return _forward(query, key, value, state, rates, block)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        query, key, value, state, rates = ctx.saved_tensors
-        if again(grad):
-            return *gradients(partial(_forward, block=ctx.block), grad, query, key, value, state, rates), None
-        blocks, held = _Blocks(rates, ctx.block, query.shape[2]), state
-        d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
-        for where in blocks.places:
-            decay, k, v, g = blocks.take(where, key, value, grad)
-            d_query[:, :, where] = (g @ v.mT).mul_(decay.inside) @ k + (g @ held.mT).mul_(decay.into)
-            held = held * decay.over + (k * decay.out).mT @ v
-        d_state = torch.zeros_like(held)
-        for where in reversed(blocks.places):
-            decay, q, k, v, g = blocks.take(where, query, key, value, grad)
-            d_key[:, :, where] = (v @ g.mT).mul_(decay.inside.mT) @ q + (v @ d_state.mT).mul_(decay.out)
-            d_value[:, :, where] = (k @ q.mT).mul_(decay.inside.mT) @ g + (k @ d_state).mul_(decay.out)
-            d_state = d_state * decay.over + (q * decay.into).mT @ g
-        return d_query, d_key, d_value, d_state, None, None

@@ -69,7 +69,11 @@ def _cost(n_query: int, n_key: int, dim: int, *, causal: bool = True, block: int
     return Cost(4 * dim * taken + gates, 2 * dim * (n_query + n_key) + 2 * dim * taken)
 
 
-@mechanism("causal", mask="keys", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, int]:
+    return {"block": max(shape[0] // 8, 1)}
+
+
+@mechanism("causal", mask="keys", weights=_weights, cost=_cost, sized=_sized)
 def moba(
     query: Tensor,
     key: Tensor,

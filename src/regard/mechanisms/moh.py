@@ -29,11 +29,18 @@ from torch import Tensor, nn
 
 from ._layers import attentions, channels, replace
 from ._mechanism import Cost, pairs
+from ._modules import converted, module
 
 ROUTERS = ("norms", "learned")
 _QUERIES = ("q_proj", "query", "q_lin")
 
 
+@module(
+    "causal",
+    "full",
+    build=lambda dim, heads, causal: converted(moh, dim, heads, causal=causal, router="learned"),
+    loss=lambda layer: 0.01 * balance(layer),  # the paper's weight
+)
 class MixtureOfHeads(nn.Module):
     """An attention module whose heads are weighted for each token; takes and gives what that module does.
 
@@ -144,6 +151,9 @@ def moh(
         of_router = query if router == "norms" else None
         mixtures[name] = MixtureOfHeads(attention, output, of_router, dim, heads, always, counted - always)
     return replace(model, mixtures)
+
+
+convert = moh
 
 
 def balance(model: nn.Module) -> Tensor:

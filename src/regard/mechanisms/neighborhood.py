@@ -60,7 +60,11 @@ def _cost(n_query: int, n_key: int, dim: int, *, causal: bool | Sequence[bool] =
     return windows.cost(_axes(n_query, n_key, causal, **knobs), n_query, dim)
 
 
-@mechanism("causal", "full", mask="keys", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"window": tuple(min(7, n // 4 * 2 - 1) if n > 4 else n for n in shape)}  # odd, at most half of an axis
+
+
+@mechanism("causal", "full", mask="keys", weights=_weights, cost=_cost, sized=_sized)
 def neighborhood(
     query: Tensor,
     key: Tensor,

@@ -54,7 +54,11 @@ def _cost(
     return Cost(4 * dim * pairs, 2 * dim * (n_query + taken * block))
 
 
-@mechanism("causal", mask="pairs", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, int]:
+    return {"block": max(shape[0] // 16, 1), "window": 2}
+
+
+@mechanism("causal", mask="pairs", weights=_weights, cost=_cost, sized=_sized)
 def power(
     query: Tensor,
     key: Tensor,

@@ -1,4 +1,4 @@
-"""The state of a profile on disk: every batch is appended to a journal, which now and then becomes a snapshot.
+"""State on disk, such as a profile's: every batch is appended to a journal, which now and then becomes a snapshot.
 
 A process that is killed at any moment loses at most the batch under way: a batch counts once its record is whole in
 the journal (length and checksum), and a snapshot takes the journal's place by a rename. What follows the last whole
@@ -25,9 +25,12 @@ SNAPSHOT_BYTES = 16 * 2**20  # length of journal after which a snapshot is taken
 class Journal:
     """Records and snapshots in `folder`; both are bytes, which mean nothing here."""
 
-    def __init__(self, folder: Path, origin: dict[str, Any]) -> None:
-        """origin: what the records come from, as JSON; a folder that was begun with another is refused."""
-        self.folder, self.origin = folder, origin
+    def __init__(self, folder: Path, origin: dict[str, Any], what: str = "profile") -> None:
+        """origin: what the records come from, as JSON; a folder that was begun with another is refused.
+
+        what: the word for what is made, in errors.
+        """
+        self.folder, self.origin, self.what = folder, origin, what
         self.number = 0  # of the snapshot that the journal goes on from
         self.cut = 0  # bytes that followed the last whole record
         self._check()
@@ -84,7 +87,9 @@ class Journal:
         path = self.folder / "origin.json"
         if not path.exists():
             if self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):
-                raise FileExistsError(f"{self.folder} exists and is not the state of a profile; choose another name")
+                raise FileExistsError(
+                    f"{self.folder} exists and is not the state of a {self.what}; choose another name"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             with written_aside(path, lasting=True) as draft:
                 draft.write_text(json.dumps(self.origin, indent=1))
@@ -117,7 +122,7 @@ class Journal:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.close()
-            raise ValueError(f"{self.folder} is in use: this profile is being taken by another process") from None
+            raise ValueError(f"{self.folder} is in use: this {self.what} is being made by another process") from None
 
     def _records(self) -> Iterator[bytes]:
         whole = 0

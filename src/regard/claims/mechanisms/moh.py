@@ -15,20 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ... import zoo
 from ...catalog import Finding, Premise
 from ...mechanisms.moh import MixtureOfHeads, balance, moh
-from ...zoo.recipes import reader
-from .._data import folder
 from .._measure import mean
+from ._reader import losses_of, prose, train
 
 SCALES = "small", "large"
 ACTIVE = 0.75
-PHASE, HELD_OUT = reader.Phase(1, 128, 16, 0.0, 0.0), reader.Phase(1, 128, 256, 0.0, 0.0)
 STEPS = {"small": 70, "large": 1500}
-RATE, WEIGHT = 1e-3, 0.01  # WEIGHT of the load-balance loss: the paper's
+WEIGHT = 0.01  # of the load-balance loss: the paper's
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
@@ -39,20 +35,16 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         "random, by two standard errors"
     )
     torch.manual_seed(seed)
-    dense, tokenizer = zoo.load("reader")
-    known, unknown = reader.split(_texts()[:1], tokenizer)
-    of_tokenizer = len(tokenizer), seed
-    held_out = reader.batch(unknown, HELD_OUT, *of_tokenizer, 0, tokenizer.bos_token_id)
-    batches = [reader.batch(known, PHASE, *of_tokenizer, i + 1, tokenizer.bos_token_id) for i in range(STEPS[scale])]
+    dense, held_out, batches = prose(STEPS[scale], seed=seed)
     model = copy.deepcopy(dense)
     moh(model, active=ACTIVE)
-    each = {"dense": _losses(dense, held_out), "converted": _losses(model, held_out)}
+    each = {"dense": losses_of(dense, held_out), "converted": losses_of(model, held_out)}
     with _at_random(model):
-        each["at random"] = _losses(model, held_out)
-    _train(model, batches)
-    each["trained on"] = _losses(model, held_out)
-    _train(dense, batches)
-    each["dense, trained on"] = _losses(dense, held_out)
+        each["at random"] = losses_of(model, held_out)
+    train(model, batches, lambda: WEIGHT * balance(model))
+    each["trained on"] = losses_of(model, held_out)
+    train(dense, batches)
+    each["dense, trained on"] = losses_of(dense, held_out)
     losses = {name: float(loss.mean()) for name, loss in each.items()}
     over = {name: loss / losses["dense"] - 1 for name, loss in losses.items()}
     worse = mean(each["at random"] - each["converted"])
@@ -89,10 +81,6 @@ def _draw(figure: Any, *, over: dict[str, float], loads: Tensor) -> None:
     figure.colorbar(image, ax=right)
 
 
-def _texts() -> list[str]:
-    return reader.texts(folder("text_books").parent)
-
-
 @contextmanager
 def _at_random(model: nn.Module) -> Iterator[None]:
     """Routed heads are picked at random, as many as by the router."""
@@ -112,25 +100,3 @@ def _at_random(model: nn.Module) -> Iterator[None]:
     finally:
         for mixture in mixtures:
             mixture.__class__ = MixtureOfHeads
-
-
-@torch.no_grad()
-def _losses(model: Any, texts: Tensor) -> Tensor:
-    """Nats a token. [text]"""
-    found = []
-    for part in texts.split(64):
-        logits = model(part).logits[:, :-1]
-        found.append(F.cross_entropy(logits.mT, part[:, 1:], reduction="none").mean(1))
-    return torch.cat(found)
-
-
-def _train(model: Any, batches: list[Tensor]) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
-    mixed = any(isinstance(m, MixtureOfHeads) for m in model.modules())
-    for step, texts in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 10, (len(batches) - step) / len(batches) * 2)
-        loss = model(texts, labels=texts).loss
-        optimizer.zero_grad()
-        (loss + WEIGHT * balance(model) if mixed else loss).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()

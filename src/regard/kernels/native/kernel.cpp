@@ -862,10 +862,11 @@ struct Forward {
     if (a.mask.type != BOOLEAN || !a.mask.data)
       return a.block_counts != nullptr && !a.mask.data && sees_none(block, row);
     float extra;
-    for (int64_t j = row.low; j < row.high; j++) {
-      read(a.mask, at(a.mask, block.batch, row.head, row.query) + j * a.mask.stride[3], 1, &extra);
-      if (extra == 0.0f) return false;
-    }
+    for (const int64_t p : block.panels)  // what a mask shows of keys that are not listed is not seen
+      for (int64_t j = std::max(row.low, p * PN); j < std::min(row.high, (p + 1) * PN); j++) {
+        read(a.mask, at(a.mask, block.batch, row.head, row.query) + j * a.mask.stride[3], 1, &extra);
+        if (extra == 0.0f) return false;
+      }
     return true;
   }
   bool sees_none(const Block& block, const Row& row) const {

@@ -1,0 +1,32 @@
+"""Blocks on feature maps, with the state of a file whose names are others."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import Case
+
+
+def loaded(module: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, training=False) -> nn.Module:
+    """The module with these weights. names: beginnings of their names, as patterns, and what ours begin with."""
+    module, state = module.to(next(iter(weights.values())).dtype).train(training), module.state_dict()
+    found = {}
+    for name, value in weights.items():
+        for theirs, ours in names.items():
+            if match := re.match(rf"(?:{theirs})(?=\.|$)", name):
+                name = match.expand(ours) + name[match.end() :]
+                break
+        found[name] = value.reshape(state[name].shape) if name in state else value
+    module.load_state_dict(found)
+    return module
+
+
+def run(case: Case, module: nn.Module, *names: str) -> dict[str, Tensor]:
+    """Output, and gradients of these inputs."""
+    leaves = case.leaves(*(names or ("input",)))
+    output, dot = module(*leaves.values()), "_" if "grad_output" in case else "."
+    given = case["grad_output" if dot == "_" else "output_gradient"]
+    gradients = torch.autograd.grad(output, list(leaves.values()), given)
+    return {"output": output, **{f"grad{dot}{name}": one for name, one in zip(leaves, gradients, strict=True)}}

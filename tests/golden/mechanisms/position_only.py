@@ -1,0 +1,53 @@
+"""The authors' layer, a block of their wave function, and one head without output projection."""
+
+import torch
+
+from regard.mechanisms.position_only import Block, PositionOnly
+
+from .. import Case, Source
+
+SOURCE = Source("authors", "netket/netket, docs/tutorials/ViT-wave-function")
+TOLERANCE = {"output": 1e-10, "grad.input": 1e-10}
+
+
+def compare(case: Case):
+    settings, weights = case.settings, case.weights
+    dim = case["input"].shape[-1]
+    grid = settings.get("grid") if settings.get("translation_invariant") else None
+    layer = PositionOnly(
+        dim, heads=settings.get("heads", 1), tokens=settings.get("tokens", case["input"].shape[1]), grid=grid
+    )
+    leaves = case.leaves("input")
+    if "V" in weights:  # one head: alpha and V alone
+        weights = {"v.kernel": weights["V"].mT, "alpha": weights["alpha"], "W.kernel": torch.eye(dim)}
+    attention = {name: _of(weights, name) for name in ("v", "W")}
+    state = {"alpha": next(w for name, w in weights.items() if name.endswith("alpha")).reshape(layer.alpha.shape)}
+    for ours, theirs in (("value", "v"), ("output", "W")):
+        state |= {f"{ours}.weight": attention[theirs]["kernel"].mT}
+        state |= {f"{ours}.bias": attention[theirs].get("bias", torch.zeros(dim))}
+    layer = layer.double()
+    layer.load_state_dict(state)
+    if any(".scale" in name for name in weights):
+        block, norms = (
+            Block(dim, layer).double(),
+            sorted({n.rpartition(".")[0] for n in weights if n.endswith(".scale")}),
+        )
+        dense = [n for n in weights if n.endswith(".kernel") and weights[n].shape[0] != weights[n].shape[1]]
+        wide, narrow = sorted(dense, key=lambda name: weights[name].shape[0])
+        for norm, theirs in zip(block.norms, norms, strict=True):
+            norm.load_state_dict({"weight": weights[f"{theirs}.scale"], "bias": weights[f"{theirs}.bias"]})
+        for linear, theirs in ((block.up, wide), (block.down, narrow)):
+            bias = weights[theirs.replace("kernel", "bias")]
+            linear.load_state_dict({"weight": weights[theirs].mT, "bias": bias})
+        layer = block
+    output = layer(leaves["input"])
+    return {"output": output, **case.gradients(output, leaves)}
+
+
+def _of(weights, layer):
+    """Kernel and bias of a dense layer, wherever it stands."""
+    found = {}
+    for name, value in weights.items():
+        if name.split(".")[-2:-1] == [layer]:
+            found[name.rpartition(".")[2]] = value
+    return found
