@@ -31,7 +31,7 @@ Axes = int | Sequence[int]
 
 
 class Axis(NamedTuple):
-    """Who sees whom along an axis: of each query position `at`, keys `first`, `first + dilation`, .., `count` of them.
+    """Who sees whom along an axis: of each query position `at`, keys `first`, `first + dilation`, .., `number` of them.
 
     All within the `length` keys. Among queries of one remainder by `dilation`, neither first nor last key ever falls.
     """
@@ -39,7 +39,7 @@ class Axis(NamedTuple):
     length: int
     at: Tensor
     first: Tensor
-    count: Tensor
+    number: Tensor
     dilation: int = 1
 
     def seen(self) -> Tensor:
@@ -47,7 +47,7 @@ class Axis(NamedTuple):
         keys, first = torch.arange(self.length), self.first[:, None]
         return (
             (keys >= first)
-            & (keys < first + self.count[:, None] * self.dilation)
+            & (keys < first + self.number[:, None] * self.dilation)
             & ((keys - first) % self.dilation == 0)
         )
 
@@ -59,12 +59,12 @@ class Axis(NamedTuple):
             if len(which):
                 held = len(range(r, self.length, self.dilation))
                 first = ((self.first[which] - r) // self.dilation).clamp(0, held)
-                own = Axis(held, self.at[which] // self.dilation, first, self.count[which].clamp_max(held))
+                own = Axis(held, self.at[which] // self.dilation, first, self.number[which].clamp_max(held))
                 found.append((which, slice(r, None, self.dilation), own))
         return found
 
     def side(self) -> grid.Side:
-        return grid.Side(self.first, self.first + self.count, self.length)
+        return grid.Side(self.first, self.first + self.number, self.length)
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries taken together [tile, query], all keys they see [tile, key], and who sees which [tile, query, key].
@@ -74,7 +74,7 @@ class Axis(NamedTuple):
         size = min(size, len(self.at))
         which = torch.arange(len(self.at))
         which = torch.cat([which, which[-1:].expand(-len(which) % size)]).unflatten(0, (-1, size))
-        first, stop = self.first[which], (self.first + self.count)[which]
+        first, stop = self.first[which], (self.first + self.number)[which]
         keys = first[:, :1] + torch.arange(max(1, int((stop.amax(1) - first[:, 0]).max())))
         seen = (keys[:, None] >= first[..., None]) & (keys[:, None] < stop[..., None])
         return which, keys.clamp_max(self.length - 1), seen
@@ -158,7 +158,7 @@ def cost(axes: Sequence[Window], n_query: int, dim: int) -> Cost:
     """Of one head: of the pairs that see each other, and of keys and values as often as tiles of queries take them."""
     seen, taken = 1.0, 1.0
     for axis, size in zip(axes, TILES[len(axes)], strict=True):
-        seen *= float(axis.sees().count.sum())
+        seen *= float(axis.sees().number.sum())
         taken *= -(-(axis.length - axis.first) // size) * (size + axis.window - 1)
     return Cost(4 * dim * seen, 2 * dim * (n_query + taken))
 
@@ -248,8 +248,8 @@ def attend(
         keys = torch.arange(math.prod(lengths)).view(lengths)[tuple(k for _, k, _ in parts)].flatten().to(key.device)
         at = at.flatten().to(query.device)
         inside = None if mask is None else mask[..., keys]
-        few = (t.index_select(2, i) for t, i in ((query, at), (key, keys), (value, keys)))
-        output.append(_attend(*few, own, inside, scale, tile))
+        few = [t.index_select(2, i) for t, i in ((query, at), (key, keys), (value, keys))]
+        output.append(_attend(few[0], few[1], few[2], own, inside, scale, tile))
         places.append(at)
     order = torch.cat(places)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -259,8 +259,8 @@ def attend(
 def _attend(query: Tensor, key: Tensor, value: Tensor, axes: Any, mask: Any, scale: float, tile: Any) -> Tensor:
     if tile is not None and mask is None and (blocks := _blocks(axes, tile)) is not None:
         regions = Regions(tuple(axis.length for axis in axes), tuple(tile))
-        laid = (regions.laid_out(t).flatten(2, 3) for t in (query, key, value))
-        found = attend_blocks(*laid, blocks, causal=False, mask=None, scale=scale)
+        laid = [regions.laid_out(t).flatten(2, 3) for t in (query, key, value)]
+        found = attend_blocks(laid[0], laid[1], laid[2], blocks, causal=False, mask=None, scale=scale)
         return regions.back(found.unflatten(2, (-1, blocks.key_size)))
     if not runs_native(query) or not scale > 0 or tile is not None or not query.numel():
         return _over_tiles(query, key, value, axes, mask, scale, tile or TILES[len(axes)])
@@ -275,7 +275,7 @@ def _blocks(axes: Sequence[Axis], tile: Sequence[int]) -> Blocks | None:
     for axis, size in zip(axes, tile, strict=True):
         if axis.length % size or len(axis.at) != axis.length or tokens % 32:
             return None
-        ends = torch.stack([axis.first, axis.first + axis.count]).unflatten(1, (-1, size))
+        ends = torch.stack([axis.first, axis.first + axis.number]).unflatten(1, (-1, size))
         if (ends % size).any() or (ends != ends[..., :1]).any():
             return None
         first, stop = ends[..., 0] // size
@@ -291,7 +291,7 @@ def _boxes(query: Tensor, key: Tensor, value: Tensor, sides: list[grid.Side], ma
 
 def _line(query: Tensor, key: Tensor, value: Tensor, axis: Axis, mask: Any, scale: float) -> Tensor:
     """On a line the kernel's own windows do: those that end at a query are those around one further back."""
-    first, stop = axis.first, axis.first + axis.count
+    first, stop = axis.first, axis.first + axis.number
     ahead = stop - torch.arange(len(stop))
     middle = (ahead == ahead.mode().values).nonzero().flatten()
     a, b = int(middle[0]), int(middle[-1]) + 1
@@ -363,8 +363,8 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, at: Tensor, keys: Tensor, 
 
     pairs: Tensor | None = None
     if mask is not None or not seen.all():
-        pairs = seen[None] if mask is None else seen & mask[:, 0, 0, keys][:, :, None]  # [batch|1, tile, query, key]
-        pairs = pairs.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+        every = seen[None] if mask is None else seen & mask[:, 0, 0, keys][:, :, None]  # [batch|1, tile, query, key]
+        pairs = every.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     query, key, value = laid_out(query, at), laid_out(key, keys), laid_out(value, keys)
     if runs_native(query) and not transformed(query, key, value):
         output = attend_whole(query, key, value, causal=False, mask=pairs, scale=scale)

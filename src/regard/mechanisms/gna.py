@@ -130,13 +130,10 @@ def simulate(
     """
     n = math.prod(shape)
     axes = [axis.sees() for axis in _axes(n, n, causal, shape, window, stride, dilation)]
-    counts = float(math.prod(int(axis.count.sum()) for axis in axes))
-    if flat:
-        seen = [windows.pairs(axes)]
-        lengths, of_query, of_key = [n], [query_tile], [key_tile]
-    else:
-        seen, lengths = [axis.seen() for axis in axes], list(shape)
-        of_query, of_key = windows.given("gna", shape, query_tile=query_tile, key_tile=key_tile)
+    counts = float(math.prod(int(axis.number.sum()) for axis in axes))
+    lengths = [n] if flat else list(shape)
+    seen = [windows.pairs(axes)] if flat else [axis.seen() for axis in axes]
+    of_query, of_key = windows.given("gna", lengths, query_tile=query_tile, key_tile=key_tile)
     if not all(isinstance(size, int) and size >= 1 for size in (*of_query, *of_key)):
         raise ValueError(f"gna: tiles hold 1 token or more along each axis; got {query_tile=}, {key_tile=}")
     each = [_visited(s, q, k, dynamic) for s, q, k in zip(seen, of_query, of_key, strict=True)]

@@ -143,7 +143,7 @@ def _weights(
         for table, length, number in zip(bias[:2], cut.shape, cut.grid, strict=True):
             at = torch.arange(number, device=query.device)
             first = at * stride // block * block - halo
-            start = at * stride - first if bias.true_offsets else at % (block // stride)
+            start = at * stride % block if bias.true_offsets else at % (block // stride)  # from the block's corner
             offset = torch.arange(length, device=query.device) - first[:, None] - start[:, None] + cut.window - 1
             vectors = table.to(query.dtype)[offset.clamp(0, len(table) - 1)]  # what is beyond is not seen
             apart.append(vectors)
@@ -172,8 +172,8 @@ def _cost(
 ) -> Cost:
     seen, taken, kept = 1.0, 1.0, 1.0
     for axis in _Blocks.of(n_key, shape, block, halo, stride, bias).axes():
-        seen *= float(axis.count.sum())
-        taken *= float(axis.count[:: block // stride].sum())
+        seen *= float(axis.number.sum())
+        taken *= float(axis.number[:: block // stride].sum())
         kept *= len(axis.at)
     return Cost(4 * dim * seen, 2 * dim * (kept + taken))
 

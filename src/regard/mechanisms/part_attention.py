@@ -122,7 +122,7 @@ def part_attention(
         found, places = [], []
         for rows, keys in _groups(of_query[row], held[row]):
             seen = None if mask is None else mask[row % len(mask)][None].index_select(3, keys)
-            few = (t[row, None].index_select(2, i) for t, i in ((query, rows), (key, keys), (value, keys)))
+            few = [t[row, None].index_select(2, i) for t, i in ((query, rows), (key, keys), (value, keys))]
             found.append(dense(*few, causal=False, mask=seen, scale=scale))
             places.append(rows)
         place = torch.cat(places)

@@ -122,6 +122,6 @@ def regional_attention(
     out = []
     for row in range(len(key)):
         own = next(axes for rows, axes in parts if rows is None or rows[row % len(rows)])
-        few = (t[row, None] for t in (query, key, value))
+        few = query[row, None], key[row, None], value[row, None]
         out.append(windows.attend(*few, [a.sees() for a in own], mask=inside[row, None], scale=scale))
     return torch.where(share > 0, torch.cat(out), found)

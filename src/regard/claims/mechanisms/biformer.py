@@ -37,7 +37,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     knobs = {"shape": (side, side), "regions": 8}
     times = dict(zip(TOPS, seconds(*(partial(biformer, query, key, value, **knobs, top=t) for t in TOPS)), strict=True))
     says = {t: biformer.spec.cost(side**2, side**2, 32, **knobs, top=t).operations for t in TOPS}  # type: ignore[attr-defined]
-    each = [(times[b] - times[a]) / (says[b] - says[a]) for a, b in ((4, 16), (16, 64))]
+    each = [(times[16] - times[4]) / (says[16] - says[4]), (times[64] - times[16]) / (says[64] - says[16])]
     grew = each[0] / each[1]
     holds = apart <= 1e-4 and control >= 0.1 and whole <= 1e-4
     holds = holds and 0.75 <= grew <= 1.33 and times[4] <= times[64] / 5

@@ -94,7 +94,8 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, n: int, block: int, halo: 
 def _apart(block: int, halo: int, stride: int, n: int = 24) -> float:
     leaves = [torch.randn(1, 2, n * n, 16, requires_grad=True) for _ in range(3)]
     ours = halonet(*leaves, shape=(n, n), block=block, halo=halo, stride=stride)
-    theirs = _dense(*leaves, n, block, halo, stride)
+    query, key, value = leaves
+    theirs = _dense(query, key, value, n, block, halo, stride)
     given = torch.randn_like(theirs)
     both = [(o, *torch.autograd.grad(o, leaves, given)) for o in (ours, theirs)]
     return max(float((one - other).detach().abs().max()) for one, other in zip(*both, strict=True))

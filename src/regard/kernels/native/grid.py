@@ -122,7 +122,7 @@ def _run(
     if len(key) != len(query):
         key, value = (t.expand(len(query), -1, -1, -1) for t in (key, value))
     both = [*whole, *(s.seen() for s in whole)]
-    limits = [torch.cat([s[i] for s in both[a : a + 3]]).int() for a in (0, 3) for i in (0, 1)]
+    limits = [torch.cat([getattr(s, end) for s in both[a : a + 3]]).int() for a in (0, 3) for end in ("first", "stop")]
     arguments = _GRID.pack(
         *(*query.shape[:2], key.shape[1], query.shape[-1], value.shape[-1]),
         *(len(s.first) for s in whole),
