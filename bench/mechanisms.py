@@ -2,7 +2,7 @@
 
     python bench/mechanisms.py                     # 1k, 8k and 64k tokens; a few minutes on an idle core
     python bench/mechanisms.py --lengths 1024      # seconds
-    python bench/mechanisms.py --write             # and writes docs/mechanisms.md
+    python bench/mechanisms.py --write             # and writes its section of docs/mechanisms.md
 
 At each length every mechanism is timed in turn with `scaled_dot_product_attention`, causal where the mechanism is, and
 stands as a ratio to it; medians. A length that was measured is kept in --state and not measured again, so that a run
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard import kernels, mechanisms
+from regard.files import with_section
 from regard.mechanisms.aaren import aaren
 from regard.mechanisms.aaren import cost as aaren_cost
 
@@ -153,7 +154,7 @@ def megabytes(of: dict[str, float | None]) -> str:
 
 
 def page(found: dict[str, Any], lengths: list[int]) -> str:
-    return f"""# Mechanisms
+    return f"""## How fast they are
 
 `python bench/mechanisms.py --write`: {found["machine"]}.
 
@@ -163,11 +164,11 @@ at the longest one measured. *Off the bound*: time over what the number of opera
 attention; below 1 is better than that. *MB*: the most that the process held beyond its inputs, outputs among it. A
 dash: not run, the cost is quadratic.
 
-## Forward
+### Forward
 
 {table(found, lengths, "forward")}
 
-## Forward and backward
+### Forward and backward
 
 {table(found, [n for n in lengths if n <= TRAINED], "both")}
 """
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="for all mechanisms together at one length")
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "regard-bench-mechanisms-2.json")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
-    parser.add_argument("--write", action="store_true", help="write docs/mechanisms.md")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/mechanisms.md")
     args = parser.parse_args()
     kept = json.loads(args.state.read_text()) if args.state.exists() and not args.fresh else {}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {kernels.describe()}"
@@ -194,7 +195,7 @@ def main() -> None:
     text = page(found, args.lengths)
     print(text)
     if args.write:
-        PAGE.write_text(text)
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "speed", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

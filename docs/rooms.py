@@ -15,7 +15,7 @@ import regard
 from regard import catalog
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness"
-NOT_ROOMS = {"adapters", "claims", "cli", "data", "kernels", "profile", "zoo"}
+NOT_ROOMS = {"adapters", "claims", "cli", "compare", "data", "kernels", "profile", "zoo"}
 
 
 def rooms() -> list[str]:

@@ -213,11 +213,16 @@ GENERATE = (
 
 def build(name: str, implementation: str = "eager") -> Built:
     """The family's model, seeded, in evaluation mode, with weights large enough for attention to be uneven."""
+    return made(FAMILIES[name], implementation)
+
+
+def made(family: Callable[[], Built], implementation: str = "eager") -> Built:
+    """The same of a family that is not in the list."""
     torch.manual_seed(0)
-    model, inputs = FAMILIES[name]()
+    model, inputs = family()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(2.0 if name == "t5" else 4.0)  # T5 does not scale its scores
+                parameter.mul_(2.0 if family is t5 else 4.0)  # T5 does not scale its scores
     model.eval().set_attn_implementation(implementation)
     return model, inputs

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import paragraph
 from .data.scenes import Dials, Scenes
 from .extras import shortened
 from .files import MARK, refuse_foreign, written_aside
@@ -56,10 +58,29 @@ def known(key: str) -> Callable[..., Any]:
     return function
 
 
-def convert(model: nn.Module, key: str, **knobs: Any) -> nn.Module:
-    """The model with another mechanism, in place. KeyError, with those there are, where one has no conversion."""
-    made = known(key)(model, **knobs)
+def convert(model: nn.Module, key: str, *, inputs: Mapping[str, Any] | None = None, **knobs: Any) -> nn.Module:
+    """The model with another mechanism, in place. KeyError, with those there are, where one has no conversion.
+
+    inputs: of the model, for conversions that run it once; see `example`.
+    """
+    function = known(key)
+    if "inputs" in inspect.signature(function).parameters:
+        if inputs is None:
+            raise ValueError(
+                f"the conversion to {key} runs the model once: give inputs=regard.conversion.example(loaded)"
+            )
+        knobs = {"inputs": inputs, **knobs}
+    made = function(model, **knobs)
     return made.eval() if isinstance(made, nn.Module) else model.eval()
+
+
+def example(loaded: Loaded) -> dict[str, Any]:
+    """Inputs of a model: a generated scene, or a paragraph."""
+    model, processor = loaded
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        return dict(processor(images=Scenes(1).render([0]).image(0), return_tensors="pt"))
+    given = getattr(processor, "tokenizer", processor)(paragraph(), return_tensors="pt", verbose=False)
+    return {"input_ids": given["input_ids"][:, : positions(model)]}
 
 
 def items(loaded: Loaded, text: str | None, *, seed: int = 0) -> Items:
@@ -182,7 +203,7 @@ def restored(folder: str | Path) -> Loaded:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no converted model ({type(error).__name__}: {error})") from error
     loaded = load(name)
-    model = convert(loaded.model, key, **knobs)
+    model = convert(loaded.model, key, inputs=example(loaded), **knobs)
     try:
         load_model(model, str(folder / WEIGHTS))
     except Exception as error:

@@ -6,12 +6,15 @@ holds it with a list of all files, their sizes and checksums. Only such a file o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "written by Regard, which may replace it"
@@ -27,16 +30,15 @@ def written_aside(path: Path, *, lasting: bool = False) -> Iterator[Path]:
     The draft is a file or a folder. lasting: what was written to a file is on the disk before it takes that place, so
     that a power cut leaves one or the other.
     """
-    draft, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    own = f"{os.getpid()}-{secrets.token_hex(3)}"  # machines that share a disk may have processes of one number
+    draft, old = (path.with_name(f".{path.name}.{own}.{end}") for end in ("part", "old"))
     try:
         yield draft
         if lasting:
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
         if draft.is_dir():
-            if path.exists():  # a folder takes the place of an empty one only
-                os.rename(path, old)
-            os.rename(draft, path)
+            _take_place(draft, path, old)
         else:
             os.replace(draft, path)
     except BaseException:
@@ -46,6 +48,19 @@ def written_aside(path: Path, *, lasting: bool = False) -> Iterator[Path]:
     finally:
         _remove(draft)
         _remove(old)
+
+
+def _take_place(draft: Path, path: Path, old: Path) -> None:
+    """Rename a folder to `path`, what stands there to `old`. Of several processes that do so at once, the last wins."""
+    while True:
+        try:
+            return os.rename(draft, path)  # which takes the place of an empty folder only
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES) or not path.exists():
+                raise
+        _remove(old)
+        with suppress(FileNotFoundError):  # another process was first
+            os.rename(path, old)
 
 
 @contextmanager
@@ -69,7 +84,14 @@ def replaced(path: Path) -> Iterator[Path]:
 def refuse_foreign(*paths: Path) -> None:
     """Raise FileExistsError where something stands at a path that Regard did not write."""
     for path in paths:
-        if (why := _foreign(path)) is not None:
+        try:
+            why = _foreign(path)
+        except FileNotFoundError as error:
+            why = str(error)
+        if why is not None:  # another process may just be replacing it
+            time.sleep(0.1)
+            why = _foreign(path)
+        if why is not None:
             raise FileExistsError(
                 f"{path} exists and is not a recording, page or picture that Regard wrote ({why}); choose another "
                 f"name, or move it away"

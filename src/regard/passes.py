@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import caches, checkpoints, generation, pictures, transforms
+from .adapters import caches, checkpoints, generation, parallel, pictures, transforms
 from .adapters.caches import Rows
 from .adapters.generation import Generation
 from .adapters.grids import NONE
@@ -25,7 +25,7 @@ from .call import Call, Site, UnreachableAttention
 from .functions import bound
 from .names import Names, shows
 from .recording import Recorder, Run
-from .sites import links
+from .sites import links, plain_stacks
 from .tokens import Tokens
 
 
@@ -70,6 +70,7 @@ class _Entry:
     start: int = 0  # positions that the cache held before
     again: bool = False  # for a checkpoint's gradient
     called: set[nn.Module] = field(default_factory=set)  # models inside it, so far
+    gave: dict[nn.Module, list[weakref.ref[Tensor]]] = field(default_factory=dict)  # what plain encoders in it did
     turns: dict[nn.Module, _Turn] = field(default_factory=dict)
     layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
     runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
@@ -81,7 +82,7 @@ class _Entry:
         """The same from here on, for a checkpoint's gradient."""
         turns = {module: replace(turn) for module, turn in self.turns.items()}
         layers = {stack: set(ran) for stack, ran in self.layers.items()}
-        copied = replace(self, frame=None, again=True, turns=turns, layers=layers)
+        copied = replace(self, frame=None, again=True, turns=turns, layers=layers, gave=dict(self.gave))
         copied.source = copied if self.source is self else self.source
         return copied
 
@@ -140,6 +141,7 @@ class Passes:
         self.thread = threading.get_ident()
         self.crosses = any(site.cross for site in sites.values())
         self.selfs = {site.stack for site in sites.values() if not site.cross}
+        self.plain = plain_stacks(model, sites)
         self.links = {link for site in sites.values() for link in links(model, site.name)}
         self.served: dict[tuple[Any, ...], Site] = {}  # a site as the layers that it has been
         self.entries: list[_Entry] = []  # running now, outermost first
@@ -152,16 +154,24 @@ class Passes:
 
     # What the hooks tell
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType | None = None,
+    ) -> None:
         """A model, or a model inside it, starts to run."""
         self._own_thread()
         inputs = bound(module, args, kwargs)
         within = self._innermost()
         if within is None:
             transforms.refuse(inputs.values())
+            parallel.refuse(self.model)
             self._unchanged()
             self.run, self.ran = None, {}
-        entry = _Entry(name, module, inputs, sys._getframe(1), within)
+        entry = _Entry(name, module, inputs, frame or sys._getframe(1), within)
         given = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is None
         # A model that is given embeddings once more in one pass may be given another text's.
         entry.source = entry if given or within is None or module in within.called else within.source
@@ -193,6 +203,27 @@ class Passes:
                 self.held[cache] = run
                 run.cached |= entry.runs.keys()
             self._gave(entry, output)
+
+    def enter_plain(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A stack of layers, no model of transformers, starts to run: for a second time on what it did not give itself
+        it reads another text, as a model would.
+        """
+        within = self._innermost()
+        if within is not None and (before := within.gave.get(module)) is not None:
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not any(value is one() for value in given for one in before):
+                self.enter(name, module, args, kwargs, sys._getframe(1))
+
+    def leave_plain(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (entry := self._innermost()) is None:
+            return
+        if entry.module is module:
+            self.leave(module, args, output)
+            entry = entry.within
+        if entry is not None:
+            held = output.values() if isinstance(output, Mapping) else output
+            held = held if isinstance(held, (tuple, list, ValuesView)) else [held]
+            entry.gave[module] = [weakref.ref(value) for value in held if isinstance(value, Tensor)]
 
     def turn(self, module: nn.Module, *_: Any) -> None:
         """An attention module starts to run."""

@@ -20,6 +20,7 @@ import xarray as xr
 from torch import Tensor
 from zarr.errors import ZarrUserWarning
 
+from . import ranks
 from .call import Call, Site
 from .described import as_html, as_text
 from .files import ROOT, intact, replaced
@@ -190,6 +191,9 @@ def _followed(orders: list[Tensor], last: Tensor) -> list[Tensor]:
 class Recording:
     """What was recorded, run by run. `tree` is the one run; with several, index them: `recording[0]`."""
 
+    spread = False  # whether it holds rows of one process of several
+    copy = 0  # number of this process among those that recorded the same
+
     def __init__(self, trees: list[xr.DataTree]) -> None:
         self._trees = trees
 
@@ -216,13 +220,38 @@ class Recording:
     def __iter__(self) -> Iterator[xr.DataTree]:
         return iter(self._all())
 
+    def gather(self) -> Recording | None:
+        """What all processes of torch.distributed recorded, on process 0; None on the others. Each calls it.
+
+        Processes that run rows of their own (DDP, FSDP) are joined along the batch, in the order of their ranks; where
+        their rows are not equally long, the shorter end in positions of the role "pad", without values. Of those
+        that run a model's heads together (tensor parallelism), each has recorded all of them, and the first is taken.
+        In one process: the recording itself. ValueError, on process 0, where a process recorded nothing, or other
+        runs, layers or statistics than the others; or a statistic without a batch axis.
+        """
+        if not ranks.several():
+            return Recording(self._all())
+        parts = ranks.brought((self.copy, self._there()))
+        if parts is None:
+            return None
+        if nothing := [rank for rank, (_, trees) in enumerate(parts) if not trees]:
+            raise ValueError(f"process {nothing[0]} recorded nothing, or gave it to a sink")
+        parts = [trees for copy, trees in parts if not copy]
+        return Recording(ranks.joined(parts) if len(parts) > 1 else parts[0])
+
     def save(self, path: str | Path) -> Path:
         """Write a zarr folder, with a list of its files and their checksums.
 
         It is written aside, then renamed: an old recording stays whole until the new one is. What is no recording of
-        Regard's, or holds other files too, is not replaced: FileExistsError.
+        Regard's, or holds other files too, is not replaced: FileExistsError. Under DDP and FSDP, where each process has
+        recorded its own rows, RuntimeError: save what `gather` gives.
         """
         path, trees = Path(path), self._all()
+        if self.spread and ranks.several():
+            raise RuntimeError(
+                f"this is what one of several processes recorded, of its own rows; on all of them call "
+                f"`whole = recording.gather()`, and where that is not None, on process 0, `whole.save({str(path)!r})`"
+            )
         runs = xr.DataTree.from_dict({f"/run_{i}": _plain(tree) for i, tree in enumerate(trees)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
-from .adapters import caches, checkpoints, generation, interface, pictures
+from .adapters import caches, checkpoints, generation, interface, parallel, pictures
 from .adapters.interface import READABLE, Asked
 from .call import Call
 from .functions import innermost
@@ -147,12 +148,14 @@ class _Session:
     ) -> None:
         self.own_output = own_output
         self.model, self.recorder, self.interventions = model, recorder, interventions
+        parallel.refuse(model)
         self.sites = sites.find(model)
         missed, other = sites.unreached(model, self.sites)
         if not self.sites:
             sites.refuse_unreached(model, missed, other)
         if recorder is not None:
             recorder.attributes.setdefault("architecture", type(getattr(model, "_orig_mod", model)).__name__)
+            recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         for module, site in self.sites.items():
@@ -166,6 +169,9 @@ class _Session:
                 )
         self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
         self.closed = False
+        statistics = () if recorder is None else recorder.statistics
+        self.does = ", ".join([*(type(thing).__name__ for thing in interventions), *statistics])
+        self.agreed: set[Any] = set()  # groups of processes that have said to each other that they do the same
         self.expected: set[Reduction] | None = None  # of a call; None: ask what was asked of the last one
 
     def change(self, call: Call) -> Call:
@@ -213,6 +219,9 @@ def _open(session: _Session) -> Iterator[None]:
                 if pictures.takes(module):
                     watch = _followed.setdefault(module, shared(partial(pictures.watch, module)))
                     undo.enter_context(watch())
+        for name, module in passes.plain.items():
+            attach(undo, module.register_forward_pre_hook, partial(passes.enter_plain, name), with_kwargs=True)
+            attach(undo, module.register_forward_hook, passes.leave_plain)
         reader = getattr(getattr(session.recorder, "processor", None), "text_encoder", None)
         if isinstance(reader, nn.Module):  # the processor is a pipeline, whose texts the model sees as states only
             attach(undo, reader.register_forward_hook, passes.names.read, with_kwargs=True)
@@ -307,6 +316,7 @@ def _route(
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
     given = interface.read(asked, sessions[0].sites[module])
     with pictures.unfollowed():
+        asked, given = _brought_together(asked, given, sessions)
         contexts = [session.passes.where(module, given) for session in sessions]
         call = _changed(sessions, contexts, given)
         seen, result, weights = _attended(asked, given, call, sessions, contexts)
@@ -314,9 +324,22 @@ def _route(
         edited = _edited(sessions, seen, output)
         _shown(sessions, seen, module)
         if result is None or edited is not output:
-            result = edited.transpose(1, 2).contiguous()
+            result = asked.mine(edited, query).transpose(1, 2).contiguous()
+        weights = None if weights is None else asked.mine(weights, query)
     sessions[0].passes.pictures.gave(result)
     return result, weights
+
+
+def _brought_together(asked: Asked, given: Call, sessions: Sequence[_Session]) -> tuple[Asked, Call]:
+    """The call of all heads, where several processes have some each."""
+    share = parallel.share(asked.module, given, asked.function)
+    if share is None:
+        return asked, given
+    if any(share.group not in session.agreed for session in sessions):
+        parallel.agree(share, " | ".join(session.does for session in sessions))
+    for session in sessions:
+        session.agreed.add(share.group)
+    return replace(asked, share=share), share.whole(given)
 
 
 def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], given: Call) -> Call:
@@ -355,8 +378,9 @@ def _attended(
     if asked.new or not fused:
         changed = (call.query, given.query), (call.key, given.key), (call.value, given.value)
         theirs = (asked.query, asked.key, asked.value)
-        result, weights = asked.run(*(ours if ours is not old else own for (ours, old), own in zip(changed, theirs)))
-        own = result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2)
+        used = (asked.mine(ours, own) if ours is not old else own for (ours, old), own in zip(changed, theirs))
+        result, weights = asked.run(*used)
+        own = asked.whole(result.reshape(*result.shape[:2], asked.query.shape[1], -1).transpose(1, 2))
         if asked.new:
             interface.check(asked, call.but(own_output=own))
         if not fused:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import takewhile
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -128,6 +129,25 @@ def links(model: nn.Module, name: str) -> list[tuple[nn.Module, str, nn.Module]]
         found.append((holder, part, inner))
         holder = inner
     return found
+
+
+def plain_stacks(model: nn.Module, found: dict[nn.Module, Site]) -> dict[str, nn.Module]:
+    """The modules inside a model, by name, that run the layers of a stack and are no model of transformers."""
+    stacks: dict[str, list[str]] = defaultdict(list)
+    for site in found.values():
+        stacks[site.stack].append(site.name)
+    plain, root = {}, getattr(model, "_orig_mod", model)
+    for names in stacks.values():
+        # Up to where their paths part, or, of one layer, to its number:
+        levels = zip(*(name.split(".") for name in names))
+        parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+        if len(names) == 1:
+            parts = parts[: next((i for i, part in enumerate(parts) if part.isdecimal()), 0)]
+        while parts and type(root.get_submodule(".".join(parts))).forward is nn.Module.forward:  # a list
+            parts.pop()
+        if parts and not isinstance(module := root.get_submodule(".".join(parts)), PreTrainedModel):
+            plain[".".join(parts)] = module
+    return {name: module for name, module in plain.items() if module not in found and module is not root}
 
 
 def _shared_layers(members: list[tuple[str, nn.Module]], names: dict[nn.Module, list[str]]) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_what_a_mechanism_adds_to_the_loss_is_trained(text, monkeypatch):
     monkeypatch.setattr(MixtureOfHeads, "declared", changed)
     conversion.train(model, loaded.model, of, 1, key="moh")
     assert asked == [m for m in model.modules() if isinstance(m, MixtureOfHeads)]
+
+
+def test_a_conversion_that_runs_the_model_is_given_inputs(monkeypatch, folders, tmp_path):
+    seen = []
+
+    def convert(model, inputs, *, gain=1.0):
+        seen.append(model(**inputs).logits.shape)
+        return lambda: None
+
+    monkeypatch.setattr(conversion, "conversions", lambda: {"ran": convert})
+    for name in ("reader", folders["vit"]):
+        done = run(name, "--to", "ran", "--knob", "gain=2", "--out", tmp_path / Path(name).name)
+        assert done.exit_code == 0, done.output
+    assert len(seen) == 4  # each once, and once more as what was saved is loaded
+    with pytest.raises(ValueError, match=r"give inputs=regard\.conversion\.example"):
+        conversion.convert(regard.load("reader").model, "ran")
 
 
 def test_weights_that_would_not_come_back_are_not_saved(monkeypatch, tmp_path):

@@ -464,6 +464,43 @@ def test_all_rows_are_read_from_one_column(tmp_path):
     assert "line 2: no field body; it has text" in rows({"body": "a", "text": "b"}, {"text": "c"}, field="body")
 
 
+def test_bad_rows_are_named_or_left_out_and_counted(reading, tmp_path, folders):
+    lines = ['{"text": "of times"}', '{"id": 1}', '{"text": "worst age"}', "not JSON", '{"text": null}', "[1]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "good.jsonl").write_text("\n".join(lines[::2][:2]))
+    source = read(tmp_path / "a.jsonl", skip_bad=True)
+    for _ in range(2):  # the count is of one reading
+        assert [item.id for item in source] == ["a.jsonl:1", "a.jsonl:3"]
+        assert source.skipped.count == 4
+    assert source.skipped.first[0].endswith("a.jsonl, line 2: no field text; it has id")
+    assert len(source.skipped.first) == 3
+    (tmp_path / "a.csv").write_text("id,text\n0,a\n1\n2,b\n")
+    assert [item.id for item in read(tmp_path / "a.csv", skip_bad=True)] == ["a.csv:2", "a.csv:4"]
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: not as many cells"):
+        list(read(tmp_path / "a.csv"))
+
+    found = profile(*reading, tmp_path / "a.jsonl", "entropy", skip_bad=True).tree
+    assert found.attrs["skipped"] == 4
+    want = profile(*reading, tmp_path / "good.jsonl", "entropy").tree
+    assert "skipped" not in want.attrs
+    stack = next(iter(want.children))
+    xr.testing.assert_equal(found[f"{stack}/entropy"]["mean"], want[f"{stack}/entropy"]["mean"])
+    with pytest.raises(ValueError, match="needs engine='local'"):
+        profile(*reading, tmp_path / "a.jsonl", "entropy", skip_bad=True, engine="ray")
+
+    command = ["profile", str(folders["gpt2"]), str(tmp_path / "a.jsonl"), "-s", "entropy", "-o"]
+    wrong = CliRunner().invoke(app, [*command, str(tmp_path / "no.zarr")], env={"COLUMNS": "300"})
+    assert wrong.exit_code == 2
+    assert "line 2: no field text; it has id; mend that row, or leave out what cannot be read with --skip-bad" in (
+        wrong.output
+    )
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "a.zarr"), "--skip-bad"], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    said = "".join(done.output.split())  # a console breaks lines where it likes
+    assert "4rowscouldnotbereadandwereleftout" in said
+    assert "a.jsonl,line4" in said
+
+
 def test_texts_that_no_tokenizer_reads_are_named(reading, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d of one"}')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2, field text: the text is not Unicode at character 6"):

@@ -514,6 +514,69 @@ def test_an_encoder_that_runs_twice_in_one_pass_reads_two_texts(n, embedded):
 
 
 @torch.no_grad()
+def test_padding_in_float64_is_nan_in_eager_attention_itself():
+    model, inputs = build("llama", "eager")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    model.double()
+    assert model(**inputs, attention_mask=mask).logits[0].isnan().all(), "transformers has mended it: leave it out"
+    with pytest.raises(regard.UnreachableAttention, match=r"own output of attention is NaN .*run the model in float32"):
+        recorded(model, "entropy", **inputs, attention_mask=mask)
+    model.set_attn_implementation("sdpa")
+    assert not recorded(model, "entropy", **inputs, attention_mask=mask)["entropy"][1].isnull().any()
+    assert is_clean(model)
+
+
+class Twice(nn.Module):
+    """Layers that are no model of transformers run twice in one pass: on another text, or on what they gave."""
+
+    def __init__(self, layers, looped):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.looped = nn.Embedding(99, 16), looped
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.eval()
+
+    def forward(self, input_ids, b):
+        one = self.encoder(self.embed(input_ids))
+        return one.mean() + self.encoder(one if self.looped else self.embed(b)).mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [12, 9])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_plain_layers_that_run_twice_on_two_texts(layers, n):
+    model = Twice(layers, looped=False)
+    with regard.record(model, "entropy") as recording:
+        model(ids(3), ids(40, n))
+        model(ids(3), ids(40, n))
+    assert len(recording) == 4
+    (stack,) = recording[0].children
+    for run, length in enumerate([12, n] * 2):
+        node = tree(recording, run, stack)
+        assert list(node["layer"].values) == list(range(layers))
+        assert node.sizes["query"] == length
+        own = [str(i) for i in range(3, 15)] if run % 2 == 0 else [""] * n  # of the second nothing tells
+        assert tokens(node) == [own]
+    alone = Twice(layers, looped=False)
+    with regard.record(alone, "entropy") as recording:
+        alone(ids(40, n), ids(3))
+    same(tree(recording, 0, stack)["entropy"], node["entropy"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_plain_layers_that_run_again_on_what_they_gave(layers):
+    model = Twice(layers, looped=True)
+    with regard.record(model, "entropy") as recording:
+        model(ids(3), ids(40))
+    node = recording.tree[next(iter(recording.tree.children))]
+    assert list(node["layer"].values) == list(range(2 * layers))
+    assert tokens(node) == [[str(i) for i in range(3, 15)]]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("order", [[0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 1], [0, 1, 1], [0, 1, 0, 1], [1, 0, 0]])
 @pytest.mark.parametrize("part", ["layer", "attention"])
 def test_shared_layers_are_numbered_as_they_run(order, part):

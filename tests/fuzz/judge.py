@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import EAGER_ONLY, FAMILIES, build
+from families import EAGER_ONLY, FAMILIES, made
 from oracle import dense, eager_maps, reductions
 from torch import Tensor, nn
 from ways import is_clean
 
 import regard
 
+from .models import MIXED, MORE
 from .plans import PLANS, TEXT, Plan, Played
 
+ALL = {**FAMILIES, **MORE}
 STATISTICS = ("rows", "entropy", "received", "distance")
-FLOAT32 = {"gpt_oss"}  # its experts multiply in nothing longer
+FLOAT32 = {"gpt_oss", "qwen3_next", *MIXED}  # their experts multiply in nothing longer
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
@@ -44,8 +46,8 @@ class Case:
 
 def drawn(number: int, seed: int) -> Case:
     rng = random.Random(f"{seed} {number}")
-    family = rng.choice(sorted(FAMILIES))
-    implementation = "eager" if family in EAGER_ONLY else rng.choice(["eager", "sdpa"])
+    family = rng.choice(sorted(ALL))
+    implementation = "eager" if family in {*EAGER_ONLY, "t5gemma"} else rng.choice(["eager", "sdpa"])
     plan = rng.choice([plan for plan in PLANS if plan.fits(family)])
     dtypes = [torch.float32] * 4 + [torch.float64, torch.bfloat16]
     dtype = torch.float32 if plan.name == "trained" or family in FLOAT32 else rng.choice(dtypes)
@@ -70,7 +72,7 @@ Calls = dict[tuple[str, int], list[Seen]]
 def judge(case: Case) -> str:
     """`right`, or `refused: ...`; AssertionError where something is wrong."""
     truth, _, fed = _truth(case)
-    model, inputs = build(case.family, case.implementation)
+    model, inputs = made(ALL[case.family], case.implementation)
     model, inputs = model.to(case.dtype), _cast(inputs, case.dtype)
     before = _bits(model, inputs)
     played, seen, passes = Played(), defaultdict(list), _Counter(model)
@@ -106,7 +108,7 @@ def judge(case: Case) -> str:
 
 
 def _truth(case: Case) -> tuple[dict[str, dict[int, list[Tensor]]], Played, list[dict[str, Any]]]:
-    model, inputs = build(case.family)
+    model, inputs = made(ALL[case.family])
     # Rows of padding that see nothing are NaN in transformers' eager attention in float64, and so all that follows.
     exact = torch.float32 if case.family in FLOAT32 or case.plan.name in ("padded", "generated") else torch.float64
     model, inputs = model.to(exact), _cast(inputs, exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,14 @@ from families import GENERATE
 from torch import Tensor, nn
 from ways import checkpoint
 
-TEXT = {"gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss"}  # decoders of text alone
+from regard import seam
+
+from .models import HYBRID, MIXED, PAIRED
+
+TEXT = {"gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", *MIXED}  # decoders of text alone
 WINDOWED = {"mistral", "gemma2", "gemma3", "gpt_oss"}
-ENCODED = {"t5", "bart", "whisper"}
+PAIRS = {"t5", "bart", *PAIRED}  # that read text
+READERS = {"bert", "roberta"}
 PAD = 0
 
 
@@ -128,15 +134,29 @@ def trained(model: nn.Module, inputs: dict[str, Any], rng: random.Random, played
     model.zero_grad()
 
 
+def threads(model: nn.Module, inputs: dict[str, Any], rng: random.Random, played: Played) -> None:
+    """Another thread runs the model between two passes: under a session it is refused."""
+    model(**inputs)
+    played.passed(0)
+    if seam._sessions:
+        with ThreadPoolExecutor(1) as other:
+            error = other.submit(model, **inputs).exception()
+        assert isinstance(error, RuntimeError), f"another thread was let in: {error!r}"
+        assert "runs in another thread than the one that opened the block" in str(error), error
+    model(**inputs)
+    played.passed(1)
+
+
 PLANS = (
     Plan("once", lambda family: True, once),
     Plan("twice", lambda family: family != "albert", twice),
-    Plan("padded", lambda family: family in TEXT | {"bert", "t5", "bart"}, padded),
-    Plan("generated", lambda family: family in GENERATE, generated),
+    Plan("padded", lambda family: family in TEXT | HYBRID | PAIRS | READERS, padded),
+    Plan("generated", lambda family: family in {*GENERATE, *MIXED, *HYBRID, *PAIRED}, generated),
     Plan("chunked", lambda family: family in TEXT, chunked),
     Plan("interleaved", lambda family: family in TEXT, interleaved),
+    Plan("threads", lambda family: family != "albert", threads),
     Plan("broken", lambda family: family != "albert", broken),
-    Plan("trained", lambda family: family in TEXT | {"t5", "bart", "bert"}, trained),
+    Plan("trained", lambda family: family in TEXT | PAIRS | READERS, trained),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from oracle import dense, reductions
 
 from regard.call import Call, Site
 from regard.kernels import Chosen, Reduction, native
-from regard.kernels.native import Blocks
+from regard.kernels.native import Blocks, grid
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no native kernel: {native.why_not()}")
 SITE = Site("attention", "language_model", 0)
@@ -379,6 +380,19 @@ def test_a_learned_mask_gets_its_gradient():
         torch.testing.assert_close(ours.grad.double(), truth.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_a_row_whose_listed_keys_are_all_masked():
+    """The mask shows it keys of a block that is not listed: it sees nothing, and gives zeros."""
+    query = torch.randn(1, 1, 64, 8).requires_grad_()
+    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    mask[..., 32] = False
+    own = Blocks(torch.ones(1, 1, 2).int(), torch.tensor([0, 1]).int()[None, None, :, None], 32, 32)
+    found = native.attention(query, query, query, blocks=own, causal=True, mask=mask)
+    assert not found[0, 0, 32].any()
+    (grad,) = torch.autograd.grad(found.sum(), query)
+    assert found.isfinite().all()
+    assert grad.isfinite().all()
+
+
 def test_a_tensor_that_is_negated_lazily():
     call = made(20, 20)
     query = torch.complex(torch.zeros(call.query.shape), -call.query).conj().imag
@@ -476,3 +490,93 @@ def test_info_says_which_path_and_why():
     environment = {"REGARD_KERNEL": "torch", "PATH": "/usr/bin:/bin"}
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert "plain torch (REGARD_KERNEL=torch)" in shown
+
+
+# ---------------------------------------------------------------------------------------------- boxes on grids
+
+
+@st.composite
+def sides(draw, most: int) -> grid.Side:
+    """Any interval of keys for each query, as long as neither end falls: also none at all."""
+    n, m = draw(st.integers(1, most)), draw(st.integers(1, most))
+    ends = [sorted(draw(st.lists(st.integers(0, m), min_size=n, max_size=n))) for _ in range(2)]
+    first, stop = (torch.tensor(e) for e in ends)
+    return grid.Side(first, torch.maximum(first, stop), m)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.tuples(sides(70)), st.tuples(sides(9), sides(40)), st.tuples(sides(4), sides(6), sides(20))),
+    st.sampled_from([(1, 1, 5, 9), (2, 2, 16, 16), (4, 2, 40, 24)]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_boxes_and_their_gradients(axes, sizes, masked, seed):
+    torch.manual_seed(seed)
+    heads, kv_heads, dim, value_dim = sizes
+    n, m = math.prod(len(s.first) for s in axes), math.prod(s.length for s in axes)
+    leaves = [
+        torch.randn(2, h, length, d, requires_grad=True)
+        for h, length, d in ((heads, n, dim), (kv_heads, m, dim), (kv_heads, m, value_dim))
+    ]
+    there = torch.rand(2, m) < 0.7 if masked else None
+    seen = torch.ones(1, 1, dtype=torch.bool)
+    for side in axes:
+        seen = torch.kron(seen, side.pairs())
+    seen = seen[None, None] if there is None else seen & there[:, None, None]
+    found = grid.attention(*leaves, axes, scale=0.4, there=there)
+    query, key, value = (t.detach().double().requires_grad_() for t in leaves)
+    scores = (query @ key.repeat_interleave(heads // kv_heads, 1).mT * 0.4).masked_fill(~seen, -1e30)
+    right = scores.softmax(-1).where(seen, 0.0) @ value.repeat_interleave(heads // kv_heads, 1)
+    given = torch.randn(right.shape)
+    ours = [found, *torch.autograd.grad(found, leaves, given)]
+    theirs = [right, *torch.autograd.grad(right, (query, key, value), given.double())]
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-4)
+
+
+def around(n: int, window: int) -> grid.Side:
+    first = (torch.arange(n) - window // 2).clamp(0, n - window)
+    return grid.Side(first, first + window, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "heads_last", "every_second"])
+def test_boxes_of_any_type_and_layout(dtype, kind):
+    """Windows wider than what the kernel takes at once, so that sums are joined; on several threads."""
+    torch.manual_seed(0)
+    axes = [around(30, 21), around(50, 33)]
+    tensors = [layout(torch.randn(1, 2, 1500, 24).to(dtype), kind) for _ in range(3)]
+    right = grid._in_torch(*(t.double() for t in tensors), None, axes, 1.0)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = grid.attention(*tensors, axes, scale=1.0)
+            limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+            torch.testing.assert_close(found.double(), right, atol=limit, rtol=limit)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_boxes_are_refused_where_they_do_not_fit():
+    x, line = torch.randn(1, 2, 6, 4), around(6, 3)
+    with pytest.raises(ValueError, match="as many positions as queries and keys"):
+        grid.attention(x, x, x, [line, line], scale=1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        grid.attention(x, x, x, [line], scale=-1.0)
+    for first, stop in ((line.first.flip(0), line.stop), (line.first, line.stop + 1), (line.first - 1, line.stop)):
+        with pytest.raises(ValueError, match="ascend within"):
+            grid.attention(x, x, x, [grid.Side(first, stop, 6)], scale=1.0)
+
+
+def test_boxes_have_every_derivative():
+    axes = [around(5, 3), around(8, 3)]
+    tensors = [torch.randn(1, 2, 40, 8) for _ in range(3)]
+
+    def right(query, key, value):
+        seen = torch.kron(axes[0].pairs(), axes[1].pairs())
+        return (query @ key.mT * 0.4).masked_fill(~seen, -1e30).softmax(-1) @ value
+
+    ours = derivatives(lambda *t: grid.attention(*t, axes, scale=0.4), tensors)
+    assert_same(ours, derivatives(right, [t.double() for t in tensors]))

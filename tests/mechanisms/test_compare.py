@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from regard import mechanisms
 from regard.compare import SCALES, TASKS, Result, candidates, compare, frontier
 from regard.compare.candidates import Candidate, candidate, chosen
 from regard.compare.result import HEAD
-from regard.compare.training import LeftOut, data_of, held, in_turn, model, train
+from regard.compare.training import LeftOut, data_of, held, in_turn, model, step_of, train
 from regard.mechanisms import Cost, mechanism, module
 from regard.mechanisms.moba import moba
 
@@ -109,9 +110,10 @@ def _declared(*patterns, **more):
 def test_a_module_is_built_from_what_it_names():
     @module("full", takes="map")
     class Conv(nn.Module):
-        def __init__(self, dim, *, shape):
+        def __init__(self, channels, *, shape, tokens):
             super().__init__()
-            self.conv, self.shape = nn.Conv2d(dim, dim, 3, padding=1), shape
+            self.conv, self.shape = nn.Conv2d(channels, channels, 3, padding=1), shape
+            assert tokens == 12
 
         def forward(self, x):
             assert x.shape[2:] == self.shape
@@ -173,18 +175,21 @@ def test_state_held_at_decoding():
 
 
 def test_a_loss_of_its_own_is_trained():
-    pushed = []
+    """Its mean over layers is added: of a sum of squares, the gradient is twice the weights over the layers."""
 
-    @module("causal", loss=lambda layer: pushed.append(layer) or layer.weight.square().sum())
+    @module("causal", loss=lambda layer: layer.weight.square().sum())
     class Pushed(nn.Linear):
         def __init__(self, dim):
             super().__init__(dim, dim)
 
     way, task = candidate("pushed", Pushed), TASKS["passkey"]
-    data = data_of(task, 0)
-    assert train(model(way, task, data, TINY), way, data, 2, 60.0)
-    assert len(pushed) == 2 * TINY.layers
-    assert all(isinstance(layer, Pushed) for layer in pushed)
+    net, found = model(way, task, data_of(task, 0), TINY), []
+    weight = net.get_submodule("1.mixing.inner").weight
+    for some in (way, replace(way, loss=None)):
+        net.zero_grad()
+        step_of(net, some, data_of(task, 0))(0)
+        found.append(weight.grad.clone())
+    torch.testing.assert_close(found[0] - found[1], 2 * weight.detach() / TINY.layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -228,11 +233,20 @@ def test_what_breaks_or_takes_too_long_is_left_out_and_says_why():
     data = data_of(task, 0)
     with pytest.raises(LeftOut, match="more than 0"):
         train(model(way, task, data, TINY), way, data, 5, 1e-9)
-    large = module("causal")(
-        type("Large", (nn.Linear,), {"__init__": lambda self: nn.Linear.__init__(self, 32, 10000)})
-    )
-    with pytest.raises(LeftOut, match="parameters a layer"):
-        model(candidate("large", large), task, data, TINY)
+
+
+def test_more_parameters_than_a_layer_has_are_said():
+    @module("causal", build=lambda dim: Large(dim, 1000))
+    class Large(nn.Linear):
+        pass
+
+    task, ways = TASKS["passkey"], (candidate("large", Large), candidates()["softmax"])
+    nets = [model(way, task, data_of(task, 0), TINY) for way in ways]
+    large, usual = (sum(p.numel() for p in net.parameters()) for net in nets)
+    assert large > 2 * 33_000 > usual
+    runs = [run_of("softmax", 0, 0.5) | {"parameters": usual}, run_of("large", 0, 0.5) | {"parameters": large}]
+    cells = {row.mechanism: row.cells()[6] for row in Result("tiny", runs).rows("recall")}
+    assert cells == {"softmax": f"{usual:,}", "large": f"{large:,} ({large / usual - 1:+.0%})"}
 
 
 def test_training_that_diverges_has_no_quality():

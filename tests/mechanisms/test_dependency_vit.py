@@ -8,7 +8,16 @@ from families import build
 
 import regard
 from regard.mechanisms import dependency_vit as module
-from regard.mechanisms.dependency_vit import ReversedAttention, convert, dependency_vit, prune, received, root, tree
+from regard.mechanisms.dependency_vit import (
+    ReversedAttention,
+    convert,
+    dependency_vit,
+    prune,
+    received,
+    root,
+    tree,
+    turns,
+)
 
 
 def double(*shape):
@@ -89,7 +98,8 @@ def test_a_converted_model():
     """Messages go from layer to layer; it trains, no recording takes it, since rows do not sum to 1, and is undone."""
     model, inputs = build("vit")
     output = model(**inputs).logits.detach()
-    layers, undo = convert(model, inputs)
+    undo = convert(model)
+    layers = turns(model)
     model(**inputs).logits.square().mean().backward()
     assert len(layers) == 2
     assert (layers[1].message < layers[0].message).all()
@@ -113,4 +123,4 @@ def test_refusals():
         ReversedAttention(6, 4)
     model, inputs = build("llama")
     with pytest.raises(ValueError, match="is causal"):
-        convert(model, inputs)
+        convert(model)

@@ -10,6 +10,7 @@ import torch
 from regard.kernels.native import Blocks
 from regard.mechanisms import (
     _routed,
+    _windows,
     aaren,
     efficient_attention,
     flashbias,
@@ -380,8 +381,8 @@ def test_neighborhood_equals_the_masked_map(shape, knobs, dtype, monkeypatch):
     given = torch.randn(right.shape, dtype=dtype, generator=generator)
     wanted = torch.autograd.grad(right, leaves, given)
     close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {}
-    for space in (neighborhood.SPACE, 2**12):
-        monkeypatch.setattr(neighborhood, "SPACE", space)
+    for space in (_windows.SPACE, 2**12):
+        monkeypatch.setattr(_windows, "SPACE", space)
         found = neighborhood.neighborhood(*leaves, **knobs)
         torch.testing.assert_close(found, right, **close)
         for one, other in zip(torch.autograd.grad(found, leaves, given), wanted):

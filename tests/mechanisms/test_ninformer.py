@@ -7,7 +7,6 @@ import torch
 from families import build
 from torch import nn
 
-from regard.mechanisms._layers import StandIn
 from regard.mechanisms.ninformer import GatingUnit, NiNBlock, attention_cost, cost, ninformer
 
 
@@ -54,7 +53,7 @@ def test_of_a_real_model():
     model, inputs = build("vit")
     output = next(iter(model(**inputs).values())).detach()
     names = [name for name, _ in model.named_modules()]
-    undo = ninformer(model, inputs, hidden=8)
+    undo = ninformer(model, tokens=17, hidden=8)
     units = [m for m in model.modules() if isinstance(m, GatingUnit)]
     assert units
     assert not units[0].training
@@ -71,12 +70,13 @@ def test_refusals():
         GatingUnit(4, tokens=5, hidden=6)(torch.randn(1, 6, 4))
     model, inputs = build("llama")
     with pytest.raises(ValueError, match="is causal"):
-        ninformer(model, inputs)
-    with pytest.raises(ValueError, match="without a mask"):
-        StandIn(nn.Identity(), True, "ninformer")(torch.ones(1, 2, 3), attention_mask=torch.ones(1, 2))
+        ninformer(model, tokens=12)
     model, inputs = build("vit")
-    ninformer(model, inputs)
-    with pytest.raises(ValueError, match="replaced already"):
-        ninformer(model, inputs)
+    undo = ninformer(model, tokens=16)
+    with pytest.raises(ValueError, match="16 tokens, 32 channels"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="is one already"):
+        ninformer(model, tokens=17)
+    undo()
     with pytest.raises(ValueError, match="no module called"):
-        ninformer(nn.Linear(2, 2), {"input": torch.ones(2)})
+        ninformer(nn.Linear(2, 2), tokens=4)

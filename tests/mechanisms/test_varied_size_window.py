@@ -99,10 +99,10 @@ def test_a_converted_model():
     torch.manual_seed(0)
     model, inputs = SiglipVisionModel(SiglipVisionConfig(**VISION)).eval(), pixels()
     output = model(**inputs).last_hidden_state.detach()
-    undo = varied_size_window(model, inputs, shape=(4, 4), window=4, bias=False)
+    undo = varied_size_window(model, shape=(4, 4), window=4, bias=False)
     torch.testing.assert_close(model(**inputs).last_hidden_state, output, atol=1e-4, rtol=1e-4)
     undo()
-    undo = varied_size_window(model, inputs, shape=(4, 4), window=2)
+    undo = varied_size_window(model, shape=(4, 4), window=2)
     with torch.no_grad(), regard.record(model, "entropy") as recording:
         found = model(**inputs).last_hidden_state
     assert not torch.allclose(found, output)
@@ -123,5 +123,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="as many rows and columns as a window"):
         VariedSizeWindow(4, 2, window=7)(torch.randn(1, 4, 5, 8))
     model, inputs = build("vit")
+    varied_size_window(model, shape=(4, 4), window=2)
     with pytest.raises(ValueError, match="class token"):
-        varied_size_window(model, inputs, shape=(4, 4), window=2)
+        model(**inputs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..call import Call, Site, UnreachableAttention
 from ..functions import arguments
+from .parallel import Share
 
 READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
@@ -37,6 +38,15 @@ class Asked:
     value: Tensor
     mask: Tensor | None
     keywords: dict[str, Any]
+    share: Share | None = None  # of its heads, where this process has only some
+
+    def whole(self, output: Tensor) -> Tensor:
+        """An output of this process's heads with that of all others."""
+        return output if self.share is None else self.share.joined(output)
+
+    def mine(self, tensor: Tensor, of: Tensor) -> Tensor:
+        """Of all heads of a tensor, those that this process has of `of`."""
+        return tensor if self.share is None else self.share.mine(tensor, of.shape[1])
 
     def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own function: output [batch, query, head, dim], and weights where it gives them."""
@@ -115,6 +125,14 @@ def check(asked: Asked, call: Call) -> None:
         ours = (grouped @ value.to(weights.dtype)).unflatten(2, (group, 1)).flatten(1, 2)
         theirs = call.own_output[:, :, at : at + 1].to(ours.dtype)
         limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
+        by_float32 = asked.implementation == "eager" and call.query.dtype == torch.float64
+        if by_float32 and theirs.isnan().any() and not (ours.isnan().any() or value.isnan().any()):
+            raise UnreachableAttention(
+                f"{call.site}: the model's own output of attention is NaN where its query, key, value and mask are "
+                f"not, and so is what follows from it. In float64, transformers' eager functions take the softmax in "
+                f"float32, where a masked score is -inf, and a query that sees no key (padding) has none: run the "
+                f"model in float32, or with set_attn_implementation('sdpa')"
+            )
         if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
             off = float((ours - theirs).abs().max())
             raise UnreachableAttention(

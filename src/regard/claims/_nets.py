@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.loaders.pictures import mnist
 from ..data.scenes import Scene, render
 from ..zoo.recipes import viewer
+from ._data import folder
 
 Block = Callable[[int], nn.Module]  # of so many channels
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Residual(nn.Module):
@@ -34,9 +38,9 @@ class Residual(nn.Module):
 class Network(nn.Module):
     """A stem, residual blocks of which each halves the map, and a linear reading of the mean over positions."""
 
-    def __init__(self, widths: Sequence[int], classes: int, block: Block | None = None) -> None:
+    def __init__(self, widths: Sequence[int], classes: int, block: Block | None = None, *, channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*normed(3, widths[0], 2), nn.ReLU())
+        self.stem = nn.Sequential(*normed(channels, widths[0], 2), nn.ReLU())
         self.stages = nn.ModuleList(Residual(a, b, 2, block) for a, b in pairwise(widths))
         self.read = nn.Linear(widths[-1], classes)
 
@@ -57,8 +61,23 @@ def pixels(scenes: Sequence[Scene], size: int) -> Tensor:
     return viewer.pixels(render(scenes, size))
 
 
+def digits(n: int, held: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Handwritten digits [digit, 1, 14, 14] with their classes, `n` to train on and `held` to be judged by."""
+    images, labels = _digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    some, others = order[:n], order[n : n + held]
+    return images[some], labels[some], images[others], labels[others]
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    found = mnist(folder("mnist_t10k"))
+    images = torch.tensor(found.images)[:, None].float() / 255
+    return F.avg_pool2d(images, 2), torch.tensor(found.labels).long()
+
+
 def train(
-    model: nn.Module,
+    model: Net,
     x: Tensor,
     y: Tensor,
     *,
@@ -67,7 +86,7 @@ def train(
     batch: int = 32,
     rate: float = 4e-3,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> nn.Module:
+) -> Net:
     """The model, trained in place; models of one seed see the same batches. Left in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), rate)

@@ -180,6 +180,9 @@ def profile(
     ],
     folder: Annotated[Path, typer.Option("--out", "-o", help="The zarr folder to write.")] = Path("profile.zarr"),
     field: Annotated[str | None, typer.Option(help="The column to read.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read or lack the column, and count them.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Items at most.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of an item at most; the rest is cut, and counted.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Asked about each picture, of a model that reads too.")] = None,
@@ -207,6 +210,7 @@ def profile(
                 trust_remote_code=trust_remote_code,
                 console=out,
                 field=field,
+                skip_bad=skip_bad,
                 limit=limit,
                 length=length,
                 prompt=prompt,

@@ -49,7 +49,8 @@ def convert(
     with console.status("converting"):
         before = conversion.predicted(original.model, of)
         found = {"original": conversion.lost(original.model, before, of)}
-        model = conversion.convert(copy.deepcopy(original.model), key, **chosen)
+        copied = copy.deepcopy(original.model)
+        model = conversion.convert(copied, key, inputs=conversion.example(original), **chosen)
         found["converted"] = conversion.lost(model, before, of)
     if steps:
         columns = (TextColumn("training, loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn())

@@ -13,9 +13,11 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ..data import DataError
 from ..loading import load
 from ..profile import Progress, read
 from ..profile import profile as take
+from ..profile.items import BadRow
 from .printed import Printed, tables
 
 
@@ -30,7 +32,9 @@ def profile(
     **options: Any,
 ) -> Printed:
     """Take a profile of the model of this name, and say what came out; `options` go to `regard.profile.profile`."""
-    source = read(data, options.pop("field"))  # bad input is found before a model is loaded
+    source = read(
+        data, options.pop("field"), skip_bad=options.pop("skip_bad")
+    )  # bad input is found before a model is loaded
     with console.status(f"loading {name}"):
         model, processor = load(name, trust_remote_code=trust_remote_code)
     columns = (
@@ -55,7 +59,10 @@ def profile(
             last[:] = [progress]
             bar.update(task, completed=progress.items, speed=progress.tokens_per_second)
 
-        tree = take(model, processor, source, *statistics, out=out, progress=tick, **options).tree
+        try:
+            tree = take(model, processor, source, *statistics, out=out, progress=tick, **options).tree
+        except BadRow as error:
+            raise DataError(f"{error}; mend that row, or leave out what cannot be read with --skip-bad") from error
     stacks = [(name, node) for name, node in tree.children.items() if node.children]
     taken = Printed([one for name, node in stacks for one in _tables(name, node, console.width)])
     for name, node in stacks:
@@ -68,6 +75,9 @@ def profile(
         taken.lines.append(f"{counts['truncated']:,} items were cut: longer than the model's positions, or --length")
     if counts["empty"]:
         taken.lines.append(f"{counts['empty']:,} items hold no token and were left out")
+    if counts.get("skipped"):
+        taken.lines.append(f"{counts['skipped']:,} rows could not be read and were left out (--skip-bad), among them:")
+        taken.lines += [f"  {why}" for why in counts["skipped_first"]]
     if options.get("compare"):
         told = last[0]
         taken.lines.append(

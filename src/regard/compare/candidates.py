@@ -33,7 +33,7 @@ class Candidate:
     key: str
     patterns: tuple[str, ...]
     takes: str
-    made: Callable[..., nn.Module] | None  # from dim, heads, head_dim, causal and shape; takes what `takes` says
+    made: Callable[..., nn.Module] | None  # from dim, heads, causal and shape; takes what `takes` says
     needs: tuple[str, ...] = ()  # arguments that nothing here can give
     loss: Callable[[Any], Tensor] | None = None
     held: Callable[[int, int, int], float] | None = None
@@ -57,7 +57,7 @@ class Candidate:
         """A layer [batch, token, dim] to the same, with what projections it needs."""
         if self.made is None:
             return Nothing()
-        inner = self.made(dim=dim, heads=heads, head_dim=dim // heads, causal=causal, shape=shape)
+        inner = self.made(dim=dim, heads=heads, causal=causal, shape=shape)
         told = {"causal": causal, "shape": shape}
         if self.takes == "heads":
             knobs = {} if self.sized is None else self.sized(shape)

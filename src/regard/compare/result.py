@@ -16,6 +16,7 @@ from .tasks import TASKS
 
 __all__ = ["Mean", "Result", "Row", "frontier"]
 
+UNEQUAL = 0.02  # share of parameters beyond which a table says that they are not equal
 HEAD = ("mechanism", "quality", "over softmax", "a second", "times softmax", "MB", "parameters", "held at decoding")
 
 
@@ -33,6 +34,7 @@ class Row:
     speed: Mean  # softmax attention's time over its own, in turns; above 1 is faster
     peak_mb: float
     parameters: int
+    more: float  # share of parameters beyond softmax attention's; NaN where that is not known
     state: float | None  # numbers that a layer holds
     exact: bool  # whether it gives what softmax attention gives, on inputs as long as the task's
 
@@ -49,7 +51,7 @@ class Row:
             f"{self.per_second.value:,.0f}",
             f"{self.speed:.2f}".replace(" ± nan", ""),
             f"{self.peak_mb:.1f}",
-            f"{self.parameters:,}",
+            f"{self.parameters:,}" + (f" ({self.more:+.0%})" if abs(self.more) > UNEQUAL else ""),
             "-" if self.state is None else f"{self.state:,.0f}",
         ]
 
@@ -72,8 +74,7 @@ class Result:
         for run in self.runs:
             if run["task"] == task and "why" not in run:
                 of.setdefault(run["mechanism"], []).append(run)
-        soft = {run["seed"]: run["quality"] for run in of.get(SOFTMAX, [])}
-        found = [_row(task, key, runs, soft) for key, runs in of.items()]
+        found = [_row(task, key, runs, of.get(SOFTMAX, [])) for key, runs in of.items()]
         better = -1 if TASKS[task].higher else 1
         return sorted(found, key=lambda r: (math.isnan(r.quality.value), better * r.quality.value))
 
@@ -107,7 +108,8 @@ class Result:
         parts = [
             f"Each mechanism in a model of {settings.get('layers')} layers of {settings.get('dim')} channels and "
             f"{settings.get('heads')} heads, trained for the same steps on the same batches at the same rate, with as "
-            f"many parameters: feed-forward layers are narrower or wider by what a mechanism has of its own or lacks. "
+            f"many parameters: feed-forward layers are narrower or wider by what a mechanism has of its own or lacks; "
+            f"where it has too many alone, a share says by how much there are more. "
             f"`--scale {self.scale}`, {len(seeds)} seeds, {self.made.get('machine', '')}.\n\n"
             "*Over softmax*: the difference of the same seeds, ± its standard error, as all errors over seeds. *A "
             "second* and *times softmax*: training steps, forward and backward, in processor time, taken in turns "
@@ -174,7 +176,9 @@ def frontier(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int
 _MEANS = ("quality", "over", "per_second", "speed")
 
 
-def _row(task: str, key: str, runs: list[dict[str, Any]], soft: dict[int, float | None]) -> Row:
+def _row(task: str, key: str, runs: list[dict[str, Any]], usual: list[dict[str, Any]]) -> Row:
+    """usual: runs of softmax attention."""
+    soft = {run["seed"]: run["quality"] for run in usual}
     judged = [(run["seed"], run["quality"]) for run in runs if run["quality"] is not None]
     paired = [q - s for seed, q in judged if (s := soft.get(seed)) is not None]
     nothing = Mean(math.nan, math.nan)
@@ -189,6 +193,7 @@ def _row(task: str, key: str, runs: list[dict[str, Any]], soft: dict[int, float 
         mean([1 / run["time"] for run in runs]),
         max(run["peak_mb"] for run in runs),
         runs[0]["parameters"],
+        runs[0]["parameters"] / usual[0]["parameters"] - 1 if usual else math.nan,
         runs[0]["state"],
         runs[0]["exact"],
     )

@@ -65,7 +65,10 @@ class LeftOut(ValueError):
 
 
 def model(way: Candidate, task: Task, data: Data, scale: Scale) -> nn.Sequential:
-    """A model with this mechanism, of as many parameters as with softmax attention, to half a channel a layer."""
+    """A model with this mechanism, of as many parameters as with softmax attention, to half a channel a layer.
+
+    Of more where a mechanism alone has too many for that: feed-forward layers keep a quarter of dim.
+    """
     dim, causal = scale.dim, task.pattern == "causal"
 
     def layers() -> list[nn.Module]:
@@ -74,12 +77,7 @@ def model(way: Candidate, task: Task, data: Data, scale: Scale) -> nn.Sequential
     embed, read = data.embed(dim), data.read(dim)  # first, so that they begin alike with every mechanism
     mixing = layers()
     spare = 4 * dim * (dim + 1) - sum(p.numel() for layer in mixing for p in layer.parameters()) / scale.layers
-    wide = round(scale.wide * dim + spare / (2 * dim + 1))
-    if wide < 1:
-        raise LeftOut(
-            f"has {4 * dim * (dim + 1) - spare:,.0f} parameters a layer, more than softmax attention and a "
-            f"feed-forward layer together"
-        )
+    wide = max(dim // 4, round(scale.wide * dim + spare / (2 * dim + 1)))
     body = [Block(layer, dim, wide) for layer in mixing]
     return nn.Sequential(embed, *body, nn.LayerNorm(dim), read)
 

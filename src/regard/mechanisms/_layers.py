@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -119,11 +118,16 @@ def _hides_nothing(mask: Tensor, causal: bool) -> bool:
 def exchanged(
     model: nn.Module, made: Callable[[nn.Module, int], nn.Module], projection: str | None, asked_by: str
 ) -> Callable[[], None]:
-    """Put what is made of each attention and the channels of its input in its place; gives what undoes it."""
+    """Put what is made of each attention and the channels of its input in its place; gives what undoes it.
+
+    torch's own MultiheadAttention, with which models pool, stays as it is.
+    """
     if already := [name for name, m in model.named_modules() if isinstance(m, Replacing) and m.asked_by == asked_by]:
         raise ValueError(f"{asked_by}: {already[0]} is one already; undo that first")
     layers: dict[str, nn.Module] = {}
     for name, (attention, output) in attentions(model, projection, asked_by).items():
+        if isinstance(attention, nn.MultiheadAttention):
+            continue
         weight = next(attention.parameters())
         layer = made(attention, channels(attention.get_submodule(output))[0]).to(weight.device, weight.dtype)
         layers[name] = Replacing(layer, attention, asked_by).train(attention.training)
@@ -167,6 +171,13 @@ def projections(attention: nn.Module, asked_by: str) -> tuple[nn.Linear, nn.Line
     return cast(tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear], tuple(found))
 
 
+def not_causal(attention: nn.Module, asked_by: str) -> None:
+    if getattr(attention, "is_causal", False):
+        raise ValueError(
+            f"{asked_by}: {type(attention).__name__} is causal; this sees all tokens, and takes models that do"
+        )
+
+
 def square(
     attention: nn.Module, dim: int, asked_by: str
 ) -> tuple[int, tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]]:
@@ -188,63 +199,3 @@ def fill(layer: nn.Linear | nn.Conv2d, *parts: nn.Linear) -> None:
     if layer.bias is not None:
         missing = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
         layer.bias.copy_(torch.cat(missing))
-
-
-class StandIn(nn.Module):
-    """A module in the place of an attention that sees all tokens: gives what that one gave, a tensor or a pair."""
-
-    def __init__(self, module: nn.Module, pair: bool, asked_by: str) -> None:
-        super().__init__()
-        self.module, self.pair, self.asked_by = module, pair, asked_by
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        others = [*args, *(kwargs.get(name) for name in ("attention_mask", "past_key_values", "encoder_hidden_states"))]
-        if any(other is not None for other in others):
-            raise ValueError(
-                f"{self.asked_by}: takes whole pictures or texts, without a mask, a cache or another sequence's states"
-            )
-        output = self.module(hidden_states)
-        return (output, None) if self.pair else output
-
-
-@torch.no_grad()
-def stand_in(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    make: Callable[[int, nn.Module, Tensor], nn.Module],
-    asked_by: str,
-    projection: str | None = None,
-) -> Callable[[], None]:
-    """Put `make(layer, attention, its input)` where every attention is; gives the function that undoes it.
-
-    The model runs once on `inputs`, which tells how many tokens there are and what its attention gives. torch's own
-    MultiheadAttention, which models use to pool, is left as it is.
-    """
-    if already := [name for name, module in model.named_modules() if isinstance(module, StandIn)]:
-        raise ValueError(f"{asked_by}: {already[0]} is replaced already; undo that first")
-    every, seen = attentions(model, projection, asked_by), {}
-    found = {name: of for name, of in every.items() if not isinstance(of[0], nn.MultiheadAttention)}
-    if not found:
-        raise ValueError(f"{asked_by}: {type(model).__name__} attends by torch's MultiheadAttention only, which stays")
-
-    def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen[name] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], isinstance(output, tuple)
-
-    handles = [
-        module.register_forward_hook(partial(see, name), with_kwargs=True) for name, (module, _) in found.items()
-    ]
-    training = model.training
-    try:
-        model.eval()(**inputs)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    modules = {}
-    for layer, (name, (hidden, pair)) in enumerate(seen.items()):
-        attention = found[name][0]
-        if getattr(attention, "is_causal", False):
-            raise ValueError(f"{asked_by}: {name} is causal; this sees all tokens, and takes encoders")
-        made = make(layer, attention, hidden).to(device=hidden.device, dtype=hidden.dtype)
-        modules[name] = StandIn(made.train(training), pair, asked_by)
-    return replace(model, modules)

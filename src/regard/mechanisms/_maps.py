@@ -34,7 +34,9 @@ def over_positions(logits: Tensor) -> Tensor:
 
 def largest_and_mean(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Over one axis, which keeps the length 1. The gradient of the largest goes to one place, also among equals."""
-    return x.max(axis, keepdim=True).values, x.mean(axis, keepdim=True)
+    # without a gradient there is no need of places, which take their time
+    largest = x.max(axis, keepdim=True).values if x.requires_grad else x.amax(axis, keepdim=True)
+    return largest, x.mean(axis, keepdim=True)
 
 
 def pointwise(channels: int, out: int, *, bias: bool = True) -> nn.Conv2d:

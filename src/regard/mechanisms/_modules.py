@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +18,6 @@ TAKES = {
     "heads": "query, key and value, each [batch, head, token, dim]",
     "map": "a feature map [batch, channel, row, column]",
 }
-GIVEN = ("dim", "heads", "head_dim", "causal", "shape")
 ALSO = ("causal", "shape")  # what a forward is told beside its input where it names it
 
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -27,10 +27,11 @@ Class = TypeVar("Class", bound=type[nn.Module])
 class ModuleSpec:
     """What a module does, what it takes, and how it is built; it gives the shape that it takes (of heads, the output).
 
-    build: makes one from those of `GIVEN` that it names: dim, channels of its input; heads; head_dim = dim / heads;
-    causal; shape, (token,) or (row, column). loss: of a module after a forward pass; its mean over the layers is added
-    to what a model is trained for. held: (n, dim, heads) -> numbers held at decoding after n tokens, where that is
-    neither the state of its `step` nor keys and values of softmax attention.
+    build: makes one from those that it names of dim (or channels), those of its input; heads (or kv_heads); head_dim =
+    dim / heads; causal; shape, (token,) or (row, column); and tokens, how many these are. loss: of a module after a
+    forward pass; its mean over the layers is added to what a model is trained for. held: (n, dim, heads) -> numbers
+    held at decoding after n tokens, where that is neither the state of its `step` nor keys and values of softmax
+    attention.
     """
 
     patterns: tuple[str, ...]
@@ -39,9 +40,11 @@ class ModuleSpec:
     loss: Callable[[Any], Tensor] | None = None
     held: Callable[[int, int, int], float] | None = None
 
-    def made(self, **given: Any) -> nn.Module:
-        """A new one. given: all of `GIVEN`."""
-        return self.build(**{name: given[name] for name in inspect.signature(self.build).parameters if name in GIVEN})
+    def made(self, *, dim: int, heads: int, causal: bool, shape: tuple[int, ...]) -> nn.Module:
+        """A new one."""
+        given: dict[str, Any] = {"dim": dim, "channels": dim, "heads": heads, "kv_heads": heads, "causal": causal}
+        given |= {"head_dim": dim // heads, "shape": shape, "tokens": math.prod(shape)}
+        return self.build(**{name: given[name] for name in inspect.signature(self.build).parameters if name in given})
 
 
 def module(

@@ -105,6 +105,13 @@ def aaren(
     return output  # type: ignore[return-value]
 
 
+def prefixes(scores: Tensor, value: Tensor, *, block: int = 64) -> Tensor:
+    """What softmax over every prefix of scores [batch, head, key] makes of values. [batch, head, key, dim]"""
+    top = scores.new_full(scores.shape[:2], _lowest(scores))
+    start = State(top, torch.zeros_like(top), top.new_zeros(*top.shape, value.shape[-1]))
+    return _prefixes(start, scores, value, block)[0]
+
+
 def _prefixes(before: State, scores: Tensor, value: Tensor, block: int) -> tuple[Tensor, State]:
     """The output at each of some tokens, [batch, head, key, dim], and the state after the last."""
     n, lowest = scores.shape[2], _lowest(scores)

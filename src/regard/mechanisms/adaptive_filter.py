@@ -53,8 +53,8 @@ def _weights(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, s
     noise, robust, nu, tau = _noise(query, knobs), knobs.get("robust", True), *_knobs(query, knobs)
     query, key = (t if scale is None else t * scale**0.5 for t in (query, key))
     query, key = (
-        _turned(query, knobs.get("frequency"), -_times(query, key)),
-        _turned(key, knobs.get("frequency"), -_times(key, key)),
+        turned(query, knobs.get("frequency"), -_times(query, key)),
+        turned(key, knobs.get("frequency"), -_times(key, key)),
     )
     key = by_head(key, query.shape[1])
     time = (_times(query, key)[:, None] - _times(key, key)).clamp_min(0)
@@ -115,8 +115,8 @@ def adaptive_filter(
     noise, (nu, tau) = _noise(query, knobs), _knobs(query, knobs)
     query, key = (t.to(exact) if scale is None else t.to(exact) * scale**0.5 for t in (query, key))
     at, of_keys = _times(query, key), _times(key, key)
-    query = _turned(query, frequency, -at)
-    key, moved = (_turned(by_head(t, heads).to(exact), frequency, -of_keys) for t in (key, value))
+    query = turned(query, frequency, -at)
+    key, moved = (turned(by_head(t, heads).to(exact), frequency, -of_keys) for t in (key, value))
     if mask is not None:
         key, moved = (t.where(mask.mT, 0.0) for t in (key, moved))
     # Of equal times, all that depends on time is a function of the difference.
@@ -130,7 +130,7 @@ def adaptive_filter(
         seen = None if mask is None else mask[..., :last]
         arguments = rows, key[:, :, :last], moved[:, :, :last], kept, variance, nu * size, tau, seen, first, robust
         parts.append(recomputed(_rows, *arguments))
-    return _turned(torch.cat(parts, 2), frequency, at).to(value.dtype)
+    return turned(torch.cat(parts, 2), frequency, at).to(value.dtype)
 
 
 def _rows(
@@ -165,7 +165,7 @@ def _times(tensor: Tensor, key: Tensor) -> Tensor:
     return torch.arange(n - tensor.shape[2], n, device=tensor.device, dtype=exact)
 
 
-def _turned(tensor: Tensor, frequency: Tensor | None, times: Tensor) -> Tensor:
+def turned(tensor: Tensor, frequency: Tensor | None, times: Tensor) -> Tensor:
     """Times exp(i omega t), of tokens at these times."""
     if frequency is None:
         return tensor
@@ -275,7 +275,7 @@ class AdaptiveFilter(nn.Module):
         found = self.estimate(hidden, mask=mask)
         if self.predict:
             knobs = self.knobs()
-            found = _turned(found, knobs["frequency"], torch.ones(1, dtype=found.dtype, device=found.device))
+            found = turned(found, knobs["frequency"], torch.ones(1, dtype=found.dtype, device=found.device))
             found = found * knobs["decay"].exp()[:, None, None]
         real, imaginary = (part.transpose(1, 2).flatten(2) for part in found.chunk(2, -1))
         return self.output(torch.cat([real, imaginary], -1))

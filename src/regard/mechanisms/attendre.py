@@ -8,8 +8,8 @@ the stream the queue is emptied.
 
 No code was at hand, and of the paper its abstract; these are our choices: attention is to all of the memory, not to a
 retrieved part of it; an entry's use is the weight that it gets from the queries of its key head, whose sum counts for
-"lfa", and is recent for "lra" where one weight is above an equal share; a new entry counts as used once, and is not
-evicted in the step it comes in; of entries alike the oldest is evicted; each key head has a memory of its own. Without
+"lfa"; for "lra" it is used by a query that gives no other more; a new entry counts as used once, and is not evicted in
+the step it comes in; of entries alike the oldest is evicted; each key head has a memory of its own. Without
 waiting, queries see their own chunk whole, or causal.
 """
 
@@ -132,8 +132,8 @@ class Attendre:
             if self.policy == "lfa":
                 use = held.use + shares.sum(2)
             else:
-                equal = 1 / (held.position >= 0).sum(-1, keepdim=True).clamp_min(1)
-                use = held.use.where(shares.amax(2) <= equal, float(self.steps))
+                most = torch.zeros_like(shares).scatter(-1, shares.argmax(-1, keepdim=True), 1.0) * (shares > 0)
+                use = held.use.where(most.amax(2) == 0, float(self.steps))
             self.held = held._replace(use=use)
         return (weights @ by_head(held.value, heads).to(exact)).to(held.value.dtype), at
 

@@ -51,11 +51,11 @@ class KernelSelection(nn.Module):
         squeezed = self.reduce(together.mean((2, 3), keepdim=True))
         largest, mean = largest_and_mean(together, 1)
         places = self.places(torch.cat([mean, largest], 1)).sigmoid().split(1, 1)
-        weighed = [
+        small, along_row, along_column = [
             one * expand(squeezed).sigmoid() * place
             for one, expand, place in zip(maps, self.expand, places, strict=True)
         ]
-        return sum(weighed[1:], weighed[0])
+        return small + along_row + along_column
 
 
 class SparseKernel(nn.Module):

@@ -15,14 +15,15 @@ reading has it, or by what they send, as the paper's text has it: `prune` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._layers import fill, square, stand_in
+from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, by_head, mechanism, pairs, recomputed, scale_of, softmax
+from ._modules import module
 
 STRIP = 2**22  # weights made at once
 
@@ -103,6 +104,7 @@ def _strip(
     return sent.mT @ by_head(value, heads)[:, :, rows].to(exact)
 
 
+@module("full", build=lambda dim, heads: ReversedAttention(dim, heads))
 class ReversedAttention(nn.Module):
     """The paper's layer: hidden states and messages so far, to the same of the next layer, and who sent whom what.
 
@@ -177,13 +179,13 @@ def prune(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return hidden.take_along_dim(kept[..., None], 1), kept
 
 
-class _InTurn(nn.Module):
+class InTurn(nn.Module):
     """A layer that takes up the messages where the one before it left them."""
 
-    def __init__(self, attention: ReversedAttention, before: _InTurn | None) -> None:
+    def __init__(self, attention: ReversedAttention, before: InTurn | None) -> None:
         super().__init__()
         self.attention, self.before = attention, [before]
-        self.message: Tensor | None = None
+        self.message: Tensor | None = None  # of the last forward pass [batch, token]
         self.dependency: Tensor | None = None  # of the last forward pass [batch, parent, child]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -192,29 +194,32 @@ class _InTurn(nn.Module):
         return output
 
 
-def convert(
-    model: nn.Module, inputs: Mapping[str, Any], *, temperature: float = 1.0
-) -> tuple[list[_InTurn], Callable[[], None]]:
-    """Put reversed attention where every attention of an encoder is: the layers, and the function that undoes it.
+def convert(model: nn.Module, *, temperature: float = 1.0) -> Callable[[], None]:
+    """Put reversed attention where every attention of an encoder is; gives the function that undoes it.
 
-    inputs: what the model is run on once. Queries, keys, values and outputs keep their weights, but send now what they
-    fetched; the model is to be trained on. Each layer holds `message` and `dependency` of the last forward pass. Raises
-    ValueError where a layer has no such weights.
+    Queries, keys, values and outputs keep their weights, but send now what they fetched; the model is to be trained on.
+    `turns(model)` gives the layers, each with `message` and `dependency` of the last forward pass. temperature: of the
+    head selector. Raises ValueError where a layer has no such weights.
 
-        layers, undo = convert(model, {"pixel_values": pixels})
+        undo = convert(model)
         model(pixel_values=pixels)
-        parents = tree(layers[-1].dependency)
+        parents = tree(turns(model)[-1].dependency)
         undo()
     """
-    layers: list[_InTurn] = []
+    last: list[InTurn | None] = [None]
 
-    def make(layer: int, attention: nn.Module, hidden: Tensor) -> nn.Module:
-        heads, parts = square(attention, hidden.shape[-1], "dependency_vit")
-        made = ReversedAttention(hidden.shape[-1], heads, temperature=temperature, bias=parts[0].bias is not None)
-        fill(made.qkv, *parts[:3])
-        fill(made.proj, parts[3])
-        layers.append(_InTurn(made, layers[-1] if layers else None))
-        return layers[-1]
+    def made(attention: nn.Module, dim: int) -> nn.Module:
+        not_causal(attention, "dependency_vit")
+        heads, parts = square(attention, dim, "dependency_vit")
+        layer = ReversedAttention(dim, heads, temperature=temperature, bias=parts[0].bias is not None)
+        fill(layer.qkv, *parts[:3])
+        fill(layer.proj, parts[3])
+        last[0] = InTurn(layer, last[0])
+        return last[0]
 
-    undo = stand_in(model, inputs, make, "dependency_vit")
-    return layers, undo
+    return exchanged(model, made, None, "dependency_vit")
+
+
+def turns(model: nn.Module) -> list[InTurn]:
+    """The layers of a converted model, in order."""
+    return [module for module in model.modules() if isinstance(module, InTurn)]

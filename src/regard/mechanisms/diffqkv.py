@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import _decoder
 from ._layers import projections, replace
 from ._mechanism import Cost, by_head, mechanism, pairs, scale_of, softmax, visible
+from ._modules import module
 from ._softmax import attend
 from .memory_efficient import fold, unfold
 
@@ -83,6 +84,11 @@ def _kept(weights: Tensor, top: int | None) -> Tensor:
     return torch.zeros_like(weights).scatter(-1, (found := weights.topk(top, -1)).indices, found.values)
 
 
+@module(
+    "causal",
+    build=lambda dim, heads: DiffQKV(dim, heads, key_heads=1, value_heads=_half(heads)),
+    held=lambda n, dim, heads: n * (1 + _half(heads)) * (dim // heads),
+)
 class DiffQKV(nn.Module):
     """A causal self-attention: [batch, token, dim] to the same.
 
@@ -255,6 +261,10 @@ def _narrowed(layer: nn.Linear, heads: int, narrow: int) -> tuple[nn.Linear, Wid
     widen.weight.copy_(kept.mT)
     narrowed = (kept.mT @ parts).flatten(0, 1)
     return (_linear(narrowed, None) if layer.bias is None else _linear(narrowed[:, :-1], narrowed[:, -1])), widen
+
+
+def _half(heads: int) -> int:
+    return heads // 2 if heads % 2 == 0 else 1
 
 
 def _divide(heads: int, key_heads: int, value_heads: int) -> None:

@@ -59,8 +59,8 @@ def step(
     heads, exact = query.shape[1], torch.promote_types(query.dtype, torch.float32)
     added = _monomials(by_head(key, heads).to(exact), order).mT @ _with_ones(by_head(value, heads).to(exact))
     state = added if state is None else state + added
-    asked = _coefficients(_monomials(query.to(exact), order), query.shape[-1], scale_of(query, scale))
-    return _divided(asked @ state).to(value.dtype), state
+    factors = _factors(state, query.shape[-1], scale_of(query, scale), order)
+    return _divided(_monomials(query.to(exact), order) @ (factors * state)).to(value.dtype), state
 
 
 @mechanism("causal", "full", "cross", mask="keys", weights=_weights, cost=_cost, step=step)
@@ -112,20 +112,19 @@ def fast(
         return None, (state[0] + _monomials(key, order).mT @ values,)
 
     def give(state: State, query: Tensor) -> tuple[Tensor, State]:
-        asked = _coefficients(_monomials(query.to(exact), order), dim, scale)
-        return _divided(asked @ state[0]).to(value.dtype), state
+        return _divided(_monomials(query.to(exact), order) @ (factors * state[0])).to(value.dtype), state
 
     def past(state: State, query: Tensor, *strip: Tensor) -> tuple[Tensor, State]:
         query, (key, values) = query.to(exact), taken(*strip)
         inside = _polynomial(query @ key.mT * scale, order).tril() @ values
-        before = _coefficients(_monomials(query, order), dim, scale) @ state[0]
+        before = _monomials(query, order) @ (factors * state[0])
         state = (state[0] + _monomials(key, order).mT @ values,) if n > block else state
         return _divided(inside + before).to(value.dtype), state
 
     n, there = query.shape[2], () if mask is None else (mask.mT,)
     monomials = 1 + dim + (dim * (dim + 1) // 2 if order == 2 else 0)
     held = (query.new_zeros(*query.shape[:2], monomials, value.shape[-1] + 1, dtype=exact),)
-    strip = max(1, min(block, tokens(query) * dim * 8 // monomials))
+    factors, strip = _factors(held[0], dim, scale, order), max(64, tokens(query) * dim // monomials)
     strips = key, value, *there
     if not causal:
         held = scan(gather, held, strips, strip=strip)[1]
@@ -152,12 +151,12 @@ def _monomials(tensor: Tensor, order: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _coefficients(monomials: Tensor, dim: int, scale: float) -> Tensor:
-    """Times what stands before each in the polynomial: products of two different channels stand for two."""
+def _factors(like: Tensor, dim: int, scale: float, order: int) -> Tensor:
+    """What stands before each monomial: products of two different channels stand for two. [monomial, 1]"""
     factors = [1.0] + [scale] * dim
-    if monomials.shape[-1] > len(factors):
+    if order == 2:
         factors += [scale**2 * (0.5 if i == j else 1.0) for i in range(dim) for j in range(i, dim)]
-    return monomials * monomials.new_tensor(factors)
+    return like.new_tensor(factors)[:, None]
 
 
 def _with_ones(value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._convolution import convolved
+from ._gates import Gated, refuse_gaps
 from ._layers import exchanged
 from ._mechanism import Cost, pairs, softmax
 
@@ -94,7 +95,7 @@ class State(NamedTuple):
     taken: int  # tokens before
 
 
-class Mega(nn.Module):
+class Mega(Gated):
     """The paper's layer: [batch, token, dim] to the same, its residual included.
 
     z, value: channels of queries and keys, and of values (2 dim). order, truncation: of the moving average. attention:
@@ -123,7 +124,6 @@ class Mega(nn.Module):
         positions: int = 1024,
         residual: bool = True,
     ) -> None:
-        super().__init__()
         value, bidirectional = (
             2 * dim if value is None else value,
             not causal if bidirectional is None else bidirectional,
@@ -140,16 +140,10 @@ class Mega(nn.Module):
             )
         if chunk is not None and chunk < 1:
             raise ValueError(f"Mega: a chunk holds 1 token or more; got {chunk=}")
-        self.dim, self.z, self.attention, self.chunk, self.causal = dim, z, attention, chunk, causal
-        self.positions, self.residual = positions if chunk is None else chunk, residual
-        self.norm = nn.LayerNorm(dim) if residual else nn.Identity()
+        super().__init__(dim, z, value, residual)
+        self.attention, self.chunk, self.causal = attention, chunk, causal
+        self.positions = positions if chunk is None else chunk
         self.move = MovingAverage(dim, order=order, bidirectional=bidirectional, truncation=truncation)
-        self.to_value, self.to_output = nn.Linear(dim, value), nn.Linear(value, dim)
-        self.to_parts = nn.Linear(dim, 2 * dim + z + value)
-        for layer in (self.to_value, self.to_output, self.to_parts):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.gamma, self.beta = nn.Parameter(0.02 * torch.randn(2, z)), nn.Parameter(torch.zeros(2, z))
         self.bias = Distances(self.positions) if bias == "simple" else Rotary(z)
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -166,16 +160,14 @@ class Mega(nn.Module):
         self._check(n, chunk, mask)
         normed = self.norm(hidden)
         value = F.silu(self.to_value(normed))
-        update, query, key, reset, given = self._parts(self.move(normed, mask=mask))
+        update, query, key, reset, given = self.parts(self.move(normed, mask=mask))
         query, key, value = (t.unflatten(1, (-1, chunk)) for t in (query, key, value))
         seen = None if mask is None else mask.unflatten(1, (-1, chunk))[:, :, None]
         if self.causal:
             past = torch.ones(chunk, chunk, dtype=torch.bool, device=hidden.device).tril()
             seen = past[None, None] if seen is None else past & seen
         weights = self._weights(query, key, self.bias(chunk), seen)
-        output = self._gated(
-            hidden if self.residual else normed, update, given, (weights @ value).flatten(1, 2) * reset
-        )
+        output = self.gated(hidden if self.residual else normed, update, given, (weights @ value).flatten(1, 2) * reset)
         return output, weights
 
     def step(self, state: State | None, hidden: Tensor) -> tuple[Tensor, State]:
@@ -184,7 +176,7 @@ class Mega(nn.Module):
             raise ValueError("Mega: only a causal layer goes on token by token")
         normed = self.norm(hidden)
         moved, average = self.move.step(state.moved if state else None, normed)
-        update, query, key, reset, given = self._parts(moved)
+        update, query, key, reset, given = self.parts(moved)
         value, taken = F.silu(self.to_value(normed)), state.taken if state else 0
         if state is not None and (self.chunk is None or taken % self.chunk):
             key, value = torch.cat([state.key, key], 1), torch.cat([state.value, value], 1)
@@ -194,21 +186,10 @@ class Mega(nn.Module):
                 f"Mega: there are {self.positions} positions, and this is token {n}: give it more, or chunks"
             )
         weights = self._weights(query[:, None], key[:, None], self.bias(n)[-1:], None)
-        output = self._gated(
+        output = self.gated(
             hidden if self.residual else normed, update, given, (weights @ value[:, None])[:, 0] * reset
         )
         return output, State(average, key, value, taken + 1)
-
-    def _parts(self, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        value = self.to_value.out_features
-        update, mixed, given = self.to_parts(moved).split([self.dim, self.z + value, self.dim], -1)
-        z, reset = F.silu(mixed).split([self.z, value], -1)
-        query, key = (z * self.gamma[i] + self.beta[i] for i in range(2))
-        return update.sigmoid(), query, key, reset, given
-
-    def _gated(self, before: Tensor, update: Tensor, given: Tensor, mixed: Tensor) -> Tensor:
-        moved = update * (F.silu(given + self.to_output(mixed)) - before)
-        return before + moved if self.residual else moved
 
     def _weights(self, query: Tensor, key: Tensor, bias: Tensor, seen: Tensor | None) -> Tensor:
         if self.attention == "softmax":
@@ -227,8 +208,7 @@ class Mega(nn.Module):
                 f"Mega: takes whole chunks of {self.chunk} tokens, or fewer tokens than one, and up to "
                 f"{self.positions} positions; got {n} tokens: pad them, and give a mask"
             )
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2 or (mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("Mega: a mask is boolean, [batch, token], and tokens that are not there stand at the end")
+        refuse_gaps(mask, "Mega")
 
 
 class Distances(nn.Module):

@@ -12,13 +12,14 @@ costs 2.1 times as much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ._layers import stand_in
+from ._layers import exchanged, not_causal
 from ._mechanism import Cost
+from ._modules import module
 
 
 def _mlp(dim: int, hidden: int, dropout: float) -> nn.Sequential:
@@ -40,6 +41,7 @@ class Mixer(nn.Module):
         return hidden + self.channel_mlp(self.channel_norm(hidden))
 
 
+@module("full", build=lambda dim, shape: GatingUnit(dim, tokens=math.prod(shape), hidden=dim))
 class GatingUnit(nn.Module):
     """What takes attention's place: [batch, token, dim] to the same, for exactly `tokens` tokens.
 
@@ -84,30 +86,27 @@ class NiNBlock(nn.Module):
 
 
 def ninformer(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    hidden: int | None = None,
-    dropout: float = 0.0,
-    projection: str | None = None,
+    model: nn.Module, *, tokens: int, hidden: int | None = None, dropout: float = 0.0, projection: str | None = None
 ) -> Callable[[], None]:
     """Put new gates, to be trained, where every attention of an encoder is; gives the function that undoes it.
 
-    inputs: what the model is run on once, which says how many tokens there are. hidden: width of the gates' MLPs, twice
-    the channels unless given, as in the authors' script (which drops half of them in training: dropout 0.5). Raises
-    ValueError where no attention module is found, for causal ones, and when the model brings a mask or another number
-    of tokens.
+    tokens: how many the model has, a class token among them. hidden: width of the gates' MLPs, twice the channels
+    unless given, as in the authors' script (which drops half of them in training: dropout 0.5). projection: name of
+    attention's output projection, where it is none of the usual ones. Raises ValueError where no attention module is
+    found, for causal ones, and when the model brings a mask or another number of tokens.
 
-        undo = ninformer(model, {"pixel_values": pixels})
-        ...
+        undo = ninformer(model, tokens=197)
         undo()
     """
 
-    def make(layer: int, attention: nn.Module, seen: Tensor) -> GatingUnit:
-        _, tokens, dim = seen.shape
+    def made(attention: nn.Module, dim: int) -> GatingUnit:
+        not_causal(attention, "ninformer")
         return GatingUnit(dim, tokens=tokens, hidden=hidden or 2 * dim, dropout=dropout)
 
-    return stand_in(model, inputs, make, "ninformer", projection)
+    return exchanged(model, made, projection, "ninformer")
+
+
+convert = ninformer
 
 
 def cost(n: int, dim: int, *, hidden: int) -> Cost:

@@ -189,8 +189,7 @@ class _Dilated(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        found = [branch(x) for branch in self.branches]
-        return sum(found[1:], found[0])
+        return torch.stack([branch(x) for branch in self.branches]).sum(0)
 
 
 class _Mlp(nn.Module):

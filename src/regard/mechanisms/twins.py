@@ -15,16 +15,17 @@ where they do not divide by the ratio the picture is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import fill, square, stand_in
+from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, mechanism, scale_of, softmax
-from ._windows import grid, group, ungroup
+from ._pictures import grid, group, ungroup
 from .memory_efficient import fold, unfold
 
 
@@ -44,7 +45,12 @@ def _cost(
     return Cost(4 * dim * pairs, 4 * dim * n_key)
 
 
-@mechanism("full", mask="keys", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, int]:
+    """Several windows also in a short input."""
+    return {"window": min(7, max(1, min(shape) // 2))}
+
+
+@mechanism("full", mask="keys", weights=_weights, cost=_cost, sized=_sized)
 def twins(
     query: Tensor,
     key: Tensor,
@@ -171,37 +177,41 @@ class _OnGrid(nn.Module):
         return self.attention(hidden, self.shape)
 
 
-def convert(
-    model: nn.Module, inputs: Mapping[str, Any], *, shape: Sequence[int], window: int = 7, ratio: int = 2
-) -> Callable[[], None]:
+def convert(model: nn.Module, *, shape: Sequence[int], window: int = 7, ratio: int = 2) -> Callable[[], None]:
     """Make attention of an encoder of pictures local in even layers and sub-sampled in odd ones; gives what undoes it.
 
-    inputs: what the model is run on once. shape: rows and columns of its tokens, which have to be all of them: a class
-    token has no place in a window. Queries, keys, values and outputs keep their weights. The new convolutions begin as
-    means, so that the model starts from what it knew, and are to be trained with the rest. Raises ValueError where a
-    layer has no such weights, or shape, ratio and tokens do not fit.
+    shape: rows and columns of its tokens, which have to be all of them: a class token has no place in a window.
+    Queries, keys, values and outputs keep their weights. The new convolutions begin as means, so that the model starts
+    from what it knew, and are to be trained with the rest. Raises ValueError where a layer has no such weights, and
+    where shape and ratio, or the model's tokens, do not fit.
 
-        undo = convert(model, {"pixel_values": pixels}, shape=(14, 14), window=7, ratio=2)
+        undo = convert(model, shape=(14, 14), window=7, ratio=2)
         undo()
     """
+    rows, columns = shape
+    of = _divided(grid("twins", shape, rows * columns, window), ratio)
+    layers = count()
 
-    def make(layer: int, attention: nn.Module, hidden: Tensor) -> nn.Module:
-        _divided(grid("twins", shape, hidden.shape[1], window), ratio)
-        heads, (query, key, value, output) = square(attention, dim := hidden.shape[-1], "twins")
-        if layer % 2 == 0:
-            made: Any = LocallyGroupedAttention(dim, heads, window=window, bias=query.bias is not None)
-            fill(made.qkv, query, key, value)
-        else:
-            made = GlobalSubSampledAttention(dim, heads, ratio=ratio, bias=query.bias is not None)
-            fill(made.q, query)
-            fill(made.kv, key, value)
-            if made.sr is not None:
-                nn.init.zeros_(made.sr.bias)
-                made.sr.weight.copy_(torch.eye(dim)[..., None, None] / ratio**2)
-        fill(made.proj, output)
-        return _OnGrid(made, tuple(shape))
+    @torch.no_grad()
+    def made(attention: nn.Module, dim: int) -> nn.Module:
+        not_causal(attention, "twins")
+        heads, (query, key, value, output) = square(attention, dim, "twins")
+        bias = query.bias is not None
+        if next(layers) % 2 == 0:
+            local = LocallyGroupedAttention(dim, heads, window=window, bias=bias)
+            fill(local.qkv, query, key, value)
+            fill(local.proj, output)
+            return _OnGrid(local, of)
+        layer = GlobalSubSampledAttention(dim, heads, ratio=ratio, bias=bias)
+        fill(layer.q, query)
+        fill(layer.kv, key, value)
+        fill(layer.proj, output)
+        if layer.sr is not None and layer.sr.bias is not None:
+            nn.init.zeros_(layer.sr.bias)
+            layer.sr.weight.copy_(torch.eye(dim)[..., None, None] / ratio**2)
+        return _OnGrid(layer, of)
 
-    return stand_in(model, inputs, make, "twins")
+    return exchanged(model, made, None, "twins")
 
 
 def _divided(shape: tuple[int, int], ratio: int) -> tuple[int, int]:

@@ -13,17 +13,17 @@ authors' code divides by 0 there).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters import register
-from ._layers import fill, square, stand_in
+from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, scale_of
-from ._windows import grid
+from ._modules import module
+from ._pictures import grid
 
 
 def coordinates(offset: Tensor, scale: Tensor, *, shape: Sequence[int], window: int) -> Tensor:
@@ -90,6 +90,11 @@ def sample_window(
     return mixed.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
+@module(
+    "full",
+    takes="map",
+    build=lambda dim, heads, shape: VariedSizeWindow(dim, heads, window=max(1, min(7, *(n // 2 for n in shape)))),
+)
 class VariedSizeWindow(nn.Module):
     """Attention of a picture: [batch, dim, row, column] to [batch, out_dim, row, column].
 
@@ -112,8 +117,8 @@ class VariedSizeWindow(nn.Module):
         self.heads, self.window, self.width = heads, window, dim // heads
         self.qkv, self.proj = nn.Conv2d(dim, 3 * out, 1), nn.Conv2d(out, out, 1)
         self.offsets, self.scales = nn.Conv2d(dim, 2 * heads, 1), nn.Conv2d(dim, 2 * heads, 1)
-        for module in (self.offsets, self.scales):
-            for parameter in module.parameters():
+        for predicting in (self.offsets, self.scales):
+            for parameter in predicting.parameters():
                 nn.init.zeros_(parameter)
         self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads)) if bias else None
         if self.bias is not None:
@@ -172,31 +177,37 @@ class _OfTokens(nn.Module):
         self.module, self.shape = module, shape
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.module(hidden.mT.unflatten(-1, tuple(self.shape))).flatten(2).mT
+        shape = grid("varied_size_window", self.shape, hidden.shape[1])
+        return self.module(hidden.mT.unflatten(-1, shape)).flatten(2).mT
 
 
 def varied_size_window(
-    model: nn.Module, inputs: Mapping[str, Any], *, shape: Sequence[int], window: int = 7, bias: bool = True
+    model: nn.Module, *, shape: Sequence[int], window: int = 7, bias: bool = True
 ) -> Callable[[], None]:
     """Put such windows where every attention of an encoder of pictures is; gives the function that undoes it.
 
-    inputs: what the model is run on once. shape: rows and columns of its tokens, which have to be all of them: a class
-    token has no place in a window. Queries, keys, values and outputs keep their weights; what predicts the windows is
-    new, and starts from plain ones. Raises ValueError where a layer has no such weights, or shape and tokens differ.
+    shape: rows and columns of its tokens, which have to be all of them: a class token has no place in a window.
+    Queries, keys, values and outputs keep their weights; what predicts the windows is new, and starts from plain ones.
+    Raises ValueError where a layer has no such weights, or the model's tokens do not fit.
 
-        undo = varied_size_window(model, {"pixel_values": pixels}, shape=(14, 14))
+        undo = varied_size_window(model, shape=(14, 14))
         undo()
     """
+    rows, columns = shape
+    of = grid("varied_size_window", shape, rows * columns, window)
 
-    def make(layer: int, attention: nn.Module, hidden: Tensor) -> nn.Module:
-        grid("varied_size_window", shape, hidden.shape[1], window)
-        heads, parts = square(attention, hidden.shape[-1], "varied_size_window")
-        made = VariedSizeWindow(hidden.shape[-1], heads, window=window, bias=bias)
-        fill(made.qkv, *parts[:3])
-        fill(made.proj, parts[3])
-        return _OfTokens(made, tuple(shape))
+    def made(attention: nn.Module, dim: int) -> nn.Module:
+        not_causal(attention, "varied_size_window")
+        heads, parts = square(attention, dim, "varied_size_window")
+        layer = VariedSizeWindow(dim, heads, window=window, bias=bias)
+        fill(layer.qkv, *parts[:3])
+        fill(layer.proj, parts[3])
+        return _OfTokens(layer, of)
 
-    return stand_in(model, inputs, make, "varied_size_window")
+    return exchanged(model, made, None, "varied_size_window")
+
+
+convert = varied_size_window
 
 
 def cost(n: int, dim: int, *, window: int = 7) -> Cost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as made
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..data.loaders import files as data
 from ..extras import needs
 
 _TEXTS = (".txt", ".md", ".text")
+_NAMED = 3  # rows that were left out whose faults are told
 
 
 @dataclass(frozen=True)
@@ -30,30 +32,60 @@ class Item:
         return media.picture(self.image, self.id)
 
 
+class BadRow(DataError):
+    """One row that holds no item, of a source that may be fine otherwise."""
+
+
+@dataclass
+class Skipped:
+    """The rows that were left out since reading last began: how many, and what is wrong with the first few."""
+
+    count: int = 0
+    first: list[str] = made(default_factory=list)
+
+    def add(self, why: str) -> None:
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(why)
+
+
 @dataclass(frozen=True)
 class Source:
     """Items of a file or folder; can be read again, and says whether it is still the same."""
 
     path: Path
     field: str | None = None
+    skip_bad: bool = False
+    skipped: Skipped = made(default_factory=Skipped, compare=False)
 
     def __iter__(self) -> Iterator[Item]:
-        return _reader(self.path)(self.path, self.field)
+        self.skipped.count, self.skipped.first[:] = 0, []
+        for row in _reader(self.path)(self.path, self.field):
+            if isinstance(row, Item):
+                yield row
+            elif self.skip_bad:
+                self.skipped.add(str(row))
+            else:
+                raise row
 
     def state(self) -> list[Any]:
-        """Name, size and time of change of each file, and the field."""
+        """Name, size and time of change of each file, the field, and whether bad rows are left out."""
         files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else [self.path]
         stats = ((file, file.stat()) for file in files)
-        return [self.field, *([str(file.resolve()), s.st_size, s.st_mtime_ns] for file, s in stats)]
+        held = [self.field, *([str(file.resolve()), s.st_size, s.st_mtime_ns] for file, s in stats)]
+        return [*held, "skip_bad"] if self.skip_bad else held
 
 
-def read(path: str | Path, field: str | None = None) -> Source:
+def read(path: str | Path, field: str | None = None, *, skip_bad: bool = False) -> Source:
     """The items of a file or folder, read as they are asked for.
 
     A `.txt` file gives one text a line; `.jsonl`, `.csv` and `.parquet` one item a row, from the column `field`; a
     folder one item a file, of texts or of pictures; a folder written by `datasets`' `save_to_disk` one a row. Without
     `field`, the column `text` is taken, or the only one that holds texts or pictures, and it must be the same in every
     row. A row without it is a DataError that says where.
+
+    skip_bad: leave out rows of `.jsonl`, `.csv` and `.parquet` that cannot be read, or hold nothing in `field`; how
+    many there were is in `skipped`, once all is read.
     """
     path = Path(path)
     if not path.exists():
@@ -61,7 +93,7 @@ def read(path: str | Path, field: str | None = None) -> Source:
     reader = _reader(path)
     if field is not None and reader in (_lines, _folder):
         raise DataError(f"{path} has no fields; leave field={field!r} out")
-    return Source(path, field)
+    return Source(path, field, skip_bad)
 
 
 def items(things: Iterable[Any], field: str | None = None) -> Iterator[Item]:
@@ -71,7 +103,7 @@ def items(things: Iterable[Any], field: str | None = None) -> Iterator[Item]:
         if isinstance(thing, Item):
             yield thing
         elif isinstance(thing, Mapping):
-            yield of_row(thing, str(i), f"item {i}")
+            yield of_row.item(thing, str(i), f"item {i}")
         elif isinstance(thing, str):
             yield Item(str(i), text=_readable(thing, f"item {i}"))
         elif isinstance(thing, Image.Image):
@@ -80,7 +112,7 @@ def items(things: Iterable[Any], field: str | None = None) -> Iterator[Item]:
             raise TypeError(f"item {i} is a {type(thing).__name__}; expected a text, a picture, a row or an Item")
 
 
-def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Item]]:
+def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Item | BadRow]]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             held = path / "dataset_dict.json"
@@ -100,15 +132,19 @@ def _lines(path: Path, field: str | None) -> Iterator[Item]:
         yield Item(f"{path.name}:{number}", text=line)
 
 
-def _json_lines(path: Path, field: str | None) -> Iterator[Item]:
+def _json_lines(path: Path, field: str | None) -> Iterator[Item | BadRow]:
     of_row = _Rows(field)
     for number, line in _numbered(path):
         where = f"{path}, line {number}"
-        row = data.of_kind(data.from_json(line, where), dict, where)
-        yield of_row(row, f"{path.name}:{number}", where)
+        try:
+            row = data.of_kind(data.from_json(line, where), dict, where)
+        except DataError as error:
+            yield BadRow(str(error))
+        else:
+            yield of_row(row, f"{path.name}:{number}", where)
 
 
-def _csv(path: Path, field: str | None) -> Iterator[Item]:
+def _csv(path: Path, field: str | None) -> Iterator[Item | BadRow]:
     of_row = _Rows(field)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = data.csv_rows(file)
@@ -119,13 +155,14 @@ def _csv(path: Path, field: str | None) -> Iterator[Item]:
                 if not cells:
                     continue
                 if len(cells) != len(names):
-                    raise DataError(f"{where}: not as many cells as the {len(names)} columns")
+                    yield BadRow(f"{where}: not as many cells as the {len(names)} columns")
+                    continue
                 yield of_row(dict(zip(names, cells)), f"{path.name}:{rows.line_num}", where)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}, line {rows.line_num}: {error}") from error
 
 
-def _parquet(path: Path, field: str | None) -> Iterator[Item]:
+def _parquet(path: Path, field: str | None) -> Iterator[Item | BadRow]:
     with needs("Parquet", "datasets"):
         import pyarrow
         import pyarrow.parquet
@@ -143,7 +180,7 @@ def _parquet(path: Path, field: str | None) -> Iterator[Item]:
         raise DataError(f"{path}: not a whole Parquet file ({error})") from error
 
 
-def _dataset(path: Path, field: str | None) -> Iterator[Item]:
+def _dataset(path: Path, field: str | None) -> Iterator[Item | BadRow]:
     with needs("a saved data set", "datasets"):
         import datasets
     of_row = _Rows(field)
@@ -192,7 +229,14 @@ class _Rows:
     def __init__(self, field: str | None) -> None:
         self.asked, self.field = field, field
 
-    def __call__(self, row: Mapping[str, Any], id: str, where: str) -> Item:
+    def __call__(self, row: Mapping[str, Any], id: str, where: str) -> Item | BadRow:
+        try:
+            return self.item(row, id, where)
+        except BadRow as error:
+            return error
+
+    def item(self, row: Mapping[str, Any], id: str, where: str) -> Item:
+        """BadRow where this row holds no item; DataError where it cannot be told which column is meant."""
         has = ", ".join(map(str, row)) or "none"
         if self.asked is None:
             usable = ["text"] if "text" in row else [name for name, value in row.items() if _usable(value)]
@@ -206,12 +250,14 @@ class _Rows:
                 )
         assert self.field is not None
         if self.field not in row:
-            raise DataError(f"{where}: no field {self.field}; it has {has}")
+            raise BadRow(f"{where}: no field {self.field}; it has {has}")
         value, where = row[self.field], f"{where}, field {self.field}"
         if not _usable(value):
-            raise DataError(f"{where}: expected a text or a picture, got {value!r:.60}")
+            raise BadRow(f"{where}: expected a text or a picture, got {value!r:.60}")
         if isinstance(value, str):
-            return Item(id, text=_readable(value, where))
+            if why := data.unreadable(value):
+                raise BadRow(f"{where}: the text {why}")
+            return Item(id, text=value)
         if isinstance(value, Mapping):  # a picture as `datasets` keeps it in a table
             value = value.get("bytes") or Path(value["path"])
         return Item(id, image=value)

@@ -66,6 +66,7 @@ def profile(
     workers: int = 2,
     compare: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    skip_bad: bool = False,
     **named: str | Callable[..., Tensor | None],
 ) -> Recording:
     """Summaries of statistics over a data set, for every head: a recording with one node a stack and statistic.
@@ -84,7 +85,8 @@ def profile(
     exemplars: how many highest and lowest items to keep.
     batch, batch_tokens: items and tokens (with padding) a batch at most. buffer: items that are sorted by length.
     engine: "local", or "ray" for `workers` actors of Ray Data. compare: also run every batch plainly, and time both.
-    progress: called after each batch.
+    progress: called after each batch. skip_bad: leave out rows of a file that cannot be read or hold nothing in
+    `field`, and count them in the attribute `skipped`; otherwise such a row is an error.
 
     >>> import regard
     >>> from regard.profile import profile
@@ -98,13 +100,15 @@ def profile(
         raise ValueError("the model is in training mode, so its dropout would count; call model.eval() first")
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r}: it is 'local' or 'ray'")
+    if skip_bad and engine != "local":
+        raise ValueError("skip_bad=True counts rows in the process that reads them: it needs engine='local'")
     if compare and engine != "local":
         raise ValueError("compare=True times batches one after the other: it needs engine='local'")
     sizes = {"exemplars": exemplars, "batch": batch, "batch_tokens": batch_tokens, "buffer": buffer, "workers": workers}
     for name, value in {**sizes, "limit": limit, "length": length}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: it must be 1 or more")
-    source = read(items, field) if isinstance(items, (str, Path)) else items
+    source = read(items, field, skip_bad=skip_bad) if isinstance(items, (str, Path)) else items
     inputs = Inputs(model, processor, length=length, prompt=prompt)
     job = Job(source, None if isinstance(source, Source) else field, limit, inputs, batch, batch_tokens, buffer)
     totals = Totals({name: spec_of(f) for name, f in functions.items()}, exemplars)
@@ -160,6 +164,8 @@ def profile(
             "not_softmax": other,
             "partial": False,
         }
+        if isinstance(source, Source) and source.skip_bad:
+            attributes |= {"skipped": source.skipped.count, "skipped_first": list(source.skipped.first)}
         found = Recording([totals.tree(attributes)])
         if where is not None and journal is not None:
             found.save(where)

@@ -4,7 +4,7 @@ import torch
 
 from regard.mechanisms.twins import ConditionalPositions, GlobalSubSampledAttention, LocallyGroupedAttention
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 
 SOURCE = Source("authors", "Meituan-AutoML/Twins, GroupAttention, Attention and PosCNN")
 
@@ -18,8 +18,10 @@ def compare(case: Case):
     elif "sub_sampling" in settings:
         module = GlobalSubSampledAttention(dim, settings["num_heads"], ratio=settings["sub_sampling"], bias=bias)
         if module.norm is not None:
-            module.norm.eps = settings["norm_eps"]
+            module.norm.eps = settings.get("norm_eps", module.norm.eps)
     else:
+        if settings.get("stride", 1) != 1:
+            raise Unmapped("positions that also make the picture smaller are not part of the paper's models")
         module = ConditionalPositions(dim)
         weights = {name.replace("proj.0.", "proj."): weight for name, weight in weights.items()}
     module.double().load_state_dict(weights)

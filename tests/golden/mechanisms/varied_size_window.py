@@ -21,6 +21,8 @@ def compare(case: Case):
         out_dim=settings["out_dim"],
         bias="bias" in weights,
     ).double()
+    if "qkv.bias" not in weights:
+        weights["qkv.bias"] = weights["qkv.weight"].new_zeros(len(weights["qkv.weight"]))
     module.load_state_dict(weights)
     picture = leaves["input"]
     output = module(picture)

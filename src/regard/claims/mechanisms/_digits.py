@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...data.loaders import mnist
 from .._data import folder
 
-RATE, BATCH = 1e-3, 100
+RATE, BATCH = 3e-3, 50
 
 
 class Digits(NamedTuple):

@@ -21,9 +21,9 @@ from ...mechanisms.attention_in_attention import AttentionInAttention
 from .._measure import mean
 from .._nets import bars, pixels, size
 
-DIALS = Dials(objects=(2, 4), textures=TEXTURES, clutter=(0, 8))
-LOW, CHANNELS, WIDER, BLOCKS = 16, 12, 14, 3  # WIDER: of the arm without a second branch
-TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 200, 250, 8, 3
+DIALS = Dials(objects=(1, 2), sizes=("medium", "large"), textures=TEXTURES, clutter=(0, 8))
+LOW, CHANNELS, WIDER, BLOCKS = 12, 12, 14, 3  # WIDER: of the arm without a second branch
+TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 1500, 200, 120, 8, 3
 DYNAMIC, FIXED, ON = "dynamic", "both at one half", "always on"
 
 

@@ -22,7 +22,8 @@ from .._measure import mean
 from .._nets import bars
 
 OBJECTS, LIBRARY, VECTOR = 6, 64, 16
-FEW, MANY, HELD_OUT, STEPS, RUNS = 2000, 8000, 1000, 250, 3
+FEW, MANY, HELD_OUT, RUNS = 2000, 8000, 1000, 2
+STEPS = {True: 400, False: 150}  # with a relation in the task, and without, which is learned sooner
 DUAL, SENSORY, NONE = "dual", "sensory", "relations at zero"
 WIDTH = {DUAL: 32, SENSORY: 36, NONE: 32}
 
@@ -31,7 +32,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Accuracy on a library never seen, after training on few sequences, of dual and of sensory attention."""
     expected = (
         f"after {FEW} sequences, on a library never seen, dual attention is right in 90% or more and in 20 points "
-        "more than sensory attention, in each of 3 trainings; "
+        "more than sensory attention, in each of 2 trainings; "
         "on a task without a relation both are within 5 points"
     )
     found: dict[str, list[float]] = {way: [] for way in WIDTH}
@@ -40,9 +41,11 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for run in range(RUNS):
         at = RUNS * seed + run
         for way, of in found.items():
+            if way == NONE and run:
+                continue
             right, loss = _trained(way, FEW, at)
             of.append(right)
-            if way != NONE:
+            if way == DUAL:
                 fell.append(loss)
         for way, of in plain.items():
             of.append(_trained(way, FEW, at, relation=False)[0])
@@ -51,7 +54,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     apart = mean([a - b for a, b in zip(plain[DUAL], plain[SENSORY], strict=True)])
     holds = min(found[DUAL]) >= 0.9 and min(more) >= 0.2 and abs(apart.value) <= 0.05
     premises = [
-        Premise("training fits", "loss below 0.65 nats", f"{max(fell):.2f} at most", max(fell) < 0.65),
+        Premise("dual attention fits what it is trained on", "0.1 nats or less", f"{max(fell):.2f}", max(fell) <= 0.1),
         Premise(
             f"sensory attention can learn something of it from {MANY}",
             "above 55%",
@@ -61,7 +64,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     ]
     measured = (
         f"right on a new library: dual {mean(found[DUAL]):.2f} (at least {min(found[DUAL]):.2f}), sensory "
-        f"{mean(found[SENSORY]):.2f}, relations at zero {mean(found[NONE]):.2f}; without a relation in the task "
+        f"{mean(found[SENSORY]):.2f}, relations at zero {found[NONE][0]:.2f}; without a relation in the task "
         f"{mean(plain[DUAL]):.2f} and {mean(plain[SENSORY]):.2f}; sensory after {MANY} {many[0]:.2f}"
     )
     draw = partial(bars, values=found, ylabel="right on a library never seen", title=f"After {FEW} sequences")
@@ -79,23 +82,21 @@ class _Model(nn.Module):
         knobs: dict[str, Any] = {"relations": 2, "symbols": "positional", "symmetric": True, "length": OBJECTS}
         self.attention = nn.ModuleList(DualAttention(dim, *heads, **knobs) for _ in range(2))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)) for _ in range(2)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.read = nn.Linear(dim, 2)
         self.place.requires_grad_(way == SENSORY)
         if way == NONE:
             for attention in self.attention:
-                weight = attention.relational.relation_query.weight  # type: ignore[union-attr]
+                weight: Any = attention.relational.relation_query.weight  # type: ignore[union-attr]
                 nn.init.zeros_(weight).requires_grad_(False)
 
     def forward(self, objects: Tensor) -> Tensor:
         hidden = self.embed(objects) + self.place
-        for attention, mlp, norm in zip(self.attention, self.mlp, self.norms, strict=False):
-            hidden = hidden + attention(norm(hidden))
+        for attention, mlp in zip(self.attention, self.mlp, strict=True):
+            hidden = hidden + attention(hidden)
             hidden = hidden + mlp(hidden)
-        return self.read(self.norms[-1](hidden).mean(1))
+        return self.read(hidden.mean(1))
 
 
 def _trained(way: str, n: int, seed: int, *, relation: bool = True) -> tuple[float, float]:
@@ -108,7 +109,7 @@ def _trained(way: str, n: int, seed: int, *, relation: bool = True) -> tuple[flo
     model = _Model(way)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(STEPS[relation]):
         some = torch.randint(n, (64,), generator=generator)
         loss = F.cross_entropy(model(x[some]), y[some])
         optimiser.zero_grad()

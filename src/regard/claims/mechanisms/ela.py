@@ -1,9 +1,9 @@
 """Xu and Wan (arXiv:2403.01123): two strips locate an object better than coordinate attention of equal size.
 
-A small residual network names the shape of one object before clutter, with the block in its last two stages: efficient
-local attention (size B), coordinate attention whose reduction makes parameters alike, or ELA with batch norm in place
-of group norm, the paper's own diagnosis. How well a block locates is the share of its map, the mean over channels less
-its smallest value, that lies on the object's box, beyond the share of the box in the picture.
+A small residual network names the colour of one object before clutter, with the block before its residual sum:
+efficient local attention (size B), coordinate attention whose reduction makes parameters alike, or ELA with batch norm
+in place of group norm, the paper's own diagnosis. How well a block locates is the share of its map, the mean over
+channels less its smallest value, that lies on the object's box, beyond the share of the box in the picture.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...catalog import Finding, Premise
-from ...data.scenes import SHAPES, Dials, Scene, render, sample
+from ...data.scenes import COLOURS, Dials, Scene, render, sample
 from ...mechanisms.ela import ELA
 from .._measure import mean
 from .._nets import Network, bars, pixels, right, size, train
 
+NAMES = tuple(COLOURS)
 DIALS = Dials(objects=(1, 1), textures=("plain", "grain"), clutter=(0, 6))
-SIZE, WIDTHS, HIDDEN = 48, (16, 32, 64), 2
-TRAINING, HELD_OUT, STEPS, BATCH, RUNS = 2000, 400, 240, 16, 3
-ELA_B, CA, BATCH = "ELA", "coordinate attention", "ELA with batch norm"
+SIZE, WIDTHS, HIDDEN = 32, (16, 32), 2
+TRAINING, HELD_OUT, STEPS, RUNS = 2000, 500, 120, 2
+ELA_B, CA, NORMED = "ELA", "coordinate attention", "ELA with batch norm"
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
@@ -40,14 +41,14 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         scenes, judged = (
             [sample(DIALS, at + extra, i) for i in range(n)] for n, extra in ((TRAINING, 0), (HELD_OUT, 10**6))
         )
-        (x, y), (held, held_y) = ((pixels(s, SIZE), _shapes(s)) for s in (scenes, judged))
+        (x, y), (held, held_y) = ((pixels(s, SIZE), _colours(s)) for s in (scenes, judged))
         boxes = _boxes(judged)
         for way in BLOCKS:
             torch.manual_seed(at)
-            model = train(Network(WIDTHS, len(SHAPES), BLOCKS[way]), x, y, steps=STEPS, batch=BATCH, seed=at)
+            model = train(Network(WIDTHS, len(COLOURS), BLOCKS[way]), x, y, steps=STEPS, seed=at)
             share[way].append(float(right(model, held, held_y).float().mean()))
             on[way].append(_located(model, held, boxes))
-    sizes = {way: size(BLOCKS[way](32)) + size(BLOCKS[way](64)) for way in BLOCKS}
+    sizes = {way: size(BLOCKS[way](WIDTHS[-1])) for way in BLOCKS}
     more = mean([a - b for a, b in zip(on[ELA_B], on[CA], strict=True)])
     better = mean([a - b for a, b in zip(share[ELA_B], share[CA], strict=True)])
     alike = abs(sizes[CA] / sizes[ELA_B] - 1)
@@ -94,7 +95,7 @@ def _batch_normed(channels: int) -> ELA:
     return block
 
 
-BLOCKS: dict[str, Any] = {ELA_B: ELA, CA: _Coordinate, BATCH: _batch_normed}
+BLOCKS: dict[str, Any] = {ELA_B: ELA, CA: _Coordinate, NORMED: _batch_normed}
 
 
 @torch.no_grad()
@@ -111,8 +112,8 @@ def _located(model: Network, x: Tensor, boxes: Tensor) -> float:
     return float((share - boxes.mean((1, 2))).mean())
 
 
-def _shapes(scenes: list[Scene]) -> Tensor:
-    return torch.tensor([SHAPES.index(s.objects[0].shape) for s in scenes])
+def _colours(scenes: list[Scene]) -> Tensor:
+    return torch.tensor([NAMES.index(s.objects[0].colour) for s in scenes])
 
 
 def _boxes(scenes: list[Scene]) -> Tensor:

@@ -1,9 +1,9 @@
 """Chu et al. (arXiv:2104.13840): windows cost in proportion to the picture, and need sub-sampled attention beside them.
 
-Two coloured cells stand in a picture of 8 x 8 noisy ones: are they of one colour? Two blocks, whose outputs are
-averaged over cells and read by a linear map, so that the two have to meet inside a block. Far apart, in different
-windows of 4, windows alone cannot compare them. The control is the same question with both in one window. Rate and
-steps were chosen on seeds 1 and 2.
+Two cells stand out in a picture of 8 x 8 noisy ones. Two blocks have to tell, at the one, what colour the other has.
+Far apart, in different windows of 4, windows alone cannot know. The control is the same question with both in one
+window. Whether colours are alike was asked first, which neither way learned in as few steps; rate and steps were chosen
+on seed 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...catalog import Finding, Premise
 from ...mechanisms.twins import ConditionalPositions, GlobalSubSampledAttention, LocallyGroupedAttention, twins
 from .._measure import exponent, mean, seconds
 
-SIDE, WINDOW, RATIO, COLOURS, DIM, STEPS, BATCH, RATE, RUNS = 8, 4, 2, 3, 32, 250, 64, 3e-3, 2
+SIDE, WINDOW, RATIO, COLOURS, DIM, STEPS, BATCH, RATE, RUNS = 8, 4, 2, 3, 32, 150, 64, 3e-3, 1
 SIDES = 28, 56, 84
 TESTED = 2000
 
@@ -70,7 +70,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 def _draw(figure: Any, *, rates: dict[tuple[str, str], float], times: list[float]) -> None:
     left, right = figure.subplots(1, 2)
     left.bar([f"{way},\n{where}" for way, where in rates], [100 * rate for rate in rates.values()])
-    left.axhline(50, color="grey", linestyle=":")
+    left.axhline(100 / COLOURS, color="grey", linestyle=":")
     left.set(ylabel="right, %")
     right.loglog([side**2 for side in SIDES], times, "o-")
     right.set(xlabel="pixels", ylabel="seconds of windows")
@@ -82,12 +82,10 @@ def _seconds() -> list[float]:
     return seconds(*(partial(twins, x, x, x, shape=shape) for x, shape in pictures), least=7)
 
 
-def _pictures(count: int, where: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cells [picture, cell, colour and noise], and whether the two coloured ones are alike."""
-    cells = 0.3 * torch.randn(count, SIDE, SIDE, COLOURS + 1, generator=generator)
-    colours = torch.randint(COLOURS, (count, 2), generator=generator)
-    alike = torch.rand(count, generator=generator) < 0.5
-    colours[:, 1] = torch.where(alike, colours[:, 0], (colours[:, 0] + 1 + colours[:, 1] % (COLOURS - 1)) % COLOURS)
+def _pictures(count: int, where: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells [picture, cell, colour and mark], the cell that is marked, and the colour of the other one."""
+    cells = 0.1 * torch.randn(count, SIDE, SIDE, COLOURS + 1, generator=generator)
+    colours = torch.randint(COLOURS, (count,), generator=generator)
     # one cell in the upper left window, the other in the lower right one, or in the same one's other half
     at = torch.randint(WINDOW, (count, 2, 2), generator=generator)
     if where == "near":
@@ -95,9 +93,9 @@ def _pictures(count: int, where: str, generator: torch.Generator) -> tuple[Tenso
     else:
         at[:, 1] += WINDOW
     each = torch.arange(count)
-    for i in range(2):
-        cells[each, at[:, i, 0], at[:, i, 1]] += 3 * F.one_hot(colours[:, i], COLOURS + 1)
-    return cells.flatten(1, 2), alike.long()
+    cells[each, at[:, 0, 0], at[:, 0, 1], COLOURS] += 2
+    cells[each, at[:, 1, 0], at[:, 1, 1], colours] += 2
+    return cells.flatten(1, 2), at[:, 0, 0] * SIDE + at[:, 0, 1], colours
 
 
 class _Model(nn.Module):
@@ -111,27 +109,27 @@ class _Model(nn.Module):
         self.places = ConditionalPositions(DIM)
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(4))
         mlps = (nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)) for _ in range(2))
-        self.mlps, self.output = nn.ModuleList(mlps), nn.Linear(DIM, 2)
+        self.mlps, self.output = nn.ModuleList(mlps), nn.Linear(DIM, COLOURS)
 
-    def forward(self, cells: Tensor) -> Tensor:
+    def forward(self, cells: Tensor, asked: Tensor) -> Tensor:
         hidden, shape = self.embed(cells), (SIDE, SIDE)
         for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
             hidden = hidden + attention(self.norms[2 * i](hidden), shape)
             hidden = hidden + mlp(self.norms[2 * i + 1](hidden))
             hidden = hidden if i else self.places(hidden, shape)
-        return self.output(hidden.mean(1))
+        return self.output(hidden[torch.arange(len(cells)), asked])
 
 
-def _judged(way: str, where: str, tested: tuple[Tensor, Tensor], seed: int) -> Tensor:
-    """Whether each picture is judged rightly after training."""
+def _judged(way: str, where: str, tested: tuple[Tensor, Tensor, Tensor], seed: int) -> Tensor:
+    """Whether the colour in each picture is told rightly after training."""
     torch.manual_seed(seed)
     model, generator = _Model(way), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20, 2 * (STEPS - step) / STEPS)
-        cells, alike = _pictures(BATCH, where, generator)
+        *seen, colours = _pictures(BATCH, where, generator)
         optimizer.zero_grad()
-        F.cross_entropy(model(cells), alike).backward()
+        F.cross_entropy(model(*seen), colours).backward()
         optimizer.step()
     with torch.no_grad():
-        return (model(tested[0]).argmax(-1) == tested[1]).double()
+        return (model(*tested[:2]).argmax(-1) == tested[2]).double()

@@ -50,6 +50,7 @@ _OF_RESULTS = dict.fromkeys(
 _RESULTS = Struct(f"@6q{len(_OF_RESULTS)}q")
 _OF_GRADIENTS = dict.fromkeys(["lse", "reference", "above", "query", "key", "value"], 0)
 _GRADIENTS = Struct(f"@12q{len(_OF_GRADIENTS)}q6qq")
+_GRID, _GRID_ROWS = Struct("@11q18q4q2qdq"), Struct("@12q6q")
 
 
 class Blocks(NamedTuple):
@@ -87,11 +88,15 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(path)
     except OSError as error:
         return f"the kernel cannot be loaded: {error}"
-    library.regard_forward.argtypes = library.regard_backward.argtypes = [c_char_p, c_char_p]
-    for name in ("forward", "backward", "instructions", "openmp", "sizes"):
+    passes = ("forward", "backward", "grid_forward", "grid_backward")
+    if not hasattr(library, f"regard_{passes[-1]}"):
+        return f"the kernel at {path} was built from another version of regard"
+    for name in passes:
+        getattr(library, f"regard_{name}").argtypes = [c_char_p, c_char_p]
+    for name in (*passes, "instructions", "openmp", "sizes"):
         getattr(library, f"regard_{name}").restype = c_int64
-    sizes = [library.regard_sizes(c_int64(i)) for i in range(3)]
-    if sizes != [s.size for s in (_ATTENTION, _RESULTS, _GRADIENTS)]:
+    structures = _ATTENTION, _RESULTS, _GRADIENTS, _GRID, _GRID_ROWS
+    if [library.regard_sizes(c_int64(i)) for i in range(len(structures))] != [s.size for s in structures]:
         return f"the kernel at {path} was built from another version of regard"
     return library
 
@@ -503,6 +508,10 @@ def _run(
         *listed,
         torch.get_num_threads(),
     )
+    _call(what, arguments, results)
+
+
+def _call(what: str, arguments: bytes, results: bytes) -> None:
     code = getattr(_library(), f"regard_{what}")(arguments, results)
     if code == 1:
         raise MemoryError("not enough memory for the attention kernel")

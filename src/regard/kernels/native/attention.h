@@ -65,6 +65,28 @@ struct Gradients {
   float* sinks;          // [batch, head, query]
 };
 
+// Attention of the positions of a grid to boxes of another, of 3 axes, the last running fastest: position i of an axis
+// sees from `first` up to but not including `stop` along it, neither of which ever falls. For each side, one axis after
+// another.
+struct Grid {
+  int64_t batch, heads, kv_heads, dim, value_dim;
+  int64_t n_query[3], n_key[3];
+  Tensor4 query, key, value;
+  const int32_t *first, *stop;            // of queries: keys
+  const int32_t *seen_first, *seen_stop;  // of keys: the queries that see them
+  const float* hidden;                    // [batch or 1, key]: 0, or -inf where there is no key; or none
+  int64_t hidden_stride;
+  double scale;  // above 0
+  int64_t threads;
+};
+
+// Of `Gradients`; `inner`: the product of output and its gradient. The backward pass does not read the output.
+struct GridRows {
+  Tensor4 output, grad;                // [batch, head, query, value_dim]
+  float *reference, *above, *inner;    // [batch, head, query]
+  float *d_query, *d_key, *d_value;    // [batch, head, query or key, dim or value_dim]
+};
+
 // Runs job(data, 0) ... job(data, count - 1), in any order, on up to `threads` threads.
 using Job = void (*)(void* data, int64_t index);
 void run_jobs(Job job, void* data, int64_t count, int64_t threads);
@@ -78,6 +100,8 @@ void parallel(int64_t count, int64_t threads, F&& f) {
   namespace name {                                   \
   void forward(const Attention&, const Results&);    \
   void backward(const Attention&, const Gradients&); \
+  void grid_forward(const Grid&, const GridRows&);   \
+  void grid_backward(const Grid&, const GridRows&);  \
   }
 REGARD_DECLARE(baseline)
 REGARD_DECLARE(avx2)

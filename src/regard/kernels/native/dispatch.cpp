@@ -81,8 +81,8 @@ Fork openmp() {
 #endif
 
 // Runs the build for the best instructions that the machine has and the call allows; 0, or what went wrong.
-template <class T, size_t N>
-int64_t run_best(void (*const (&builds)[N])(const Attention&, const T&), const Attention& a, const T& other) {
+template <class A, class T, size_t N>
+int64_t run_best(void (*const (&builds)[N])(const A&, const T&), const A& a, const T& other) {
   const int64_t chosen = chosen_instructions();
   if (chosen < 0) return 3;
   try {
@@ -116,7 +116,8 @@ void run_jobs(Job job, void* data, int64_t count, int64_t threads) {
 REGARD_PUBLIC int64_t regard_instructions() { return chosen_instructions(); }
 REGARD_PUBLIC int64_t regard_openmp() { return openmp() != nullptr; }
 REGARD_PUBLIC int64_t regard_sizes(int64_t which) {
-  return which == 0 ? sizeof(Attention) : which == 1 ? sizeof(Results) : sizeof(Gradients);
+  const size_t sizes[] = {sizeof(Attention), sizeof(Results), sizeof(Gradients), sizeof(Grid), sizeof(GridRows)};
+  return int64_t(sizes[which]);
 }
 
 REGARD_PUBLIC int64_t regard_forward(const Attention* a, const Results* r) {
@@ -125,4 +126,12 @@ REGARD_PUBLIC int64_t regard_forward(const Attention* a, const Results* r) {
 
 REGARD_PUBLIC int64_t regard_backward(const Attention* a, const Gradients* g) {
   return run_best(REGARD_BUILDS(backward), *a, *g);
+}
+
+REGARD_PUBLIC int64_t regard_grid_forward(const Grid* g, const GridRows* r) {
+  return run_best(REGARD_BUILDS(grid_forward), *g, *r);
+}
+
+REGARD_PUBLIC int64_t regard_grid_backward(const Grid* g, const GridRows* r) {
+  return run_best(REGARD_BUILDS(grid_backward), *g, *r);
 }

@@ -111,6 +111,10 @@ void read(const Tensor4& t, int64_t from, int64_t n, float* out) {
 
 void write(const Tensor4& t, int64_t from, int64_t n, const float* in) {
   const int64_t step = t.stride[3];
+  if (t.type == FLOAT32 && step == 1) {
+    memcpy(static_cast<float*>(t.data) + from, in, n * 4);
+    return;
+  }
   for (int64_t i = 0; i < n; i++) {
     if (t.type == FLOAT32) static_cast<float*>(t.data)[from + i * step] = in[i];
     else if (t.type == BFLOAT16) static_cast<uint16_t*>(t.data)[from + i * step] = to_bfloat16(in[i]);
@@ -858,10 +862,11 @@ struct Forward {
     if (a.mask.type != BOOLEAN || !a.mask.data)
       return a.block_counts != nullptr && !a.mask.data && sees_none(block, row);
     float extra;
-    for (int64_t j = row.low; j < row.high; j++) {
-      read(a.mask, at(a.mask, block.batch, row.head, row.query) + j * a.mask.stride[3], 1, &extra);
-      if (extra == 0.0f) return false;
-    }
+    for (const int64_t p : block.panels)  // what a mask shows of keys that are not listed is not seen
+      for (int64_t j = std::max(row.low, p * PN); j < std::min(row.high, (p + 1) * PN); j++) {
+        read(a.mask, at(a.mask, block.batch, row.head, row.query) + j * a.mask.stride[3], 1, &extra);
+        if (extra == 0.0f) return false;
+      }
     return true;
   }
   bool sees_none(const Block& block, const Row& row) const {
@@ -1132,6 +1137,21 @@ void backward(const Attention& a, const Gradients& g) {
       for (int64_t i = 0; i < value_size; i++) d_value(0, head)[i] += d_value(part, head)[i];
     }
   });
+}
+
+// ------------------------------------------------------------------------------------------------------ grids
+
+namespace {
+#include "grid.h"
+}
+
+void grid_forward(const Grid& g, const GridRows& rows) {
+  walk<GridForward>(g, rows, Sight(g.n_query, g.n_key, g.first, g.stop));
+}
+
+void grid_backward(const Grid& g, const GridRows& rows) {
+  walk<GridBackward<false>>(g, rows, Sight(g.n_query, g.n_key, g.first, g.stop));
+  walk<GridBackward<true>>(g, rows, Sight(g.n_key, g.n_query, g.seen_first, g.seen_stop));
 }
 
 }  // namespace REGARD_ISA
