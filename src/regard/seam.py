@@ -154,8 +154,8 @@ class _Session:
         if not self.sites:
             sites.refuse_unreached(model, missed, other)
         if recorder is not None:
-            recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
             recorder.attributes.setdefault("architecture", type(getattr(model, "_orig_mod", model)).__name__)
+            recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         for module, site in self.sites.items():
@@ -325,8 +325,9 @@ def _route(
         _shown(sessions, seen, module)
         if result is None or edited is not output:
             result = asked.mine(edited, query).transpose(1, 2).contiguous()
+        weights = None if weights is None else asked.mine(weights, query)
     sessions[0].passes.pictures.gave(result)
-    return result, None if weights is None else asked.mine(weights, query)
+    return result, weights
 
 
 def _brought_together(asked: Asked, given: Call, sessions: Sequence[_Session]) -> tuple[Asked, Call]:
