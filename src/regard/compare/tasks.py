@@ -22,7 +22,7 @@ from ..data.loaders import omniglot_drawings
 from ..data.scenes import SHAPES, Dials, Scenes, render
 from ..evaluation import cab
 
-BATCH, HELD_OUT = 16, 512  # items of a step of training, and of the judgement
+BATCH, HELD_OUT = 32, 512  # items of a step of training, and of the judgement
 SIZE, PATCH = 32, 4  # pixels of a picture's side, and of a token's
 TRAIN = 2048  # scenes that are trained on, over and over
 
@@ -119,6 +119,7 @@ def language(seed: int) -> Data:
     measure="accuracy",
     higher=True,
     unit="tokens",
+    share=1.5,
 )
 def recall(seed: int) -> Data:
     def drawn(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,6 @@ def recall(seed: int) -> Data:
     measure="accuracy",
     higher=True,
     unit="tokens",
-    share=0.75,
 )
 def passkey(seed: int) -> Data:
     return Data(

@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(4, dim=32, seeds=2, rounds=2),  # for trying out: nothing is learned
-    "small": Scale(400),
+    "small": Scale(300),
     "large": Scale(3000, layers=4, dim=128, limit=1200.0, rounds=15),
 }
 
