@@ -76,6 +76,7 @@ EXACT = {
     "memory_efficient",
     "part_attention",
     "select_and_pack",
+    "sparsifiner",
 }
 
 
@@ -298,6 +299,7 @@ GROWTH = {
     "routing": "n^1.5",
     "seerattention": "square",
     "select_and_pack": "square",
+    "sparsifiner": "square",
     "twins": "linear",
 }
 
