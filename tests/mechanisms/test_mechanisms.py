@@ -75,6 +75,7 @@ EXACT = {
     "hyperattention",
     "memory_efficient",
     "part_attention",
+    "sea",
     "select_and_pack",
     "sparsifiner",
 }
@@ -297,6 +298,7 @@ GROWTH = {
     "regional_attention": "linear",
     "power": "n log n",
     "routing": "n^1.5",
+    "sea": "square",
     "seerattention": "square",
     "select_and_pack": "square",
     "sparsifiner": "square",
