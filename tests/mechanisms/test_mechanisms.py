@@ -74,7 +74,9 @@ EXACT = {
     "hyperattention",
     "memory_efficient",
     "part_attention",
+    "sea",
     "select_and_pack",
+    "sparsifiner",
 }
 
 
@@ -295,8 +297,10 @@ GROWTH = {
     "regional_attention": "linear",
     "power": "n log n",
     "routing": "n^1.5",
+    "sea": "square",
     "seerattention": "square",
     "select_and_pack": "square",
+    "sparsifiner": "square",
     "twins": "linear",
 }
 
