@@ -213,9 +213,10 @@ def test_padding_changes_nothing(name, pattern):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_key_at_all_gives_zeros(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_key_at_all_gives_zeros(name, dtype):
     spec = OPERATORS[name].spec
-    leaves = inputs("full")
+    leaves = inputs("full", dtype=dtype)
     nothing = torch.zeros(2, 1, 1, 23, dtype=torch.bool)
     found = small(name)(*leaves, causal="causal" in spec.patterns, mask=nothing)
     assert not found.any()
@@ -249,6 +250,17 @@ def test_refusals(name):
         operator(query, key[:, :, 1:], value, causal=causal)
     with pytest.raises(ValueError, match="dtype"):
         operator(query, key, value.float(), causal=causal)
+    with pytest.raises(ValueError, match="takes tensors; got list, Tensor, NoneType"):
+        operator([], key, None, causal=causal)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_refused(name):
+    """No sequence, head, token or dim."""
+    for none in range(4):
+        given = [t.detach().float().narrow(none, 0, 0) for t in inputs("full")]
+        with pytest.raises(ValueError, match=f"{name}: takes one sequence, head, token and dim or more"):
+            OPERATORS[name](*given, causal="causal" in OPERATORS[name].spec.patterns)
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)

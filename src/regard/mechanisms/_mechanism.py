@@ -92,7 +92,12 @@ def spec_of(function: Any) -> Spec:
 
 
 def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None) -> str | None:
+    if any(not isinstance(t, Tensor) for t in (query, key, value)):
+        return f"takes tensors; got {', '.join(type(t).__name__ for t in (query, key, value))}"
     one = value[:, :1].expand(-1, key.shape[1], -1, -1) if spec.apart and value.ndim == key.ndim == 4 else value
+    if query.ndim == key.ndim == value.ndim == 4 and 0 in (*query.shape, *key.shape, *value.shape):
+        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        return f"takes one sequence, head, token and dim or more; got {shapes}"
     if problem := misfit(query, key, one):
         return problem
     if query.shape[1] % value.shape[1]:
