@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..extras import shortened
 from ..functions import innermost
 from ..kernels import misfit
 from ..kernels.derivatives import transformed
@@ -69,11 +70,14 @@ def mechanism(
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        default = inspect.signature(function).parameters["causal"].default
+        parameters = inspect.signature(function).parameters
+        default, kinds = parameters["causal"].default, {name: _kinds(p) for name, p in parameters.items()}
 
         @functools.wraps(function)
         def checked(query: Tensor, key: Tensor, value: Tensor, **knobs: Any) -> Tensor:
-            problem = _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
+            foreign = (f"{k} is {kinds[k]}; got {_said(v)}" for k, v in knobs.items() if _foreign(kinds.get(k), v))
+            problem = next(foreign, None)
+            problem = problem or _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
             if problem:
                 raise ValueError(f"{function.__name__}: {problem}")
             return function(query, key, value, **knobs)
@@ -82,6 +86,48 @@ def mechanism(
         return checked
 
     return declare
+
+
+def _int(given: Any) -> bool:
+    return hasattr(given, "__index__") and not isinstance(given, bool | Tensor)
+
+
+def _float(given: Any) -> bool:
+    if isinstance(given, Tensor):
+        return given.ndim == 0
+    return hasattr(given, "__float__") and not isinstance(given, bool) and given == given  # not NaN
+
+
+def _each(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda given: isinstance(given, Sequence) and not isinstance(given, str) and all(map(kind, given))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "Axes": lambda given: _int(given) or _each(_int)(given),
+    "None": lambda given: given is None,
+    "Sequence[bool]": _each(lambda given: isinstance(given, bool)),
+    "Sequence[int]": _each(_int),
+    "Tensor": lambda given: isinstance(given, Tensor),
+    "bool": lambda given: isinstance(given, bool),
+    "float": _float,
+    "int": _int,
+    "str": lambda given: isinstance(given, str),
+    "tuple[int, int]": lambda given: _each(_int)(given) and len(given) == 2,
+}
+
+
+def _said(given: Any) -> str:
+    return f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else shortened(repr(given))
+
+
+def _kinds(parameter: inspect.Parameter) -> str | None:
+    """Of what kind an argument is, as it is annotated; None where that is more than whether it is a number or so."""
+    written = str(parameter.annotation).strip("'")
+    return written if all(kind in _KINDS for kind in written.split(" | ")) else None
+
+
+def _foreign(kinds: str | None, given: Any) -> bool:
+    return kinds is not None and not any(_KINDS[kind](given) for kind in kinds.split(" | "))
 
 
 def spec_of(function: Any) -> Spec:
