@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,12 +71,11 @@ def mechanism(
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         parameters = inspect.signature(function).parameters
-        default, kinds = parameters["causal"].default, {name: _kinds(p) for name, p in parameters.items()}
+        default = parameters["causal"].default
 
         @functools.wraps(function)
         def checked(query: Tensor, key: Tensor, value: Tensor, **knobs: Any) -> Tensor:
-            foreign = (f"{k} is {kinds[k]}; got {_said(v)}" for k, v in knobs.items() if _foreign(kinds.get(k), v))
-            problem = next(foreign, None)
+            problem = foreign(parameters, knobs)
             problem = problem or _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
             if problem:
                 raise ValueError(f"{function.__name__}: {problem}")
@@ -120,14 +119,14 @@ def _said(given: Any) -> str:
     return f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else shortened(repr(given))
 
 
-def _kinds(parameter: inspect.Parameter) -> str | None:
-    """Of what kind an argument is, as it is annotated; None where that is more than whether it is a number or so."""
-    written = str(parameter.annotation).strip("'")
-    return written if all(kind in _KINDS for kind in written.split(" | ")) else None
-
-
-def _foreign(kinds: str | None, given: Any) -> bool:
-    return kinds is not None and not any(_KINDS[kind](given) for kind in kinds.split(" | "))
+def foreign(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> str | None:
+    """What was given of another kind than is annotated, in words; nothing is said of kinds other than `_KINDS`."""
+    for name, value in given.items():
+        written = str(parameters[name].annotation) if name in parameters else ""
+        kinds = written.split(" | ")
+        if all(kind in _KINDS for kind in kinds) and not any(_KINDS[kind](value) for kind in kinds):
+            return f"{name} is {written}; got {_said(value)}"
+    return None
 
 
 def spec_of(function: Any) -> Spec:
