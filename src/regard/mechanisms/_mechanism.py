@@ -50,6 +50,7 @@ class Spec:
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
     apart: bool = False  # keys and values may have other numbers of heads
+    ahead: bool = False  # causal as to values only: which keys a query meets depends on later tokens too
     whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
 
 
@@ -63,9 +64,10 @@ def mechanism(
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
     apart: bool = False,
     whole: bool = False,
+    ahead: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, whole)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
