@@ -34,7 +34,8 @@ def _axes(
     tokens_ratio: float = 2.0,
 ) -> list[Window]:
     shape = (1, 1, n_key) if shape is None else (1,) * (len(shape) == 2) + tuple(shape)
-    if [len(shape), len(train_shape), len(half_window or (0, 0))] != [3, 2, 2] or min(train_shape) < 2:
+    half_window = [size // 2 for size in train_shape] if half_window is None else half_window
+    if [len(shape), len(train_shape), len(half_window)] != [3, 2, 2] or min(train_shape) < 2:
         raise ValueError(
             f"freeswim: shape is frames, rows and columns (or of one frame, without it), train_shape rows and columns, "
             f"2 or more, and half_window one number for each of these; got {shape=}, {train_shape=}, {half_window=}"
@@ -42,7 +43,7 @@ def _axes(
     if not tokens_ratio * math.prod(train_shape) > 1:
         raise ValueError(f"freeswim: tokens_ratio times the {math.prod(train_shape)} trained on is above 1")
     windows.whole("freeswim", shape, n_key)
-    rows, columns = half_window or (size // 2 for size in train_shape)
+    rows, columns = half_window
     if min(rows, columns) < 0:
         raise ValueError(f"freeswim: half_window is 0 or more; got {half_window}")
     frames = Window(shape[0], shape[0], 1, False)
