@@ -45,6 +45,12 @@ def test_masks_are_made_to_fit():
     torch.testing.assert_close(daring(weights, small[..., [0, 0, 1, 1]], [[(1, 3)]], grid=(3, 2)), expected)
 
 
+def test_a_mask_is_read_between_its_pixels():
+    mask = torch.tensor([0.0, 0.2, 0.4, 1.0]).expand(1, 1, 2, 4)  # two pixels wide and high each: 0.1 and 0.7
+    weights = torch.tensor([[[[0.1, 0.9], [0.7, 0.3]]]])
+    assert float(daring(weights, mask, [[(0, 1)]])) == pytest.approx(0, abs=1e-12)
+
+
 def test_pictures_without_groups_are_left_out():
     weights = drawn(2, 3, 4, 5).softmax(-1).requires_grad_()
     masks, groups = torch.ones(2, 1, 2, 2), [[None], [(0, 2)]]
