@@ -36,9 +36,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Loss on prose above dense attention's with 8 of 128 keys chosen by estimates, by place, or by a linear form."""
     expected = (
         "with 8 keys a query chosen by estimates in the last of six layers, the loss above that of dense attention is "
-        "at most half of that with the nearest 8 keys, and half of that of the linear form, each by two standard errors; "
-        "with the cells of another text more is lost, by two standard errors; the estimate is at most 0.7 as far from "
-        "the map, in total variation, as the mean map by distance"
+        "at most half of that with the nearest 8 keys, and half of that of the linear form, each by two standard "
+        "errors; with the cells of another text more is lost, by two standard errors; the estimate is at most 0.7 as "
+        "far from the map, in total variation, as the mean map by distance"
     )
     torch.manual_seed(seed)
     model, texts, batches = prose(BATCHES[scale], seed=seed)
