@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import regard
-from regard import catalog
+from regard import catalog, mechanisms
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness"
 NOT_ROOMS = {"adapters", "claims", "cli", "compare", "data", "kernels", "profile", "zoo"}
@@ -33,6 +34,8 @@ def page(room: str) -> str:
     """Markdown of a room."""
     papers = {row.object.partition(":")[0]: row for row in catalog.rows().values() if row.object}
     parts = [f"# {room.capitalize()}", _docstrings(f"regard.{room}", "members: false")]
+    if room == "mechanisms":
+        parts.append(choices())
     for name in files(room):
         parts.append(f"## {name}")
         if row := papers.get(f"regard.{room}.{name}"):
@@ -41,6 +44,34 @@ def page(room: str) -> str:
             )
         parts.append(_docstrings(f"regard.{room}.{name}"))
     return "\n\n".join(parts) + "\n"
+
+
+def choices() -> str:
+    """A table of what mechanisms declare: operators, then layers and blocks."""
+    converted = mechanisms.conversions()
+    takes = {"heads": "query, key, value", "hidden": "the layer's input", "map": "a map of rows and columns"}
+    lines = ["| mechanism | takes | attention | masks | operations grow as | converts models |", "| --- " * 6 + "|"]
+    for name, operator in mechanisms.operators().items():
+        spec = operator.spec
+        told = (
+            "query, key, value",
+            ", ".join(spec.patterns),
+            spec.mask,
+            _growth(spec),
+            "yes" if name in converted else "",
+        )
+        lines.append(f"| [`{name}`](#{name}) | {' | '.join(told)} |")
+    for name, kind in mechanisms.modules().items():
+        spec, file = kind.declared, name.partition(".")[0]
+        told = (takes[spec.takes], ", ".join(spec.patterns), "", "", "yes" if file in converted else "")
+        lines.append(f"| [`{kind.__name__}`](#{file}) | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def _growth(spec: mechanisms.Spec) -> str:
+    """The power of the length that the operations of a head follow from 32k to 64k keys, at its own knobs."""
+    counts = [spec.cost(n, n, 64, causal="causal" in spec.patterns).operations for n in (32768, 65536)]
+    return f"n^{math.log2(counts[1] / counts[0]):.2f}"
 
 
 def _docstrings(of: str, *options: str) -> str:

@@ -20,6 +20,7 @@ from .extras import shortened
 from .files import MARK, refuse_foreign, written_aside
 from .loading import Loaded, load, positions
 from .mechanisms import conversions, modules
+from .mechanisms._mechanism import foreign
 from .mechanisms._modules import ModuleSpec, declared_of
 
 WEIGHTS, ABOUT = "converted.safetensors", "converted.json"
@@ -59,11 +60,14 @@ def known(key: str) -> Callable[..., Any]:
 
 
 def convert(model: nn.Module, key: str, *, inputs: Mapping[str, Any] | None = None, **knobs: Any) -> nn.Module:
-    """The model with another mechanism, in place. KeyError, with those there are, where one has no conversion.
+    """The model with another mechanism, in place. KeyError, with those there are, where one has no conversion;
+    ValueError for knobs of another kind, and those that are missing.
 
     inputs: of the model, for conversions that run it once; see `example`.
     """
     function = known(key)
+    if problem := misgiven(function, knobs):
+        raise ValueError(f"the conversion to {key}: {problem}")
     if "inputs" in inspect.signature(function).parameters:
         if inputs is None:
             raise ValueError(
@@ -72,6 +76,15 @@ def convert(model: nn.Module, key: str, *, inputs: Mapping[str, Any] | None = No
         knobs = {"inputs": inputs, **knobs}
     made = function(model, **knobs)
     return made.eval() if isinstance(made, nn.Module) else model.eval()
+
+
+def misgiven(function: Callable[..., Any], knobs: Mapping[str, Any]) -> str | None:
+    """What of a conversion's knobs is of another kind, or is not given and has no default, in words."""
+    parameters = inspect.signature(function).parameters
+    needed = [name for name, p in list(parameters.items())[1:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if missing := [name for name in needed if name not in knobs and name != "inputs"]:
+        return f"give {' and '.join(missing)}, which has no default"
+    return foreign(parameters, knobs)
 
 
 def example(loaded: Loaded) -> dict[str, Any]:

@@ -124,11 +124,15 @@ def test_weights_that_would_not_come_back_are_not_saved(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("reader", "--to", "moba"), "there are those to gated-attention"),
+        (("reader", "--to", "moba"), "did you mean moh or mega?); there are those to"),
         (("reader", "--to", "mohh"), "did you mean moh"),
         (("reader", "--to", "moh", "--steps", "3"), "give a text with --data"),
         (("reader", "--to", "moh", "--knob", "activ=1"), "did you mean active"),
         (("reader", "--to", "moh", "--knob", "active=0.1"), "there have to be fewer shared ones"),
+        (("reader", "--to", "moh", "--knob", "active=half"), "active is float; got 'half'"),
+        (("reader", "--to", "moh", "--data", "nowhere.txt"), "--data nowhere.txt: No such file"),
+        (("reader", "--to", "routing"), "--knob: give clusters, which has no default"),
+        (("reader", "--to", "deconstructed", "--knob", "variant=odd"), "variant is one of"),
         (("viewer", "--to", "moh", "--data", "TEXT"), "looks at pictures"),
         (("painter", "--to", "moh"), "cannot be judged: it is no causal language model"),
         (("reader", "--to", "moh", "--out", "FOLDER"), "holds kept.txt"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 import warnings
 from functools import partial
 from itertools import pairwise
@@ -62,7 +63,6 @@ SMALL = {
     },
     "twins": {"window": 5},
 }
-CHOOSES = {"routing"}  # by keys of all tokens, also later ones: only their values change nothing
 # What a query gets depends on where the others lie, so padding moves it.
 ELSEWHERE = {"hyperattention"}
 WHOLE = {name for name, operator in OPERATORS.items() if operator.spec.whole}
@@ -188,7 +188,7 @@ def test_the_future_changes_nothing(name):
     query, key, value = (t.detach() for t in inputs("causal"))
     before = small(name)(query, key, value, causal=True)
     value[:, :, 15:] = -100.0
-    if name not in CHOOSES:
+    if not OPERATORS[name].spec.ahead:  # otherwise only later values change nothing
         key[:, :, 15:] = 100.0
     torch.testing.assert_close(
         small(name)(query, key, value, causal=True)[:, :, :15], before[:, :, :15], rtol=0, atol=0
@@ -215,9 +215,10 @@ def test_padding_changes_nothing(name, pattern):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_no_key_at_all_gives_zeros(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_key_at_all_gives_zeros(name, dtype):
     spec = OPERATORS[name].spec
-    leaves = inputs("full")
+    leaves = inputs("full", dtype=dtype)
     nothing = torch.zeros(2, 1, 1, 23, dtype=torch.bool)
     found = small(name)(*leaves, causal="causal" in spec.patterns, mask=nothing)
     assert not found.any()
@@ -251,6 +252,39 @@ def test_refusals(name):
         operator(query, key[:, :, 1:], value, causal=causal)
     with pytest.raises(ValueError, match="dtype"):
         operator(query, key, value.float(), causal=causal)
+    with pytest.raises(ValueError, match="takes tensors; got list, Tensor, NoneType"):
+        operator([], key, None, causal=causal)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_refused(name):
+    """No sequence, head, token or dim."""
+    for none in range(4):
+        given = [t.detach().float().narrow(none, 0, 0) for t in inputs("full")]
+        with pytest.raises(ValueError, match=f"{name}: takes one sequence, head, token and dim or more"):
+            OPERATORS[name](*given, causal="causal" in OPERATORS[name].spec.patterns)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "said"),
+    [
+        ("moba", {"block": 2.5}, "block is int; got 2.5"),
+        ("moba", {"scale": float("nan")}, "scale is float | None; got nan"),
+        ("neighborhood", {"shape": 23}, "shape is Sequence[int] | None; got 23"),
+        ("neighborhood", {"window": (3, "x")}, "window is Axes; got (3, 'x')"),
+        ("neighborhood", {"window": True}, "window is Axes; got True"),
+        ("landmark", {"landmarks": [1]}, "landmarks is Tensor | None; got [1]"),
+        ("routing", {"shared": torch.ones(2)}, "shared is bool; got a tensor [2]"),
+        ("combiner", {"form": 1}, "form is str; got 1"),
+        ("hierarchical", {"tree": "deep"}, "tree is int | Sequence[int] | Tensor; got 'deep'"),
+        ("biformer", {"size": 0}, "size=0"),
+        ("adaptive_filter", {"scale": -1.0}, "0 or more; got scale=-1.0"),
+    ],
+)
+def test_knobs_of_another_kind_are_refused(name, knobs, said):
+    patterns = OPERATORS[name].spec.patterns
+    with pytest.raises(ValueError, match=f"{name}: .*{re.escape(said)}"):
+        OPERATORS[name](*inputs("full"), causal=patterns == ("causal",), **knobs)
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)

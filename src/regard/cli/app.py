@@ -544,9 +544,14 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="A mechanism that has a conversion, such as moh.")],
     steps: Annotated[int, typer.Option(min=0, help="Of training, after it was converted.")] = 0,
     data: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text to train on; its last tenth is held out. Otherwise a paragraph.")
+        Path | None,
+        typer.Option(
+            help="A UTF-8 text to train on; its last tenth is held out. Without --steps, a paragraph will do."
+        ),
     ] = None,
-    knob: Annotated[list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, of the conversion.")] = None,
+    knob: Annotated[
+        list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, of the conversion, such as shape=[8,8].")
+    ] = None,
     folder: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the converted model.")] = None,
     seed: int = 0,
 ) -> None:

@@ -38,7 +38,7 @@ def convert(
     chosen = parsed(function, knobs)
     if out is not None:
         conversion.refuse_other(out)
-    text = read_text(None, data)
+    text = read_text(None, data, "--data")
     with console.status(f"loading {name}"):
         original = load(name)
     looks = getattr(original.model, "main_input_name", "") == "pixel_values"
@@ -84,7 +84,8 @@ def convert(
 
 def parsed(function: Callable[..., Any], knobs: Sequence[str]) -> dict[str, Any]:
     """Knobs of a conversion from NAME=VALUE: numbers, true, false, null, or words."""
-    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    _, *rest = inspect.signature(function).parameters.values()
+    names = [p.name for p in rest if p.kind is not p.VAR_KEYWORD and p.name != "inputs"]
     found = {}
     for knob in knobs:
         name, equals, value = knob.partition("=")
@@ -96,4 +97,6 @@ def parsed(function: Callable[..., Any], knobs: Sequence[str]) -> dict[str, Any]
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
+    if problem := conversion.misgiven(function, found):
+        raise InputError(f"--knob: {problem}")
     return found

@@ -29,16 +29,16 @@ class InputError(ValueError):
     """What was given to look at cannot be looked at."""
 
 
-def read_text(text: str | None, file: Path | None) -> str | None:
+def read_text(text: str | None, file: Path | None, option: str = "--file") -> str | None:
     if text is not None and file is not None:
         raise InputError("--text and --file: give one of them")
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise InputError(f"--file {file}: {error.strerror}") from error
+            raise InputError(f"{option} {file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise InputError(f"--file {file} is not UTF-8 text (byte {error.start}); convert it first") from error
+            raise InputError(f"{option} {file} is not UTF-8 text (byte {error.start}); convert it first") from error
     if text is not None and not text.strip():
         raise InputError("the text is empty")
     if text is not None and (why := unreadable(text)):

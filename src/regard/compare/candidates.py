@@ -39,6 +39,7 @@ class Candidate:
     held: Callable[[int, int, int], float] | None = None
     step: Callable[..., tuple[Tensor, Any]] | None = None
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None
+    ahead: bool = False
     code: str = ""  # a hash of the file that it is from
 
     def unfit(self, task: Task) -> str | None:
@@ -47,6 +48,8 @@ class Candidate:
             return f"needs {', '.join(self.needs)}, which no task gives"
         if task.pattern == "causal" and "causal" not in self.patterns:
             return f"is not causal; it does {' or '.join(self.patterns)}"
+        if task.pattern == "causal" and self.ahead:
+            return "chooses keys by later tokens too, so a prediction of the next one says nothing"
         if task.pattern == "full" and not {"full", "cross"} & set(self.patterns):
             return "is causal only"
         if self.takes == "map" and not task.pictures:
@@ -182,6 +185,7 @@ def candidate(key: str, thing: Any) -> Candidate:
         lambda **_: Operator(thing),
         needs,
         step=getattr(spec, "step", None),
+        ahead=getattr(spec, "ahead", False),
         sized=getattr(spec, "sized", None) if thing is innermost(thing) else None,  # knobs that were given stand
         code=_code(innermost(thing)),
     )

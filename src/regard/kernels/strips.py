@@ -78,7 +78,7 @@ def misfit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"attention takes [batch, head, position, dim]; got {shapes}"
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         return f"key and value belong together, and to the batch and dim of the query; got {shapes}"
-    if query.shape[1] % key.shape[1]:
+    if not key.shape[1] or query.shape[1] % key.shape[1]:
         return f"{query.shape[1]} query heads do not share {key.shape[1]} key heads evenly"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..extras import shortened
 from ..functions import innermost
 from ..kernels import misfit
 from ..kernels.derivatives import transformed
@@ -49,6 +50,7 @@ class Spec:
     scaled: bool  # scores are multiplied by `scale`; otherwise the paper has none, and a model's is not passed on
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
     apart: bool = False  # keys and values may have other numbers of heads
+    ahead: bool = False  # causal as to values only: which keys a query meets depends on later tokens too
     whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
 
 
@@ -62,18 +64,21 @@ def mechanism(
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None,
     apart: bool = False,
     whole: bool = False,
+    ahead: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, whole)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        default = inspect.signature(function).parameters["causal"].default
+        parameters = inspect.signature(function).parameters
+        default = parameters["causal"].default
 
         @functools.wraps(function)
         def checked(query: Tensor, key: Tensor, value: Tensor, **knobs: Any) -> Tensor:
-            problem = _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
+            problem = foreign(parameters, knobs)
+            problem = problem or _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
             if problem:
                 raise ValueError(f"{function.__name__}: {problem}")
             return function(query, key, value, **knobs)
@@ -84,6 +89,48 @@ def mechanism(
     return declare
 
 
+def _int(given: Any) -> bool:
+    return hasattr(given, "__index__") and not isinstance(given, bool | Tensor)
+
+
+def _float(given: Any) -> bool:
+    if isinstance(given, Tensor):
+        return given.ndim == 0
+    return hasattr(given, "__float__") and not isinstance(given, bool) and given == given  # not NaN
+
+
+def _each(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda given: isinstance(given, Sequence) and not isinstance(given, str) and all(map(kind, given))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "Axes": lambda given: _int(given) or _each(_int)(given),
+    "None": lambda given: given is None,
+    "Sequence[bool]": _each(lambda given: isinstance(given, bool)),
+    "Sequence[int]": _each(_int),
+    "Tensor": lambda given: isinstance(given, Tensor),
+    "bool": lambda given: isinstance(given, bool),
+    "float": _float,
+    "int": _int,
+    "str": lambda given: isinstance(given, str),
+    "tuple[int, int]": lambda given: _each(_int)(given) and len(given) == 2,
+}
+
+
+def _said(given: Any) -> str:
+    return f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else shortened(repr(given))
+
+
+def foreign(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> str | None:
+    """What was given of another kind than is annotated, in words; nothing is said of kinds other than `_KINDS`."""
+    for name, value in given.items():
+        written = str(parameters[name].annotation) if name in parameters else ""
+        kinds = written.split(" | ")
+        if all(kind in _KINDS for kind in kinds) and not any(_KINDS[kind](value) for kind in kinds):
+            return f"{name} is {written}; got {_said(value)}"
+    return None
+
+
 def spec_of(function: Any) -> Spec:
     spec = getattr(innermost(function), "spec", None)
     if not isinstance(spec, Spec):
@@ -92,7 +139,12 @@ def spec_of(function: Any) -> Spec:
 
 
 def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None) -> str | None:
+    if any(not isinstance(t, Tensor) for t in (query, key, value)):
+        return f"takes tensors; got {', '.join(type(t).__name__ for t in (query, key, value))}"
     one = value[:, :1].expand(-1, key.shape[1], -1, -1) if spec.apart and value.ndim == key.ndim == 4 else value
+    if query.ndim == key.ndim == value.ndim == 4 and 0 in (*query.shape, *key.shape, *value.shape):
+        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        return f"takes one sequence, head, token and dim or more; got {shapes}"
     if problem := misfit(query, key, one):
         return problem
     if query.shape[1] % value.shape[1]:

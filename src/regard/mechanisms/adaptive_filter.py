@@ -112,6 +112,8 @@ def adaptive_filter(
             f"adaptive_filter: frequency is [head={query.shape[1]}, dim / 2={size}], for values as well; got "
             f"{list(frequency.shape)}, and values of {value.shape[-1]} channels"
         )
+    if scale is not None and scale < 0:
+        raise ValueError(f"adaptive_filter: the scale of products that are squared is 0 or more; got {scale=}")
     exact, heads, n_key = torch.promote_types(query.dtype, torch.float32), query.shape[1], key.shape[2]
     noise, (nu, tau) = _noise(query, knobs), _knobs(query, knobs)
     query, key = (t.to(exact) if scale is None else t.to(exact) * scale**0.5 for t in (query, key))

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 from ._maps import checked, pointwise, shared_out
 from ._mechanism import Cost
+from ._modules import module
 
 SLOPE = 0.2
 
 
+@module("full", takes="map")
 class AttentionInAttention(nn.Module):
     """Feature maps [batch, channel, row, column] to the same: the paper's block, with its residual.
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ._maps import checked, depthwise, largest_and_mean, per_channel, pointwise
 from ._mechanism import Cost
+from ._modules import module
 
 # Reach of a kernel: width of the small one, taps of the strips, and how far apart they are.
 KERNELS = {7: (3, 3, 2), 11: (3, 5, 2), 23: (5, 7, 3), 35: (5, 11, 3), 41: (5, 13, 3), 53: (5, 17, 3)}
@@ -114,6 +115,7 @@ class VisualAttention(nn.Module):
         return self.last(self.kernel(F.gelu(self.first(x)))) + x
 
 
+@module("full", takes="map")
 class VisualBlock(nn.Module):
     """Feature maps [batch, channel, row, column] to the same: a sparse large kernel, then a convolutional MLP.
 

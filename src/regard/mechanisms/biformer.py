@@ -75,7 +75,9 @@ def _graph(query: Tensor, key: Tensor, mask: Tensor | None, cut: Regions, graph:
 def _cut(n: int, shape: Sequence[int] | None, regions: Axes, size: Axes | None) -> Regions:
     shape = (n,) if shape is None else tuple(shape)
     windows.whole("biformer", shape, n)
-    (given,) = windows.given("biformer", shape, **{"regions" if size is None else "size": size or regions})
+    (given,) = windows.given(
+        "biformer", shape, **{"regions" if size is None else "size": regions if size is None else size}
+    )
     if min(given) < 1:
         raise ValueError(f"biformer: 1 region or more, of 1 token or more; got {regions=}, {size=}")
     sizes = given if size is not None else tuple(-(-n // g) for n, g in zip(shape, given, strict=True))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ._maps import checked, depthwise, shared_out
 from ._mechanism import Cost
+from ._modules import module
 
 SCALES = ("dim", "positions")
 
@@ -115,6 +116,7 @@ class _Block(nn.Module):
         return x + (F.gelu(found) if self.bent else found)
 
 
+@module("full", takes="map")
 class ChannelBlock(_Block):
     """Feature maps [batch, channel, row, column] to the same, through attention between channels.
 
@@ -142,6 +144,7 @@ class ChannelBlock(_Block):
         return self.attention(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
+@module("full", takes="map", build=lambda dim, heads: WindowBlock(dim, heads, window=4))
 class WindowBlock(_Block):
     """Feature maps [batch, channel, row, column] to the same, through attention inside windows.
 

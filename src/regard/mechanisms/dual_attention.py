@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from ._maps import shared_out
 from ._mechanism import Cost, by_head, pairs, softmax, visible
+from ._modules import module
 
 SYMBOLS = ("symbolic", "positional", "relative", "given")
 
@@ -136,6 +137,7 @@ class SymbolicAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
+@module("causal", "full", build=lambda dim, heads: DualAttention(dim, heads // 2, heads // 2))
 class DualAttention(nn.Module):
     """Self-attention of sensory and relational heads, beside each other: [batch, token, dim] to the same.
 

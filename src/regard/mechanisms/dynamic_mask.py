@@ -143,7 +143,8 @@ def _attend(
     heads = query.shape[1]
     bias, seen = by_head(bias.gather(-1, keys), heads)[:, :, None], by_head(seen, heads)
     if runs_native(query) and not transformed(query, key, value, bias):
-        return native.attention(query, key, value, scale=scale, mask=seen, bias=bias)
+        # With a bias the kernel hides keys by a finite number, as transformers does: all alike where none is seen.
+        return native.attention(query, key, value, scale=scale, mask=seen, bias=bias).where(seen.any(-1, True), 0.0)
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(exact) @ by_head(key, heads).to(exact).mT * scale + bias
     return (softmax(scores, seen) @ by_head(value, heads).to(exact)).to(value.dtype)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ._maps import checked
 from ._mechanism import Cost
+from ._modules import module
 
 SIZES = {"T": (5, None, 32), "B": (7, None, 16), "S": (5, 8, 16), "L": (7, 8, 16)}  # kernel, channels a group, norm
 
 
+@module("full", takes="map")
 class ELA(nn.Module):
     """Feature maps [batch, channel, row, column] to the same, weighed by a number a row and one a column.
 

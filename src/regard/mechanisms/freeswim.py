@@ -33,16 +33,17 @@ def _axes(
     half_window: Sequence[int] | None = None,
     tokens_ratio: float = 2.0,
 ) -> list[Window]:
-    shape = (1, 1, n_key) if shape is None else tuple(shape)
-    if [len(shape), len(train_shape), len(half_window or (0, 0))] != [3, 2, 2] or min(train_shape) < 2:
+    shape = (1, 1, n_key) if shape is None else (1,) * (len(shape) == 2) + tuple(shape)
+    half_window = [size // 2 for size in train_shape] if half_window is None else half_window
+    if [len(shape), len(train_shape), len(half_window)] != [3, 2, 2] or min(train_shape) < 2:
         raise ValueError(
-            f"freeswim: shape is frames, rows and columns, train_shape rows and columns, 2 or more, and half_window "
-            f"one number for each of these; got {shape=}, {train_shape=}, {half_window=}"
+            f"freeswim: shape is frames, rows and columns (or of one frame, without it), train_shape rows and columns, "
+            f"2 or more, and half_window one number for each of these; got {shape=}, {train_shape=}, {half_window=}"
         )
     if not tokens_ratio * math.prod(train_shape) > 1:
         raise ValueError(f"freeswim: tokens_ratio times the {math.prod(train_shape)} trained on is above 1")
     windows.whole("freeswim", shape, n_key)
-    rows, columns = half_window or (size // 2 for size in train_shape)
+    rows, columns = half_window
     if min(rows, columns) < 0:
         raise ValueError(f"freeswim: half_window is 0 or more; got {half_window}")
     frames = Window(shape[0], shape[0], 1, False)
@@ -64,7 +65,12 @@ def _cost(n_query: int, n_key: int, dim: int, *, causal: bool = False, **knobs: 
     return windows.cost(_axes(n_query, n_key, **knobs), n_query, dim)
 
 
-@mechanism("full", mask="keys", weights=_weights, cost=_cost)
+def _sized(shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    rows, columns = (1,) * (len(shape) == 1) + shape
+    return {"train_shape": (max(2, rows // 2), max(2, columns // 2))}
+
+
+@mechanism("full", mask="keys", weights=_weights, cost=_cost, sized=_sized)
 def freeswim(
     query: Tensor,
     key: Tensor,
@@ -81,10 +87,10 @@ def freeswim(
     """Softmax attention of a video's tokens to a window as large as the training picture. [batch, head, query, dim]
 
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim], tokens of `shape` frames, rows and
-    columns, the last running fastest; without shape, one row. train_shape: rows and columns of tokens that the model
-    was trained on; half_window: rows and columns to either side, half of these unless given. tokens_ratio: tokens over
-    those trained on, by which the scale follows; 1: as it is. mask: which keys there are, [batch, 1, 1, key]. Raises
-    ValueError where shape and tokens do not fit.
+    columns, the last running fastest, or of a picture's rows and columns; without shape, one row. train_shape: rows and
+    columns of tokens that the model was trained on; half_window: rows and columns to either side, half of these unless
+    given. tokens_ratio: tokens over those trained on, by which the scale follows; 1: as it is. mask: which keys there
+    are, [batch, 1, 1, key]. Raises ValueError where shape and tokens do not fit.
 
         >>> import torch
         >>> x = torch.randn(1, 2, 2 * 12 * 16, 32)

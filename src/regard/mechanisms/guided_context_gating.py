@@ -21,10 +21,12 @@ from torch.nn import functional as F
 
 from ._maps import ChannelNorm, checked, over_positions, per_channel, pointwise
 from ._mechanism import Cost
+from ._modules import module
 
 POOLS = ("softmax", "sum")
 
 
+@module("full", takes="map")
 class GuidedContextGating(nn.Module):
     """Feature maps [batch, channel, row, column] to the same, each position switched on or off by one number.
 

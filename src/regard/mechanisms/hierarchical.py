@@ -131,7 +131,7 @@ def hierarchical(
     causal: bool = False,
     mask: Tensor | None = None,
     scale: float | None = None,
-    tree: Tree = 8,
+    tree: int | Sequence[int] | Tensor = 8,
 ) -> Tensor:
     """Attention with one weight for each pair of siblings of a tree, the nearest to softmax. [batch, head, query, dim]
 

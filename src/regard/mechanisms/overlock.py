@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ._maps import ChannelNorm, checked, depthwise, pointwise, shared_out
 from ._mechanism import Cost, recomputed
+from ._modules import module
 
 OVERVIEW = 7  # rows and columns
 # Dilated kernels beside a large one: widths and dilations.
@@ -34,6 +35,7 @@ BRANCHES = {
 ROWS = 2**22  # numbers of windows that are laid out at once
 
 
+@module("full", takes="map")
 class ContextMix(nn.Module):
     """Feature maps [batch, channel, row, column] to the same, by kernels made from an overview.
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ._maps import ChannelNorm, checked, pointwise, shared_out
 from ._mechanism import Cost
+from ._modules import module
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -52,6 +53,7 @@ class _Partial(nn.Module):
         raise NotImplementedError
 
 
+@module("full", takes="map")
 class PartialChannel(_Partial):
     """Feature maps [batch, channel, row, column] to the same: some convolved, the others gated channel by channel.
 
@@ -79,6 +81,7 @@ class PartialChannel(_Partial):
         return self.norm(x * self.gate(x))
 
 
+@module("full", takes="map")
 class PartialSelf(_Partial):
     """Feature maps [batch, channel, row, column] to the same: some convolved, the others by self-attention.
 
@@ -115,6 +118,7 @@ class DistanceAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
+@module("full", takes="map")
 class PartialSpatial(nn.Module):
     """Feature maps [batch, channel, row, column] to the same: the first gated by position, the last convolved 1 x 1.
 

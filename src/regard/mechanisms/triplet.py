@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._maps import checked, largest_and_mean
 from ._mechanism import Cost
+from ._modules import module
 
 MOMENTUM = 0.01
 
@@ -32,6 +33,7 @@ class _Gate(nn.Module):
         return self.norm(self.convolution(planes)).sigmoid().transpose(1, axis)
 
 
+@module("full", takes="map")
 class Triplet(nn.Module):
     """Feature maps [batch, channel, row, column] to the same: the mean of copies gated along each axis.
 

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 
 from ._maps import checked, over_positions, shared_out
 from ._mechanism import Cost
+from ._modules import module
 
 MOMENTUM = 0.9  # of the newest batch
 
 
+@module("full", takes="map")
 class ULSAM(nn.Module):
     """Feature maps [batch, channel, row, column] to the same, each group of channels weighed by a map of its own.
 

@@ -17,12 +17,11 @@ def attention(weights, *, heads: int, kv_heads: int, rope_theta: float) -> tuple
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         attn_implementation="eager",
     )
-    module = LlamaAttention(config, 0)
+    module = LlamaAttention(config, 0).to(weights["o_proj.weight"].dtype)
     module.load_state_dict(weights)
     return nn.ModuleDict({"attention": module}), config
 
 
-@torch.no_grad()
 def run(model: nn.Module, config: LlamaConfig, hidden: torch.Tensor, *, causal: bool) -> torch.Tensor:
     n = hidden.shape[1]
     positions = LlamaRotaryEmbedding(config)(hidden, torch.arange(n)[None])

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from .. import Case
 
 
-def loaded(module: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, training=False) -> nn.Module:
-    """The module with these weights. names: beginnings of their names, as patterns, and what ours begin with."""
+def loaded(
+    module: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], *, training=False, eps=1e-5
+) -> nn.Module:
+    """The module with these weights. names: beginnings of their names, as patterns, and what ours begin with. eps: of
+    batch norms.
+    """
     module, state = module.to(next(iter(weights.values())).dtype).train(training), module.state_dict()
     found = {}
     for name, value in weights.items():
@@ -20,6 +24,9 @@ def loaded(module: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str,
                 break
         found[name] = value.reshape(state[name].shape) if name in state else value
     module.load_state_dict(found)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = eps
     return module
 
 

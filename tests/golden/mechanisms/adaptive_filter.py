@@ -46,7 +46,7 @@ def compare(case: Case):
         residual=settings["inner_residual"],
         still=settings["decay_zero"],
         noiseless=settings["process_noise_zero"],
-    )
+    ).to(case["input"].dtype)
     state = {}
     for ours in layer.state_dict():
         name, _, rest = ours.partition(".")

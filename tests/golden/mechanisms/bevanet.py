@@ -68,23 +68,24 @@ PROJECTIONS = {
 
 def compare(case: Case):
     settings, weights = case.settings, case.weights
-    kind, training = settings["module"].split()[0], settings["training"]
+    kind = settings["module"].split()[0]
+    how = {"training": settings["training"], "eps": settings.get("batch_norm_eps", 1e-5)}
     if kind == "BGAF":
-        module = loaded(BoundaryFusion(settings["channels"]), weights, FUSION, training=training)
+        module = loaded(BoundaryFusion(settings["channels"]), weights, FUSION, **how)
         return run(case, module, "detail", "semantic", "boundary")
     channels = case["input"].shape[1]
     if kind == "DLKPPM":
-        return run(case, _pyramid(weights, channels, training))
+        return run(case, _pyramid(weights, channels, how))
     knobs = {"kernel": settings["kernel_size"]}
     if kind == "EVAN":
         block = VisualBlock(channels, ratio=settings["mlp_expand"], **knobs)
-        return run(case, loaded(block, weights, BLOCK, training=training))
+        return run(case, loaded(block, weights, BLOCK, **how))
     names = {"SDLSKA": SPARSE, "LSKA": SEPARABLE}[kind]
     module = {"SDLSKA": SparseKernel, "LSKA": SeparableKernel}[kind](channels, **knobs)
-    return run(case, loaded(module, weights, names, training=training))
+    return run(case, loaded(module, weights, names, **how))
 
 
-def _pyramid(weights, channels, training):
+def _pyramid(weights, channels, how):
     """Their scales begin with a pool, but for the first; ours all do."""
     found = {}
     for name, value in weights.items():
@@ -95,4 +96,4 @@ def _pyramid(weights, channels, training):
             name = f"{PROJECTIONS[part]}.{number}.{last.removeprefix('pwconv.')}"
         found[name] = value
     out, hidden = weights["compression.2.pwconv.weight"].shape[:2]
-    return loaded(LargeKernelPyramid(channels, hidden // 6, out), found, PYRAMID, training=training)
+    return loaded(LargeKernelPyramid(channels, hidden // 6, out), found, PYRAMID, **how)

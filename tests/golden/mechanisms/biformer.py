@@ -27,7 +27,7 @@ def layer(case: Case):
         top=settings["topk"],
         kernel=settings["side_dwconv"],
         padding="zeros" if settings["auto_pad"] else "masked",
-    ).double()
+    ).to(case["input"].dtype)
     names = {"qkv.qkv": "qkv", "wo": "out", "lepe": "local"}
     module.load_state_dict(
         {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": w for n, w in case.weights.items()}

@@ -11,7 +11,9 @@ def compare(case: Case):
     settings = case.settings
     if settings["latents"] != 1 or settings["heads"] != 1:
         raise Unmapped("ours has one latent token and one head")
-    layer = TriadicModulation(settings["dim"], top=settings["top"], qkv_bias=settings["qkv_bias"]).double()
+    layer = TriadicModulation(settings["dim"], top=settings["top"], qkv_bias=settings["qkv_bias"]).to(
+        case["input"].dtype
+    )
     layer.load_state_dict(case.weights)
     leaves = case.leaves("input")
     output = layer(leaves["input"])

@@ -21,7 +21,7 @@ def compare(case: Case):
         settings["heads"],
         temperature=settings["temperature"],
         bias=settings["qkv_bias"],
-    ).double()
+    ).to(leaves["input"].dtype)
     layer.load_state_dict(weights)
     output, message, dependency = layer(leaves["input"], case["message_before"])
     return {

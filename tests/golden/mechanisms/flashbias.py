@@ -10,5 +10,7 @@ SOURCE = Source("authors", "thuml/FlashBias, README's form and attention_with_al
 def compare(case: Case):
     leaves = case.leaves("query", "key", "value", "query_factor", "key_factor")
     query, key, value, *factors = leaves.values()
-    output = flashbias(query, key, value, causal=case.settings["causal"], factors=Factors(*factors))
+    output = flashbias(
+        query, key, value, factors=Factors(*factors), causal=case.settings["causal"], scale=case.settings.get("scale")
+    )
     return {"output": output, **case.gradients(output, leaves)}

@@ -22,4 +22,6 @@ def compare(case: Case):
     gated_attention(model, granularity=settings["granularity"])
     with torch.no_grad():
         model["attention"].gate.weight.copy_(gates)
-    return {"output": run(model, config, case["hidden"], causal=True)}
+    leaves = case.leaves("hidden")
+    output = run(model, config, leaves["hidden"], causal=settings.get("causal", True))
+    return {"output": output, **case.gradients(output, leaves)}

@@ -11,7 +11,7 @@ SOURCE = Source("authors", "gioannides/Gaussian-Adaptive-Attention, GaussianBloc
 
 def compare(case: Case):
     heads, gaussians, weights = case.settings["num_heads"], case.settings["num_gaussians"], case.weights
-    layer = GaussianAttention(heads, gaussians, axis=case.settings["norm_axis"]).double()
+    layer = GaussianAttention(heads, gaussians, axis=case.settings["norm_axis"]).to(case["input"].dtype)
     for name, learned in (("mean_offsets", layer.offsets), ("c", layer.widths)):
         learned.data = torch.stack([weights[f"attention_heads.{head}.{name}"] for head in range(heads)])
     leaves = case.leaves("input")

@@ -23,7 +23,7 @@ def compare(case: Case):
         scaled_bias=settings.get("scale_pos_embed", False),
         padding="zeros",
         true_offsets=False,
-    ).double()
+    ).to(case["input"].dtype)
     names = {"pos_embed.height_rel": "row", "pos_embed.width_rel": "column"}
     module.load_state_dict({names.get(name, name): weight for name, weight in weights.items()})
     x = case["input"].clone().requires_grad_()

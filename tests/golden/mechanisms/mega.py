@@ -22,7 +22,7 @@ def compare(case: Case):
     knobs = {"order": settings["ema_dim"], "bidirectional": settings["bidirectional"]}
     knobs["truncation"] = settings.get("truncation")
     if "attention" not in settings:
-        average = MovingAverage(settings["dim"], **knobs)
+        average = MovingAverage(settings["dim"], **knobs).to(case["input"].dtype)
         average.load_state_dict(case.weights)
         output = average(leaves["input"], mask=mask)
         kernel = average.kernel(case["input"].shape[1])
@@ -39,7 +39,7 @@ def compare(case: Case):
         bias=settings["relative_bias"],
         positions=settings["max_positions"],
         **knobs,
-    )
+    ).to(case["input"].dtype)
     layer.load_state_dict(_renamed(case.weights, layer))
     output = layer(leaves["input"], mask=mask)
     weights = layer.weights(case["input"], mask=mask)

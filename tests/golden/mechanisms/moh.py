@@ -13,4 +13,6 @@ def compare(case: Case):
     sizes = {name: settings[name] for name in ("heads", "kv_heads", "rope_theta")}
     model, config = attention(case.weights, **sizes)
     moh(model, active=settings["active"], shared=settings["shared"])
-    return {"output": run(model, config, case["hidden"], causal=settings["causal"])}
+    leaves = case.leaves("hidden")
+    output = run(model, config, leaves["hidden"], causal=settings["causal"])
+    return {"output": output, **case.gradients(output, leaves)}

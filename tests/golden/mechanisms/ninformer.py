@@ -23,11 +23,8 @@ def _renamed(name: str) -> str:
 def compare(case: Case):
     leaves = case.leaves("input")
     _, tokens, dim = leaves["input"].shape
-    block = NiNBlock(dim, tokens=tokens, hidden=case.settings["d_ffn"]).double().eval()
+    block = NiNBlock(dim, tokens=tokens, hidden=case.settings["d_ffn"]).to(leaves["input"].dtype).eval()
     block.load_state_dict({_renamed(name): weight for name, weight in case.weights.items()})
     output = block(leaves["input"])
-    return {
-        "unit_output": block.unit(case["unit_input"]),
-        "output": output,
-        **case.gradients(output, leaves),
-    }
+    unit = {"unit_output": block.unit(case["unit_input"])} if "unit_input" in case else {}
+    return {**unit, "output": output, **case.gradients(output, leaves)}

@@ -7,7 +7,6 @@ from regard.mechanisms.position_only import Block, PositionOnly
 from .. import Case, Source
 
 SOURCE = Source("authors", "netket/netket, docs/tutorials/ViT-wave-function")
-TOLERANCE = {"output": 1e-10, "grad.input": 1e-10}
 
 
 def compare(case: Case):
@@ -25,11 +24,11 @@ def compare(case: Case):
     for ours, theirs in (("value", "v"), ("output", "W")):
         state |= {f"{ours}.weight": attention[theirs]["kernel"].mT}
         state |= {f"{ours}.bias": attention[theirs].get("bias", torch.zeros(dim))}
-    layer = layer.double()
+    layer = layer.to(case["input"].dtype)
     layer.load_state_dict(state)
     if any(".scale" in name for name in weights):
         block, norms = (
-            Block(dim, layer).double(),
+            Block(dim, layer).to(case["input"].dtype),
             sorted({n.rpartition(".")[0] for n in weights if n.endswith(".scale")}),
         )
         dense = [n for n in weights if n.endswith(".kernel") and weights[n].shape[0] != weights[n].shape[1]]

@@ -25,7 +25,7 @@ def compare(case: Case):
         output = output.where(mask.mT, alike)
     vectors = F.normalize(query if shared else torch.cat([query, key], 2), dim=-1)
     module = Routing(query.shape[-1], query.shape[1], settings["clusters"], shared=shared, decay=settings["decay"])
-    module.double().means.copy_(means)
+    module.to(means.dtype).means.copy_(means)
     module.begun.fill_(True)
     module.train()(query, key, value, causal=settings["causal"])
     module.update()

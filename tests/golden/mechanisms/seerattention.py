@@ -17,7 +17,7 @@ def compare(case: Case):
         tuple(POOLS[p] for p in re.findall("avg|max|min", part)) for part in settings["gate"][1:].split("_K")
     )
     knobs = {"queries": of_queries, "keys": of_keys, "block": settings["block"], "width": settings["hidden"]}
-    gate = Gate(query.shape[-1], query.shape[1], key.shape[1], base=settings["rope_base"], **knobs).double()
+    gate = Gate(query.shape[-1], query.shape[1], key.shape[1], base=settings["rope_base"], **knobs).to(query.dtype)
     names = {"mask_linear_q.weight": "query", "mask_linear_k.weight": "key"}
     gate.load_state_dict({names[name]: weight for name, weight in weights.items()})
     logits = gate.logits(query, key, positions_of=(case["cos"], case["sin"]))

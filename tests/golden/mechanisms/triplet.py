@@ -16,4 +16,7 @@ NAMES = {
 def compare(case: Case):
     settings = case.settings
     module = Triplet(kernel=settings["kernel_size"], spatial=not settings["no_spatial"])
-    return run(case, loaded(module, case.weights, NAMES, training=settings["training"]))
+    return run(
+        case,
+        loaded(module, case.weights, NAMES, training=settings["training"], eps=settings.get("batch_norm_eps", 1e-5)),
+    )

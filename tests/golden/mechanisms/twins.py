@@ -24,7 +24,7 @@ def compare(case: Case):
             raise Unmapped("positions that also make the picture smaller are not part of the paper's models")
         module = ConditionalPositions(dim)
         weights = {name.replace("proj.0.", "proj."): weight for name, weight in weights.items()}
-    module.double().load_state_dict(weights)
+    module.to(hidden.dtype).load_state_dict(weights)
     output = module(hidden, shape)
     (grad,) = torch.autograd.grad(output, hidden, case["output_gradient"])
     return {"output": output, "grad.input": grad}

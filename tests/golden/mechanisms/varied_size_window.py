@@ -20,7 +20,7 @@ def compare(case: Case):
         window=settings["window_size"],
         out_dim=settings["out_dim"],
         bias="bias" in weights,
-    ).double()
+    ).to(case["input"].dtype)
     if "qkv.bias" not in weights:
         weights["qkv.bias"] = weights["qkv.weight"].new_zeros(len(weights["qkv.weight"]))
     module.load_state_dict(weights)

@@ -336,6 +336,8 @@ def _limits(causal: bool, window: int | None) -> dict[str, int]:
 def _shapes(query: Tensor, key: Tensor, value: Tensor, window: int | None, blocks: Blocks | None) -> str | None:
     if problem := misfit(query, key, value):
         return problem
+    if not len(query):
+        return f"attention takes a batch of one sequence or more; got query {list(query.shape)}"
     if {query.dtype, key.dtype, value.dtype} - _FLOATS or query.dtype != key.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: one of float32, bfloat16, float16 for all is needed"
     if {t.device.type for t in (query, key, value)} != {"cpu"}:
