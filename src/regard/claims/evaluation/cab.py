@@ -27,7 +27,7 @@ from .._measure import peak_bytes, seconds
 SCALES = "small", "large"
 STEPS = {"small": 400, "large": 2000}
 LENGTHS = {"small": (256, 512, 1024, 2048, 4096), "large": (256, 512, 1024, 2048, 4096, 8192)}
-# Softmax attention with and without a bias, and some of each other kind: linear, decayed, block-sparse, within a window.
+# Softmax attention with and without a bias, and some of each other kind: linear, decayed, block-sparse, windowed.
 SMALL = (
     *("memory_efficient", "flashbias", "efficient_attention", "lightning_2"),
     *("moba", "neighborhood", "power"),
