@@ -8,9 +8,9 @@ PIP := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip --disable-pip-ve
 look: $(VENV)/installed
 	$(VENV)/bin/regard look
 
-# A process for each core, with one thread each: files of tests are shared out whole, so that each loads its models once
+# A process for each core, with one thread each; who has nothing left takes from the other
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal
 
 # Models run in drawn ways under drawn sessions, against their own maps: make fuzz MINUTES=60 SEED=1
 fuzz: $(VENV)/installed-test

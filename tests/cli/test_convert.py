@@ -147,6 +147,12 @@ def test_what_cannot_be_done_is_refused_by_name(arguments, said, text, tmp_path)
     assert (tmp_path / "kept.txt").read_text() == "mine"
 
 
+def test_looking_ahead_is_said():
+    said = "depends on later tokens too"
+    assert said in run("reader", "--to", "routing", "--knob", "clusters=2", "--knob", "window=4").output
+    assert said not in run("reader", "--to", "moh").output
+
+
 def test_conversions_are_those_that_files_declare():
     assert {"moh", "gated_attention"} <= set(mechanisms.conversions())
     assert all(callable(convert) for convert in mechanisms.conversions().values())

@@ -79,5 +79,7 @@ def test_refusals():
         halonet(x, x, x, shape=(3, 4), block=2, halo=1, bias=Positions(torch.zeros(6, 4), torch.zeros(6, 4)))
     with pytest.raises(ValueError, match="padding is 'masked'"):
         halonet(x, x, x, shape=(3, 4), padding="mirror")
+    with pytest.raises(ValueError, match="HaloAttention: was made for 8 channels"):
+        HaloAttention(8, 2)(torch.randn(1, 6, 8, 8))
     with pytest.raises(ValueError, match="stride is 1 or 2"):
         HaloAttention(8, 2, stride=3)

@@ -151,6 +151,11 @@ def test_loss_by_hand():
     apart = (right * (right / 0.2).log()).sum((1, 3)).mean()
     expected = 0.1 * apart + (right - even).square().mean()
     torch.testing.assert_close(map_loss(torch.zeros_like(teacher), teacher, causal=False), expected)
+    right = teacher.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf).softmax(-1)
+    even = torch.ones(5, 5).tril() / torch.arange(1.0, 6)[:, None]
+    apart = torch.xlogy(right, right / even.where(even > 0, 1.0)).sum(-1).mean()
+    expected = 0.1 * apart + (right - even).square().mean()
+    torch.testing.assert_close(map_loss(torch.zeros_like(teacher), teacher, causal=True), expected)
     hidden = teacher.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -1e9)
     torch.testing.assert_close(map_loss(hidden, teacher, causal=True), torch.zeros(()))
 

@@ -129,6 +129,8 @@ def test_refusals():
         seerattention(x, x, x, block=2, blocks=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="as many queries as keys"):
         seerattention(x[:, :, 2:], x, x, block=2, blocks=torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="takes causal models"):
+        convert(build("vit")[0])
     with pytest.raises(ValueError, match="pooled by some of"):
         Gate(2, 1, 1, queries=("median",))
     with pytest.raises(ValueError, match="no q_proj"):

@@ -120,6 +120,8 @@ def test_cost():
 def test_refusals():
     with pytest.raises(ValueError, match="do not share"):
         VariedSizeWindow(7, 2)
+    with pytest.raises(ValueError, match="VariedSizeWindow: was made for 4 channels"):
+        VariedSizeWindow(4, 2)(torch.randn(1, 6, 8, 8))
     with pytest.raises(ValueError, match="as many rows and columns as a window"):
         VariedSizeWindow(4, 2, window=7)(torch.randn(1, 4, 5, 8))
     model, inputs = build("vit")

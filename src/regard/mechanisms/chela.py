@@ -140,7 +140,7 @@ class Chela(Gated):
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """mask: which tokens there are, boolean [batch, token]; the others stand at the end."""
-        refuse_gaps(mask, "chela")
+        refuse_gaps(hidden, mask, "chela")
         normed = self.norm(hidden)
         value = F.silu(self.to_value(normed))
         value = value if mask is None else value.where(mask[..., None], 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _windows as windows
+from ._maps import checked
 from ._mechanism import Cost, by_head, mechanism, recomputed, scale_of, softmax
 from ._windows import Axis
 
@@ -267,6 +268,7 @@ class HaloAttention(nn.Module):
         self.row, self.column = (nn.Parameter(torch.randn(number, dim_head) * dim_head**-0.5) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        checked("HaloAttention", x, self.q.in_channels)
         query = self.q(x).unflatten(1, (self.heads, -1)).flatten(3).mT
         key, value = self.kv(x).unflatten(1, (self.heads, -1)).flatten(3).mT.tensor_split([self.dim_head], -1)
         scale = self.dim_head**-0.5

@@ -235,7 +235,7 @@ def _cost(n_query: int, n_key: int, dim: int, *, causal: bool = False, **knobs: 
     return Cost(4 * dim * taken + hashed, 2 * dim * (n_query + 2 * n_key) + 2 * dim * taken / plan.block)
 
 
-@mechanism("causal", "full", "cross", mask="keys", weights=_weights, cost=_cost, whole=True)
+@mechanism("causal", "full", "cross", mask="keys", weights=_weights, cost=_cost, whole=True, ahead=True)
 def hyperattention(
     query: Tensor,
     key: Tensor,

@@ -163,9 +163,10 @@ class Mega(Gated):
         return self._mixed(hidden, mask)[1]
 
     def _mixed(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_gaps(hidden, mask, "Mega")
         n = hidden.shape[1]
         chunk = n if self.chunk is None or n < self.chunk else self.chunk
-        self._check(n, chunk, mask)
+        self._check(n, chunk)
         normed = self.norm(hidden)
         value = F.silu(self.to_value(normed))
         update, query, key, reset, given = self.parts(self.move(normed, mask=mask))
@@ -210,13 +211,12 @@ class Mega(Gated):
             weights = F.relu(scores).square()
         return weights if seen is None else weights.where(seen, 0.0)
 
-    def _check(self, n: int, chunk: int, mask: Tensor | None) -> None:
+    def _check(self, n: int, chunk: int) -> None:
         if n % chunk or chunk > self.positions:
             raise ValueError(
                 f"Mega: takes whole chunks of {self.chunk} tokens, or fewer tokens than one, and up to "
                 f"{self.positions} positions; got {n} tokens: pad them, and give a mask"
             )
-        refuse_gaps(mask, "Mega")
 
 
 class Distances(nn.Module):

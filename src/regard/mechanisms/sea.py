@@ -13,6 +13,7 @@ As in the code: random features are those of softmax where all tokens are seen a
 padding still count in the Performer's denominator. Where causal, padding comes last. Left out: shifting positions by
 chance in training, other ways to share the budget out, and oversampling. `distil` trains the estimate alone, layer by
 layer beside dense attention, where the authors train the whole model. Dtypes below float32 are estimated in float32.
+The cost is linear in tokens, yet on a CPU dense attention is still the faster one at 4,096 of them.
 """
 
 from __future__ import annotations

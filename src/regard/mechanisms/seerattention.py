@@ -281,6 +281,8 @@ def convert(
     found = attentions(model, None, "seerattention")
     places: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, (attention, _) in found.items():
+        if not getattr(attention, "is_causal", True):
+            raise ValueError(f"seerattention: {type(attention).__name__} sees later tokens too; it takes causal models")
         norms = [getattr(attention, f"{p}_norm", None) or getattr(attention, f"{p}_proj", None) for p in "qk"]
         if not all(isinstance(m, nn.Module) for m in norms):
             raise ValueError(f"seerattention: {name} has no q_proj and k_proj, whose queries and keys the gate pools")

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..adapters import register
 from ._layers import exchanged, fill, not_causal, square
+from ._maps import checked
 from ._mechanism import Cost, scale_of
 from ._modules import module
 from ._pictures import grid
@@ -148,6 +149,7 @@ class VariedSizeWindow(nn.Module):
         return torch.stack([first[..., 1], last[..., 1], first[..., 0], last[..., 0]], -1)
 
     def forward(self, picture: Tensor) -> Tensor:
+        checked("VariedSizeWindow", picture, self.qkv.in_channels)
         rows, columns = picture.shape[2:]
         offset, scale = self.predicted(picture)
         parts = self._padded(self.qkv(picture)).unflatten(1, (3, self.heads, -1)).movedim(3, -1)

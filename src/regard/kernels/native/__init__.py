@@ -249,7 +249,7 @@ def attention(
     query: [batch, head, query, dim]; key, value: [batch, kv_head, key, dim]. causal: key j is visible to query i where
     j <= i + key - query, so that the last query sees all. window: and only the `window` newest of those; without
     causal, keys at most window - 1 away. mask, bias: broadcast to [batch, head, query, key]. Rows that see nothing give
-    zeros.
+    zeros; with a bias, all keys alike, as transformers does.
     """
     if (why := why_not()) is not None:
         raise RuntimeError(f"native attention is not available: {why}")
