@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from torch.nn.functional import avg_pool2d
 
+from regard.objectives import collect
 from regard.objectives.daring import by_head, daring
 
 
@@ -79,6 +81,19 @@ def test_heads_are_told_apart():
     heads = by_head(weights, masks, [[(1, 3)]])
     torch.testing.assert_close(by_head(weights[:, [2, 0, 1]], masks, [[(1, 3)]]), heads[:, [2, 0, 1]])
     assert heads.unique().numel() == 3
+
+
+def test_it_pulls_the_cross_attention_of_a_model():
+    model, inputs = FAMILIES["t5"]()
+    with collect(model, lambda call: call.weights.dense() if call.site.cross else None) as seen:
+        model(**inputs)
+    weights = torch.cat([s.value for s in seen], 1)  # sites joined along head
+    masks = torch.ones(len(weights), 1, 1, weights.shape[2])
+    groups = [[(1, 3)]] * len(weights)
+    daring(weights, masks, groups, grid=(1, weights.shape[2])).backward()
+    pulled = [model.get_submodule(s.site.name).q.weight.grad for s in seen]
+    assert pulled
+    assert all(g is not None and g.abs().sum() > 0 for g in pulled)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Li et al., CosmicMan: A Text-to-Image Foundation Model for Humans (arXiv:2404.01294), whose code calls the term HOLA:
 captions come in groups of words, each about one part of a person with a mask of its own, and the maps of a group's
 words, and their mean, are to equal the mask. Resizing of masks, what counts as a map and the means are as in the
-authors' code, which adds 1 times the term to the diffusion loss, for maps a sixteenth of the picture's height and width.
+authors' code, which adds 1 times the term to the diffusion loss, for maps of a sixteenth of the picture's height.
 
 The mask, not a share of it, is the target, and a query's weights sum to 1 over all words: where several words have the
 same place the term cannot reach 0, and only its changes tell something. The mean counts as one more map, so that a
