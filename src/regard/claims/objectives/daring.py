@@ -84,7 +84,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         left.set(xlabel="step", ylabel="both objects in their colour", ylim=(0, 1))
         left.legend()
         side.boxplot([inside[way].numpy() for way in WAYS], showfliers=False)
-        side.set_xticks(range(1, len(WAYS) + 1), [way.replace(" ", "\n") for way in WAYS])
+        side.set_xticks(range(1, len(WAYS) + 1), [way.replace("masks ", "masks\n") for way in WAYS])
         side.set(ylabel="of a word's attention, from its object", ylim=(0, 1))
 
     return Finding(
