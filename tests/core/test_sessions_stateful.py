@@ -71,7 +71,6 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 TRUTH: dict[tuple[str, float], torch.Tensor] = {}
-BEFORE = {name: (world(model), state(model)) for name, model in MODELS.items()}
 
 
 @torch.no_grad()
@@ -96,6 +95,7 @@ class Sessions(RuleBasedStateMachine):
     def begin(self, implementation: str) -> None:
         self.implementation, self.model = implementation, MODELS[implementation]
         self.open: list[Open] = []
+        self.before = world(self.model), state(self.model)
 
     @property
     def factor(self) -> float:
@@ -228,7 +228,7 @@ class Sessions(RuleBasedStateMachine):
             return
         for number, one in enumerate(list(self.open)):
             self.end(one, Mine if number == 1 else None)
-        before, held = BEFORE[self.implementation]
+        before, held = self.before
         assert is_clean(self.model)
         for now, then in zip(world(self.model), before, strict=True):
             assert now == then

@@ -129,8 +129,8 @@ def test_a_converted_model():
     assert not torch.allclose(found, output)
     kinds = [type(m) for m in model.modules() if isinstance(m, (LocallyGroupedAttention, GlobalSubSampledAttention))]
     assert kinds == [LocallyGroupedAttention, GlobalSubSampledAttention]
-    # and the pooling head, which stays
-    assert [node.sizes["layer"] for node in recording.tree.children.values()] == [2, 1]
+    # windows, merged keys, and the pooling head, which stays
+    assert [node.sizes["layer"] for node in recording.tree.children.values()] == [1, 1, 1]
     model(**inputs).last_hidden_state.square().mean().backward()
     made = [m for m in model.modules() if isinstance(m, GlobalSubSampledAttention)]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in made[0].parameters() if p is not made[0].sr.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import xarray as xr
@@ -32,7 +33,8 @@ def stack_of(prediction: Prediction) -> str:
     if any(call.site.cross for call in found):
         raise ValueError(f"{kind} has cross attention, so no one stack leads from its input to its score")
     stacks = list(dict.fromkeys(call.site.stack for call in found))
-    if len(stacks) != 1 or not blocks(prediction.model):
+    whole = {re.sub(r"\.\d+$", "", stack) for stack in stacks}  # of parts that see a picture in several ways
+    if len(whole) != 1 or not blocks(prediction.model):
         ways = f"attends to it in {', '.join(stacks)}" if stacks else "does not attend to it"
         raise ValueError(f"{kind} {ways}; there is no one way from {prediction.over} to its score")
     sizes = [(len(call.query), call.query.shape[2], call.key.shape[2]) for call in found]
@@ -48,6 +50,8 @@ def stack_of(prediction: Prediction) -> str:
             f"{kind}: layers of {', '.join(map(str, rows))} positions look at {', '.join(map(str, keys))}, so their "
             f"weights do not chain; gradients, grad_cam and normgrad do without them"
         )
+    if len(stacks) > 1:
+        raise ValueError(f"{kind} sees a picture in several ways, in {', '.join(stacks)}; their weights do not chain")
     return stacks[0]
 
 

@@ -4,7 +4,8 @@ A small model with cross attention to words is told which shape covers each patc
 paints it by a caption: which colour belongs to which shape only the order of words says. It learns from the colours
 alone, or with the term beside; a caption's groups are the words of each object. Binding is counted all along training.
 Errors are those of paired scenes. One other setting was tried, on another seed: 24 further steps of the zoo's
-`painter`, for which a caption is the same with its colours changed over, so that nothing could be told.
+`painter`, for which a caption is the same with its colours changed over, so that nothing could be told. The bar for
+masks changed over was "less than with its own" before the reported seed had run, and was made stricter after.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """The same model without the term, with it, and with the two objects' masks changed over, twice each."""
     expected = (
         f"in the mean of {CHECKS} checks along training, the term (weight 1) makes more scenes come out with both "
-        "objects in their own colour, than training without it and than with masks changed over; at the end, the share "
-        "of a word's attention that comes from its object is at least 1.25 times that without; each by two standard "
-        "errors"
+        "objects in their own colour, than training without it; masks changed over gain at most half of that; at the "
+        "end, the share of a word's attention that comes from its object is at least 1.25 times that without; each by "
+        "two standard errors"
     )
     train, held = _set(POOL, 2 * seed), _set(HELD, 2 * seed + 1)
     found = {way: [_train(way, train, held, STEPS[scale], seed + i) for i in range(TRAININGS)] for way in WAYS}
@@ -56,6 +57,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     bound = {way: r.mean((0, 1)) for way, r in right.items()}
     without, own, over = WAYS
     binds, control = mean(bound[own] - bound[without]), mean(bound[own] - bound[over])
+    apart = mean((bound[own] - bound[without]) / 2 - (bound[over] - bound[without]))
     looks = mean(inside[own] - 1.25 * inside[without])
     ends = ", ".join(f"{float(right[way][:, -1].mean()):.1%}" for way in WAYS)
     looked = ", ".join(f"{float(inside[way].mean()):.1%}" for way in WAYS)
@@ -88,7 +90,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         side.set(ylabel="of a word's attention, from its object", ylim=(0, 1))
 
     return Finding(
-        binds.above() and control.above() and looks.above(), measured, expected, seed, premises=premises, draw=draw
+        binds.above() and apart.above() and looks.above(), measured, expected, seed, premises=premises, draw=draw
     )
 
 
