@@ -34,7 +34,7 @@ def test_freeswim_is_a_window_with_a_scale_of_its_own():
 def test_freeswim_refuses():
     x = torch.randn(1, 1, 12, 4)
     with pytest.raises(ValueError, match="frames, rows and columns"):
-        freeswim(x, x, x, shape=(3, 4))
+        freeswim(x, x, x, shape=(12,))
     with pytest.raises(ValueError, match="has 24 positions"):
         freeswim(x, x, x, shape=(2, 3, 4))
     with pytest.raises(ValueError, match="above 1"):
