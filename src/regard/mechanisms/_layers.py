@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -199,3 +199,38 @@ def fill(layer: nn.Linear | nn.Conv2d, *parts: nn.Linear) -> None:
     if layer.bias is not None:
         missing = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
         layer.bias.copy_(torch.cat(missing))
+
+
+def distilled(
+    model: nn.Module,
+    modules: Sequence[Any],
+    learned: Iterable[nn.Parameter],
+    batches: Iterable[Mapping[str, Tensor]],
+    rate: float,
+    loss: Callable[[Any], Tensor] = lambda module: module.loss,
+) -> list[float]:
+    """Train what modules of a model learn from its own attention, and nothing else; the loss of each step, their mean.
+
+    modules: keep what they lose as `loss` while they are `learning`.
+    """
+    parts = dict.fromkeys(learned)
+    optimizer, losses = torch.optim.Adam(parts, rate), []
+    needed = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in needed:
+            p.requires_grad_(p in parts)
+        for m in modules:
+            m.learning = True
+        for inputs in batches:
+            model(**inputs)
+            lost = torch.stack([loss(m) for m in modules if m.loss is not None]).mean()
+            optimizer.zero_grad()
+            lost.backward()
+            optimizer.step()
+            losses.append(float(lost.detach()))
+    finally:
+        for p, need in needed.items():
+            p.requires_grad_(need)
+        for m in modules:
+            m.learning, m.loss = False, None
+    return losses

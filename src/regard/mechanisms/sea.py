@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _pairs
-from ._layers import attentions, own
+from ._layers import attentions, distilled, own
 from ._mechanism import Cost, by_head, mechanism, pairs, scale_of, softmax, visible
 from ._scan import scan, tokens
 from ._softmax import attend, runs_native
@@ -430,24 +430,4 @@ def distil(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, rate: f
     modules = [m for m in model.modules() if isinstance(m, EstimatedMask)]
     if not modules:
         raise ValueError("sea.distil: the model has no estimates; call convert(model)")
-    estimates = {p for m in modules for p in m.parameters()}
-    optimizer, losses = torch.optim.Adam(estimates, rate), []
-    needed = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in needed:
-            p.requires_grad_(p in estimates)
-        for m in modules:
-            m.learning = True
-        for inputs in batches:
-            model(**inputs)
-            loss = torch.stack([m.loss for m in modules if m.loss is not None]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    finally:
-        for p, need in needed.items():
-            p.requires_grad_(need)
-        for m in modules:
-            m.learning, m.loss = False, None
-    return losses
+    return distilled(model, modules, (p for m in modules for p in m.parameters()), batches, rate)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..kernels.native import Blocks
 from ._blocks import attend, listed
-from ._layers import attentions, own
+from ._layers import attentions, distilled, own
 from ._mechanism import Cost, by_head, mechanism, pairs, scale_of, softmax, visible
 
 POOLS = ("max", "min", "mean")
@@ -317,25 +317,4 @@ def distil(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, rate: f
     modules = [m for m in model.modules() if isinstance(m, SeerAttention)]
     if not modules:
         raise ValueError("seerattention.distil: the model has no gates; call convert(model)")
-    optimizer = torch.optim.Adam([p for m in modules for p in m.gate.parameters()], rate)
-    needed = {p: p.requires_grad for p in model.parameters()}
-    gates = {p for m in modules for p in m.gate.parameters()}
-    losses = []
-    try:
-        for p in needed:
-            p.requires_grad_(p in gates)
-        for m in modules:
-            m.learning = True
-        for inputs in batches:
-            model(**inputs)
-            loss = torch.stack([m.loss for m in modules if m.loss is not None]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    finally:
-        for p, before in needed.items():
-            p.requires_grad_(before)
-        for m in modules:
-            m.learning, m.loss = False, None
-    return losses
+    return distilled(model, modules, (p for m in modules for p in m.gate.parameters()), batches, rate)

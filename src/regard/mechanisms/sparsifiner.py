@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import own
+from ._layers import distilled, own
 from ._mechanism import Cost, by_head, mechanism, scale_of, softmax
 from ._modules import module
 from ._softmax import attend, runs_native
@@ -240,24 +240,5 @@ def distil(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, rate: f
     modules = [m for m in model.modules() if isinstance(m, Sparsifiner)]
     if not modules:
         raise ValueError("sparsifiner.distil: the model has no guesses; call convert(model, tokens=...)")
-    guesses = {p for m in modules for p in m.guess.parameters()}
-    optimizer, losses = torch.optim.Adam(guesses, rate), []
-    needed = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in needed:
-            p.requires_grad_(p in guesses)
-        for m in modules:
-            m.learning = True
-        for inputs in batches:
-            model(**inputs)
-            loss = torch.stack([m.loss / m.pictures for m in modules if m.loss is not None]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    finally:
-        for p, need in needed.items():
-            p.requires_grad_(need)
-        for m in modules:
-            m.learning, m.loss = False, None
-    return losses
+    guesses = (p for m in modules for p in m.guess.parameters())
+    return distilled(model, modules, guesses, batches, rate, lambda m: m.loss / m.pictures)
