@@ -102,6 +102,26 @@ def train(
     return model.eval()
 
 
+def on_digits(
+    network: Callable[[str], nn.Module],
+    ways: Sequence[str],
+    *,
+    training: int,
+    held_out: int,
+    steps: int,
+    runs: int,
+    seed: int,
+) -> dict[str, list[Tensor]]:
+    """Which digits held out each way gets right, of each run: all ways of a run see the same pictures and batches."""
+    hits: dict[str, list[Tensor]] = {way: [] for way in ways}
+    for at in range(runs * seed, runs * (seed + 1)):
+        x, y, held, held_y = digits(training, held_out, at)
+        for way, found in hits.items():
+            torch.manual_seed(at)
+            found.append(right(train(network(way), x, y, steps=steps, seed=at), held, held_y))
+    return hits
+
+
 @torch.no_grad()
 def settle(model: nn.Module, x: Tensor) -> None:
     """Batch norms take the statistics of one large batch: with a momentum such as ULSAM's, of little else anyway."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...catalog import Finding, Premise
 from ...mechanisms.partial_attention import PartialChannel, PartialSpatial
 from .._measure import mean, seconds
-from .._nets import bars, digits, normed, operations, right, size, train
+from .._nets import bars, normed, on_digits, operations, size
 
 WIDTH, BLOCKS = 32, 3
 TRAINING, HELD_OUT, STEPS, RUNS = 4000, 2000, 250, 1
@@ -30,13 +30,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         "attention by 0.2 points, two standard errors allowed; its processor time for a picture 0.7 of the full "
         "form's or less"
     )
-    hits: dict[str, list[Tensor]] = {way: [] for way in (NONE, PARTIAL, FULL)}
-    for run in range(RUNS):
-        at = RUNS * seed + run
-        x, y, held, held_y = digits(TRAINING, HELD_OUT, at)
-        for way, found in hits.items():
-            torch.manual_seed(at)
-            found.append(right(train(_network(way), x, y, steps=STEPS, seed=at), held, held_y))
+    sizes = {"training": TRAINING, "held_out": HELD_OUT, "steps": STEPS, "runs": RUNS}
+    hits = on_digits(_network, (NONE, PARTIAL, FULL), **sizes, seed=seed)
     share = {way: [float(h.float().mean()) for h in found] for way, found in hits.items()}
     picture, networks = torch.randn(1, 1, 224, 224), {way: _network(way).eval() for way in hits}
     times = dict(

@@ -10,12 +10,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...catalog import Finding, Premise
 from ...mechanisms.ulsam import ULSAM
 from .._measure import mean
-from .._nets import bars, digits, operations, right, train
+from .._nets import bars, on_digits, operations
 
 SIDE, WIDTH, LAYERS, REPLACED = 14, 24, 5, (2, 3)
 TRAINING, HELD_OUT, STEPS, RUNS = 4000, 2000, 300, 2
@@ -28,13 +28,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         "with ULSAM of 4 groups in place of two layers, 13% fewer operations or more, and accuracy less by 0.5 points "
         "at most, two standard errors allowed; better than with the layers left out by two standard errors"
     )
-    hits: dict[str, list[Tensor]] = {way: [] for way in (FULL, FOUR, OUT)}
-    for run in range(RUNS):
-        at = RUNS * seed + run
-        x, y, held, held_y = digits(TRAINING, HELD_OUT, at)
-        for way, found in hits.items():
-            torch.manual_seed(at)
-            found.append(right(train(_network(way), x, y, steps=STEPS, seed=at), held, held_y))
+    sizes = {"training": TRAINING, "held_out": HELD_OUT, "steps": STEPS, "runs": RUNS}
+    hits = on_digits(_network, (FULL, FOUR, OUT), **sizes, seed=seed)
     costs = {way: operations(_network(way), torch.zeros(1, 1, SIDE, SIDE)) for way in hits}
     share = {way: [float(h.float().mean()) for h in found] for way, found in hits.items()}
 
