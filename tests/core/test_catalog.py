@@ -60,7 +60,7 @@ def test_every_row_is_there_and_whole():
 
 def test_what_needs_no_model_waits_for_none():
     """Neither `import regard` nor the command's help, lists and completion import torch or transformers."""
-    for argument in ("--help", "papers", "papers search sink", "papers show moba", "papers tags"):
+    for argument in ("--help", "papers", "papers search sink", "papers show moba", "papers tags", "info"):
         code = (
             "import sys, regard.cli\n"
             "try: regard.cli.app(sys.argv[1:])\n"

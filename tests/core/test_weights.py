@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import dense, reductions
 
+from regard import library
 from regard.call import Call, Site
 from regard.kernels import native, strips
 from regard.tokens import Tokens
@@ -20,13 +21,13 @@ SITE = Site("attention", "language_model", 0)
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True, params=["torch", *native.INSTRUCTIONS])
+@pytest.fixture(autouse=True, params=["torch", *library.INSTRUCTIONS])
 def path(request, monkeypatch):
     """Every test holds on every path that this machine has."""
     if request.param == "torch":
         monkeypatch.setenv("REGARD_KERNEL", "torch")
         return
-    if native.why_not() or native.INSTRUCTIONS.index(request.param) > native.instructions():
+    if native.why_not() or library.INSTRUCTIONS.index(request.param) > library.instructions():
         pytest.skip(f"no {request.param} kernel here")
     monkeypatch.setenv("REGARD_INSTRUCTIONS", request.param)
 

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import dense, reductions
 
+from regard import library
 from regard.call import Call, Site
 from regard.kernels import Chosen, Reduction, native
 from regard.kernels.native import Blocks, grid
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no native kernel: {native.why_not()}")
 SITE = Site("attention", "language_model", 0)
-INSTRUCTIONS = () if native.why_not() else native.INSTRUCTIONS[: native.instructions() + 1]
+INSTRUCTIONS = () if native.why_not() else library.INSTRUCTIONS[: library.instructions() + 1]
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTIONS)

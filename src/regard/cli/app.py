@@ -591,12 +591,12 @@ def info() -> None:
     """Versions, and which path computes statistics here."""
     from importlib.metadata import version
 
-    from .. import kernels
+    from .. import library
 
     for name in ("regard", "torch", "transformers"):
         out.print(f"{name:14}{version(name)}", highlight=False)
     out.print(f"{'python':14}{sys.version.split()[0]}", highlight=False)
-    out.print(f"{'statistics':14}{kernels.describe()}", highlight=False, markup=False)
+    out.print(f"{'statistics':14}{library.describe()}", highlight=False, markup=False)
 
 
 def _list(rows: list) -> None:

@@ -7,9 +7,7 @@ it was not built, or on a machine that cannot load it, `why_not` says so and not
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
-import os
 from collections.abc import Iterable
 from ctypes import c_char_p, c_int64
 from functools import cache, partial
@@ -19,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import library
 from .. import strips
 from ..derivatives import again, gradients, transformed
 from ..operands import Chosen, Operands, Reduction
 from ..strips import cut, misfit, stack
 
-INSTRUCTIONS = ("baseline", "avx2", "avx512")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _FLOATS = _TYPES.keys() - {torch.bool}
 _ROWWISE = {"entropy", "maximum", "squares", "distance", "mass", "at", "top_weights", "top_keys", "received", "lse"}
@@ -79,53 +77,32 @@ class Blocks(NamedTuple):
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    spec = importlib.util.find_spec(f"{__name__}._native")
-    path = os.environ.get("REGARD_NATIVE") or (spec and spec.origin)  # another build, for those who work on it
-    if path is None:
-        return "the kernel was not built: no C++ compiler was found when regard was installed"
-    try:
-        library = ctypes.CDLL(path)
-    except OSError as error:
-        return f"the kernel cannot be loaded: {error}"
-    passes = ("forward", "backward", "grid_forward", "grid_backward")
-    if not hasattr(library, f"regard_{passes[-1]}"):
-        return f"the kernel at {path} was built from another version of regard"
-    for name in passes:
-        getattr(library, f"regard_{name}").argtypes = [c_char_p, c_char_p]
-    for name in (*passes, "instructions", "openmp", "sizes"):
-        getattr(library, f"regard_{name}").restype = c_int64
+    """The library, or why there is none that fits these structures."""
+    found = library.load()
+    if isinstance(found, str):
+        return found
+    for name in library.PASSES:
+        getattr(found, f"regard_{name}").argtypes = [c_char_p, c_char_p]
     structures = _ATTENTION, _RESULTS, _GRADIENTS, _GRID, _GRID_ROWS
-    if [library.regard_sizes(c_int64(i)) for i in range(len(structures))] != [s.size for s in structures]:
-        return f"the kernel at {path} was built from another version of regard"
-    return library
+    if [found.regard_sizes(c_int64(i)) for i in range(len(structures))] != [s.size for s in structures]:
+        return f"the kernel at {found._name} was built from another version of regard"
+    return found
 
 
 def why_not() -> str | None:
     """Why the kernel is not in use at all; None where it is."""
-    if os.environ.get("REGARD_KERNEL") == "torch":
-        return "REGARD_KERNEL=torch"
-    library = _library()
-    return library if isinstance(library, str) else None
+    if (why := library.why_not()) is not None:
+        return why
+    found = _library()
+    return found if isinstance(found, str) else None
 
 
 def describe() -> str:
     """Instruction set and threads in use, for people."""
-    library = _library()
-    assert not isinstance(library, str)
-    pool = "PyTorch's OpenMP threads" if library.regard_openmp() else "threads of its own"
-    return f"native C++, {INSTRUCTIONS[instructions()]}, {torch.get_num_threads()} of {pool}"
-
-
-def instructions() -> int:
-    """Index in `INSTRUCTIONS`: the machine's best, or as REGARD_INSTRUCTIONS lowers it."""
-    library = _library()
-    assert not isinstance(library, str)
-    found = int(library.regard_instructions())
-    if found < 0:
-        asked = os.environ.get("REGARD_INSTRUCTIONS")
-        raise ValueError(f"REGARD_INSTRUCTIONS={asked!r} is none of {', '.join(INSTRUCTIONS)}")
-    return found
+    found = _library()
+    assert not isinstance(found, str)
+    pool = "PyTorch's OpenMP threads" if found.regard_openmp() else "threads of its own"
+    return f"{library.describe()}, {torch.get_num_threads()} of {pool}"
 
 
 def refusal(call: Operands, wanted: Iterable[Reduction] = ()) -> str | None:
@@ -518,7 +495,7 @@ def _call(what: str, arguments: bytes, results: bytes) -> None:
     if code == 1:
         raise MemoryError("not enough memory for the attention kernel")
     if code == 3:
-        instructions()  # says what is wrong with what was asked
+        library.instructions()  # says what is wrong with what was asked
     if code:
         raise RuntimeError(f"the attention kernel failed with code {code}")
 
