@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .kernels import Edit, Operands
+from .kernels import Edit, Factor, Operands
 from .tokens import Tokens
 from .weights import Weights
 
@@ -39,7 +41,8 @@ class Site:
 class Call:
     """Inputs of one attention call; its weights and its output are computed when asked for.
 
-    Weights are softmax(cap(scale * query @ key) + bias, masked), with one more column a row where there are sinks.
+    Weights are softmax(cap(scale * query @ key) + bias + factors, masked), with one more column a row where there are
+    sinks.
     """
 
     site: Site
@@ -57,6 +60,7 @@ class Call:
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
     earlier: Tokens | None = None  # what stood before `key_start`, and has left a sliding cache
+    factors: tuple[Factor, ...] = ()  # of the weights, see `scaled`
     edits: tuple[Edit, ...] = ()  # what interventions make of the weights, in this order
     dropout: float = 0.0  # of the weights, where the output is made here
     own_output: Tensor | None = None  # [batch, head, query, dim], where the model computed it
@@ -91,7 +95,17 @@ class Call:
 
         cuts = {name: cut(getattr(self, name)) for name in ("query", "mask", "bias", "sinks", "own_output")}
         tokens = None if self.query_tokens is None else self.query_tokens[:n]
-        return self.but(**cuts, query_tokens=tokens)
+        factors = tuple(Factor(rows[:, :, :n], keys) for rows, keys in self.factors)
+        return self.but(**cuts, query_tokens=tokens, factors=factors)
+
+    def scaled(self, *factors: Factor) -> Call:
+        """The same with each weight times exp(rows * keys) of all `factors`, and rows that sum to one again.
+
+        What a sink logit takes counts in the sum. No map is made; where weights were edited before, blocks of rows are.
+        """
+        if not self.edits:
+            return self.but(factors=(*self.factors, *factors))
+        return self.but(edits=(*self.edits, partial(_scaled, factors)))
 
     def but(self, **new: Any) -> Call:
         """A copy with `new` fields, which forgets the weights and the output of this one."""
@@ -101,6 +115,13 @@ class Call:
         if "operands" in self.__dict__ and all(kept[name] is new[name] for name in new.keys() & _OPERANDS):
             call.__dict__["operands"] = self.operands
         return call
+
+
+def _scaled(factors: Sequence[Factor], weights: Tensor, rows: range) -> Tensor:
+    bias = sum(factor.bias(rows.start, rows.stop, weights.shape[-1]) for factor in factors)
+    elsewhere = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
+    weights = weights * torch.as_tensor(bias).exp().to(weights)
+    return weights / (weights.sum(-1, keepdim=True) + elsewhere).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 _FIELDS = [field.name for field in fields(Call)]

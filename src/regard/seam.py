@@ -359,7 +359,10 @@ def _changed(sessions: Sequence[_Session], contexts: Sequence[dict[str, Any]], g
 
 def _untouched(call: Call, given: Call) -> bool:
     """Whether all but query, key, value and weights is as the model gave it."""
-    return all(getattr(call, f) is getattr(given, f) for f in ("scale", "mask", "causal", "bias", "softcap", "sinks"))
+    return all(
+        getattr(call, f) is getattr(given, f)
+        for f in ("scale", "mask", "causal", "bias", "factors", "softcap", "sinks")
+    )
 
 
 def _attended(

@@ -86,6 +86,13 @@ class Weights:
         """
         return self._reduce("mass", self._knob(keys, "key"))
 
+    def applied(self, values: Tensor) -> Tensor:
+        """weights @ values: what is linear in a row, of any heads' own values, in one pass. [batch, head, query, n]
+
+        values: [batch|1, head|1, key, n]. In float32, or wider where the call is.
+        """
+        return kernels.applied(self._operands, values)
+
     def distance(self, clip: int | None = None) -> Tensor:
         """Expected |query position - key position|, tokens; above `clip` it counts as `clip`. [batch, head, query]"""
         return self._reduce("distance", clip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from oracle import dense, reductions
 
 from regard import library
 from regard.call import Call, Site
-from regard.kernels import native, strips
+from regard.kernels import Factor, native, strips
 from regard.tokens import Tokens
 
 SITE = Site("attention", "language_model", 0)
@@ -235,3 +236,55 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     extra = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     print(f"{extra:.0f} MB beyond the inputs")
     assert extra < 300
+
+
+def factored(kv_heads, heads_own, dtype=torch.float32, **more):
+    """A call with two factors, and what its weights are to be."""
+    rng = torch.Generator().manual_seed(kv_heads)
+    draw = partial(torch.randn, generator=rng)
+    query, key, value = (draw(2, n, 7, 8).to(dtype) for n in (4, kv_heads, kv_heads))
+    call = Call(SITE, query, key, value, 0.4, causal=True, **more)
+    factors = Factor(draw(2, 4, 7), draw(2, 4 if heads_own else 1, 7)), Factor(draw(1, 1, 7), draw(2, 1, 7))
+    before = call.but(edits=()).weights.dense().double()
+    bias = sum(factor.bias(0, 7, 7) for factor in factors)
+    after = before * bias.double().exp()
+    return call.scaled(*factors), after / (after.sum(-1, keepdim=True) + 1 - before.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("heads_own", [True, False])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.0, 1.0, -1.0, 2.0])}, {"edits": (lambda weights, rows: weights,)}],
+    ids=["plain", "softcap", "sinks", "edited"],
+)
+def test_factors_scale_weights_that_sum_to_one_again(kv_heads, heads_own, more):
+    call, expected = factored(kv_heads, heads_own, **more)
+    assert torch.allclose(call.weights.dense().double(), expected, atol=1e-5)
+    output = expected @ call.value.double().repeat_interleave(4 // kv_heads, 1)
+    assert torch.allclose(call.output.double(), output, atol=1e-5)
+    assert torch.allclose(call.weights.received().double(), expected.sum(2), atol=1e-5)
+    values = torch.randn(2, 4, 7, 3)
+    assert torch.allclose(call.weights.applied(values).double(), expected @ values.double(), atol=1e-5)
+    assert torch.allclose(call.weights.applied(values[:, 1:2]).double(), expected @ values[:, 1:2].double(), atol=1e-5)
+    cut = call.of_queries(3)
+    assert torch.allclose(cut.weights.dense()[..., :3].double(), expected[:, :, :3, :3], atol=1e-5)
+
+
+def test_factors_keep_the_fused_path_and_its_dtype():
+    call, expected = factored(2, True, torch.bfloat16)
+    assert not call.operands.absorbed.factors
+    assert call.output.dtype == torch.bfloat16
+    output = expected @ call.value.double().repeat_interleave(2, 1)
+    assert torch.allclose(call.output.double(), output, atol=2e-2)
+
+
+def test_factors_have_gradients():
+    call, _ = factored(2, True)
+    learned = [tensor.double().requires_grad_() for tensor in (call.query, call.key, *call.factors[0])]
+    wide = call.but(value=call.value.double())
+
+    def run(query, key, rows, keys):
+        return wide.but(query=query, key=key, factors=(Factor(rows, keys), *call.factors[1:])).output
+
+    assert torch.autograd.gradcheck(run, learned, fast_mode=True)

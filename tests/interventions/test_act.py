@@ -42,27 +42,26 @@ def test_padding_does_not_count_among_the_queries():
 
 def test_a_sink_keeps_beta_and_the_rest_takes_it_in_proportion():
     method = act(heads=[(1, 0)])
-    assert method.where(call())
-    given = method.weights(call(), WEIGHTS[None, None].clone(), range(4))[0, 0]
+    given = method.inputs(call()).weights.dense()[0, 0]
     gain = 1 + 0.6 * 0.3 / 0.7
     assert torch.allclose(given[3], torch.tensor([0.6 * gain, 0.12, 0.02 * gain, 0.08 * gain]))
-    assert torch.equal(given[0], WEIGHTS[0])
+    assert torch.allclose(given[0], WEIGHTS[0])
     assert torch.allclose(given.sum(-1), torch.ones(4))
 
 
 def test_a_row_with_nothing_but_a_sink_is_left():
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     method = act(heads=[(1, 0)])
-    assert method.where(call(weights))
-    assert torch.equal(method.weights(call(weights), weights[None, None], range(2))[0, 0], weights)
+    assert torch.allclose(method.inputs(call(weights)).weights.dense()[0, 0], weights)
 
 
 def test_other_heads_and_layers_are_left():
-    assert not act(heads=[(2, 0)]).where(call())
-    assert not act(heads=[(1, 0)], beta=1.0).where(call())
-    assert not act(heads=[(1, 0)], threshold=0.4).where(call())
+    of = call()
+    assert act(heads=[(2, 0)]).inputs(of) is of
+    assert act(heads=[(1, 0)], beta=1.0).inputs(of) is of
+    assert act(heads=[(1, 0)], threshold=0.4).inputs(of) is of
     with pytest.raises(ValueError, match="has 1 heads, and no head 7"):
-        act(heads=[(1, 7)]).where(call())
+        act(heads=[(1, 7)]).inputs(call())
 
 
 @torch.no_grad()

@@ -19,21 +19,24 @@ STATES = [[1.0, -4.0], [1.0, 1.0], [6.0, 0.0], [1.0, -1.0], [1.0, 1.0]]
 WEIGHTS = [0.1, 0.2, 0.4, 0.2, 0.1]
 
 
-def call(start=0, n=5):
-    zero = torch.zeros(1, 1, n, 2)
+def call(start=0, n=5, weights=None):
+    """A call with these weights [key] in each row: keys stand apart, and queries are the logarithms."""
+    query = (
+        torch.zeros(1, 1, n, 5) if weights is None else torch.tensor(weights).clamp(min=1e-30).log().expand(1, 1, n, 5)
+    )
+    key = torch.eye(5)[None, None]
     roles = torch.tensor([[ROLES.index(r) for r in ("bos", "image", "image", "image", "text")]])
     tokens = Tokens.plain("text", 1, 5).marked("text", roles > 0)
     tokens = Tokens(roles, tokens.ids, tokens.places)
-    return Call(SITE, zero, torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 1.0, tokens=tokens, query_start=start)
+    return Call(SITE, query, key, key, 1.0, tokens=tokens, query_start=start)
 
 
 def moved(method, weights, start=0, n=5):
     """What the last query's weights become, where the layer before gave `STATES`."""
     model, _ = deep("llava")
     method.begin(model)
-    assert method.where(call())
     method.hidden(Site("layers.1.self_attn", "language_model", 1), torch.tensor([STATES]))
-    return method.weights(call(), torch.tensor(weights).expand(1, 1, 5, 5).clone(), range(5))[0, 0]
+    return method.inputs(call(weights=weights)).weights.dense()[0, 0]
 
 
 def deep(name, layers=5):
@@ -56,7 +59,7 @@ def test_thresholds_are_the_papers_in_its_models_and_reachable_in_narrow_ones():
 
 def test_what_sinks_hold_goes_to_the_rest_of_the_picture_in_proportion():
     # the first token and the second patch are sinks: 0.1 + 0.4; half of it goes to patches of 0.2 and 0.2
-    given = moved(var(tau=1.3, p=0.5), WEIGHTS)[-1]
+    given = moved(var(tau=1.3, p=0.5, rho=0.4), WEIGHTS)[-1]
     assert torch.allclose(given, torch.tensor([0.05, 0.325, 0.2, 0.325, 0.1]))
     uneven = moved(var(tau=1.3, p=1.0, rho=0.3), [0.1, 0.1, 0.4, 0.3, 0.1])[-1]
     assert torch.allclose(uneven, torch.tensor([0.0, 0.225, 0.0, 0.675, 0.1]))
@@ -72,20 +75,22 @@ def test_what_sinks_hold_goes_to_the_rest_of_the_picture_in_proportion():
     ],
 )
 def test_other_heads_are_left_alone(knobs, weights):
-    assert torch.allclose(moved(var(**{"tau": 1.3, **knobs}), weights)[-1], torch.tensor(weights))
+    assert torch.allclose(moved(var(**{"tau": 1.3, "rho": 0.4, **knobs}), weights)[-1], torch.tensor(weights))
 
 
 def test_only_text_after_the_picture_is_changed():
-    given = moved(var(tau=1.3), WEIGHTS)
-    assert torch.equal(given[:4], torch.tensor(WEIGHTS).expand(4, 5))
-    assert not torch.equal(given[4], torch.tensor(WEIGHTS))
+    given = moved(var(tau=1.3, rho=0.4), WEIGHTS)
+    assert torch.allclose(given[:4], torch.tensor(WEIGHTS).expand(4, 5))
+    assert not torch.allclose(given[4], torch.tensor(WEIGHTS))
 
 
 def test_the_first_two_layers_and_the_last_are_left_alone():
-    method, (model, _) = var(), deep("llava")
+    method, (model, _) = var(tau=1.3, rho=0, least=0), deep("llava")
     method.begin(model)
-    sites = (replace(SITE, layer=layer) for layer in range(5))
-    assert [method.where(replace(call(), site=site)) for site in sites] == [False, False, True, True, False]
+    calls = [replace(call(), site=replace(SITE, layer=layer)) for layer in range(5)]
+    for layer in range(5):
+        method.hidden(replace(SITE, layer=layer - 1), torch.tensor([STATES]))
+    assert [method.inputs(of) is of for of in calls] == [True, True, False, False, True]
 
 
 @torch.no_grad()
@@ -127,13 +132,13 @@ def test_a_picture_that_was_read_before_is_refused():
 
 def test_a_token_at_the_threshold_is_no_sink():
     tau = float(hugeness(torch.tensor(STATES[2])))
-    assert torch.equal(moved(var(tau=tau), WEIGHTS)[-1], torch.tensor(WEIGHTS))
-    assert not torch.equal(moved(var(tau=tau - 1e-3), WEIGHTS)[-1], torch.tensor(WEIGHTS))
+    assert torch.allclose(moved(var(tau=tau, rho=0.4), WEIGHTS)[-1], torch.tensor(WEIGHTS))
+    assert not torch.allclose(moved(var(tau=tau - 1e-3, rho=0.4), WEIGHTS)[-1], torch.tensor(WEIGHTS))
 
 
 def test_dimensions_can_be_named():
     """The first token is huge in the second dimension, the second patch in the first."""
-    only_first = moved(var(tau=1.3, p=0.5, dims=[0]), WEIGHTS)[-1]
+    only_first = moved(var(tau=1.3, p=0.5, rho=0.4, dims=[0]), WEIGHTS)[-1]
     assert torch.allclose(only_first, torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]))
     assert torch.allclose(hugeness(torch.tensor([[3.0, 4.0]]), [0]), torch.tensor([3 / 12.5**0.5]))
     model, _ = deep("llava")

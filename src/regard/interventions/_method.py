@@ -12,6 +12,7 @@ from ..call import Call
 from ..names import vocabulary
 
 STACK = "language_model"
+NOTHING = -150.0  # of e^ this times a weight, float32 keeps nothing
 
 
 class Method:
@@ -44,6 +45,11 @@ def require(model: nn.Module, method: str, wanted: Iterable[int], otherwise: str
     """ValueError, which names the method and what to do otherwise, where the language model lacks a layer."""
     if missing := set(wanted) - set(layers(model, method)):
         raise ValueError(f"{method}: {type(model).__name__} has no layer {min(missing)}: {otherwise}")
+
+
+def log_factor(factor: Tensor) -> Tensor:
+    """The logarithm of what weights are to be times: what is to be none is so little that nothing is left of it."""
+    return factor.float().log().clamp(min=NOTHING)
 
 
 def known(call: Call, heads: Collection[int], method: str) -> None:

@@ -17,16 +17,17 @@ read. We had the code, not the paper's text.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Call
+from ..kernels import Factor
 from ..names import vocabulary
 from ..seam import intervene
-from ._method import STACK, Method, known, layers, require
+from ._method import STACK, Method, known, layers, log_factor, require
 
 BETA, THRESHOLD = 0.4, 0.1
 
@@ -54,7 +55,6 @@ class act(Method):
     heads: Collection[tuple[int, int]]
     beta: float = BETA
     threshold: float = THRESHOLD
-    _sinks: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # of this call, by layer
 
     def __post_init__(self) -> None:
         for name in ("beta", "threshold"):
@@ -78,27 +78,25 @@ class act(Method):
         return cls(beta=beta, threshold=threshold, **knobs)
 
     def begin(self, model: nn.Module) -> None:
-        self._sinks = {}
         require(model, "act", (layer for layer, _ in self.heads), "find heads on this model")
 
-    def where(self, call: Call) -> bool:
-        layer = call.site.layer
-        chosen = [head for at, head in self.heads if at == layer]
+    def inputs(self, call: Call) -> Call:
+        chosen = [head for at, head in self.heads if at == call.site.layer]
         if call.site.stack != STACK or not chosen or self.beta == 1:
-            return False
+            return call
         known(call, chosen, "act")
-        found = sinks(call, threshold=self.threshold)
-        calibrated = torch.zeros(found.shape[1], dtype=torch.bool, device=found.device)
+        sink = sinks(call, threshold=self.threshold)
+        calibrated = torch.zeros(sink.shape[1], dtype=torch.bool, device=sink.device)
         calibrated[chosen] = True
-        self._sinks[layer] = found & calibrated[None, :, None]
-        return bool(self._sinks[layer].any())
-
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
-        sink = self._sinks[call.site.layer][:, :, None]
-        held = (weights * sink).sum(-1, keepdim=True)
-        rest = weights.sum(-1, keepdim=True) - held
-        gain = torch.where(rest > 0, (1 - self.beta) * held / rest, 0.0)
-        return torch.where(rest > 0, weights * torch.where(sink, self.beta, 1 + gain), weights)
+        sink &= calibrated[None, :, None]
+        if not sink.any():
+            return call
+        held, rest = call.weights.applied(torch.stack([sink, ~sink], dim=-1)).unbind(-1)
+        moves = (held > 0) & (rest > torch.finfo(rest.dtype).eps * held)
+        kept = log_factor(torch.where(moves, self.beta, 1.0))
+        gain = log_factor(torch.where(moves, 1 + (1 - self.beta) * held / rest, 1.0))
+        every = torch.ones_like(kept[:1, :1, :1]).expand(1, 1, sink.shape[2])
+        return call.scaled(Factor(gain, every), Factor(kept - gain, sink))
 
 
 def sinks(call: Call, *, threshold: float = THRESHOLD) -> Tensor:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..call import Call, Site
-from ._method import STACK, Method, image_ids, image_keys, layers
+from ..kernels import Factor
+from ._method import STACK, Method, image_ids, image_keys, layers, log_factor
 
 TAU, WIDTH = 20.0, 4096
 
@@ -89,30 +90,33 @@ class var(Method):
             self._sinks[layer] = torch.cat([self._sinks[layer], found], dim=1) if self._start else found
         return hidden
 
-    def where(self, call: Call) -> bool:
+    def inputs(self, call: Call) -> Call:
         if call.site.stack == STACK:
             self._start = call.query_start
         if not self.p or call.site.stack != STACK or call.site.layer not in self._layers:
-            return False
+            return call
         if call.query_start and call.site.layer not in self._sinks:
             raise ValueError("var: the picture was read before the block opened; open it around the whole of generate")
-        return image_keys(call) is not None
-
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
         image = image_keys(call)
-        assert image is not None
-        sink = self.sinks(call)
-        on_image, on_rest = (_sum(weights, keys) for keys in (image, image & ~sink))
+        return call if image is None else self.moved(call, image, self.sinks(call))
+
+    def moved(self, call: Call, image: Tensor, sink: Tensor) -> Call:
+        """The call with attention moved from `sink` keys to the rest of the `image`, both [batch, key]."""
+        if not (sink & image).any():
+            return call
+        rest = image & ~sink
+        sets = torch.stack([image, rest, sink], dim=-1)[:, None]
+        on_image, on_rest, on_sink = call.weights.applied(sets).unbind(-1)  # [batch, head, query]
         moves = (
-            after(call, image, rows)[:, None]
+            after(call, image, range(call.query.shape[2]))[:, None]
             & (on_image >= self.least)
             & (on_rest >= self.rho * on_image)
-            & (on_rest > 0)
+            & (on_rest > torch.finfo(on_rest.dtype).eps * on_sink)
+            & (image & sink).any(1)[:, None, None]
         )
-        moves &= (image & sink).any(1)[:, None, None]
-        share = self.p * moves[..., None].to(weights)  # [batch, head, rows, 1]
-        gain = share * (_sum(weights, sink) / on_rest.clamp(min=1e-12))[..., None]
-        return weights * (1 - share * sink[:, None, None] + gain * (image & ~sink)[:, None, None])
+        kept = torch.where(moves, 1 - self.p, 1.0)
+        gain = torch.where(moves, 1 + self.p * on_sink / on_rest, 1.0)
+        return call.scaled(Factor(log_factor(kept), sink[:, None]), Factor(log_factor(gain), rest[:, None]))
 
     def sinks(self, call: Call) -> Tensor:
         """Which keys of a call are sinks, by what the layer before it gave. [batch, key] boolean"""
@@ -141,8 +145,3 @@ def hugeness(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:
 def threshold(width: int) -> float:
     """The phi from which on a token counts as a sink in a model so wide."""
     return TAU * min(1.0, math.sqrt(width / WIDTH))
-
-
-def _sum(weights: Tensor, keys: Tensor) -> Tensor:
-    """Weight on a set of keys [batch, key]. [batch, head, rows]"""
-    return (weights @ keys.to(weights)[:, None, :, None])[..., 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,11 +15,27 @@ from .derivatives import transformed
 Edit = Callable[[Tensor, range], Tensor]  # dense weights [batch, head, rows, key] of a range of queries -> what counts
 
 
+class Factor(NamedTuple):
+    """Each weight is times exp(rows * keys), and rows sum to one again. Finite.
+
+    More or less attention to chosen keys, by the row. It costs a number more of each query and key, where a bias that
+    says the same would be a map.
+    """
+
+    rows: Tensor  # [batch|1, head|1, query]
+    keys: Tensor  # [batch|1, head|1, key]
+
+    def bias(self, a: int, b: int, n: int) -> Tensor:
+        """What the scores of queries a to b and of the first n keys get. [batch|1, head|1, b-a, n]"""
+        return self.rows[:, :, a:b, None] * self.keys[:, :, None, :n]
+
+
 @dataclass(frozen=True, eq=False)
 class Operands:
     """Plain tensors and numbers, without a site and without tokens.
 
-    Weights are softmax(cap(scale * query @ key) + bias, masked), with one more column a row where there are sinks.
+    Weights are softmax(cap(scale * query @ key) + bias + factors, masked), with one more column a row where there are
+    sinks.
     """
 
     query: Tensor  # [batch, head, query, dim]
@@ -33,6 +49,7 @@ class Operands:
     sinks: Tensor | None = None  # [head] or [batch, head, query, 1]: a logit that takes weight and gives no value
     query_start: int = 0  # position of the first query in the whole sequence
     key_start: int = 0
+    factors: tuple[Factor, ...] = ()  # of the weights, all before the edits
     edits: tuple[Edit, ...] = ()  # of the weights, in this order
     dropout: float = 0.0  # of the weights, where the output is made
 
@@ -54,7 +71,34 @@ class Operands:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.query, self.key, self.value, self.bias, self.mask, self.sinks)
+        factors = (tensor for factor in self.factors for tensor in factor)
+        return (self.query, self.key, self.value, self.bias, self.mask, self.sinks, *factors)
+
+    @property
+    def absorbed(self) -> Operands:
+        """The same without factors, which are more numbers of query and key. Not under a softcap: it would cap them."""
+        return self._absorbed if self.factors and self.softcap is None else self
+
+    @cached_property
+    def _absorbed(self) -> Operands:
+        exact = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        (batch, heads, _, _), kv_heads = self.query.shape, self.key.shape[1]
+        group = heads // kv_heads
+        own = torch.eye(group, dtype=exact, device=self.query.device).repeat(
+            kv_heads, 1
+        )  # [head, its place in a group]
+        query, key = [self.query.to(exact)], [self.key.to(exact).expand(batch, -1, -1, -1)]
+        for rows, keys in self.factors:
+            rows = rows.to(exact).expand(batch, heads, -1)[..., None] / self.scale
+            if keys.shape[1] == 1:
+                keys = keys.to(exact).expand(batch, kv_heads, -1)[..., None]
+            else:  # heads that share a key have a number of it each
+                rows = rows * own[:, None]
+                keys = keys.to(exact).expand(batch, -1, -1).unflatten(1, (kv_heads, group)).mT
+            query.append(rows)
+            key.append(keys)
+        both = {"query": torch.cat(query, dim=-1), "key": torch.cat(key, dim=-1), "value": self.value.to(exact)}
+        return replace(self, **both, factors=())
 
 
 class Reduction(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .operands import Chosen, Operands, Reduction
+from .operands import Chosen, Factor, Operands, Reduction
 
 STRIP = 2**20  # weights held at once: 4 MB in float32, twice; larger strips leave the cache
 TALL = 32  # rows below which a strip is too flat for fast products: heads are then taken one by one
@@ -177,6 +177,7 @@ def _by_heads(call: Operands) -> list[Operands]:
         if sinks is not None:
             sinks = sinks.flatten()[queries] if sinks.numel() == heads else sinks[:, queries]
         new = {"query": call.query[:, queries], "key": call.key[:, keys], "value": call.value[:, keys], "sinks": sinks}
+        new["factors"] = tuple(Factor(*(t if t.shape[1] == 1 else t[:, queries] for t in f)) for f in call.factors)
         parts.append(replace(call, **new, mask=own(call.mask, queries), bias=own(call.bias, queries)))
     return parts
 
@@ -224,6 +225,8 @@ def _softmax(call: Operands, a: int, b: int, space: _Space) -> Tensor:
         scores = scores.mul_(call.softcap) if space.shared else scores * call.softcap
     # In place, but where autograd or a transform of torch.func follows.
     add, fill = (Tensor.add_, Tensor.masked_fill_) if space.shared else (Tensor.add, Tensor.masked_fill)
+    for factor in call.factors:
+        scores = add(scores, factor.bias(a, b, n).to(scores.dtype))
     if call.bias is not None:
         scores = add(scores, cut(call.bias, a, b, n).to(scores.dtype))
     visible = None

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ...call import Call
 from ...catalog import Finding, Premise
-from ...interventions._method import image_keys, layers
+from ...interventions._method import NOTHING, image_keys, layers
 from ...interventions.var import after, var
+from ...kernels import Factor
 from .. import _oracles as oracles
 from .._judged import Compared, Tried, draw_bars, headroom, judged, kept
 from .._shown import MODELS, means, paired
@@ -55,12 +56,9 @@ class _Blind:
         super().begin(model)  # type: ignore[misc]
         self._layers = set(layers(model, "var")[2:])
 
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
-        image = image_keys(call)
-        assert image is not None
-        sink = self.sinks(call) & image  # type: ignore[attr-defined]
-        seen = weights * ~(sink[:, None] & after(call, image, rows)[..., None])[:, None]
-        return seen / seen.sum(-1, keepdim=True).clamp(min=1e-12)
+    def moved(self, call: Call, image: Tensor, sink: Tensor) -> Call:
+        blind = after(call, image, range(call.query.shape[2]))
+        return call.scaled(Factor(NOTHING * blind[:, None], (sink & image)[:, None]))
 
 
 class BlindToSinks(_Blind, var):
@@ -70,13 +68,12 @@ class BlindToSinks(_Blind, var):
         super().__post_init__()
         self.counts = torch.zeros(4)  # sinks, their weight; other patches, theirs
 
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
-        image = image_keys(call)
-        assert image is not None
-        sink, last = self.sinks(call) & image, weights[:, :, -1].mean(1)
-        for i, some in enumerate((sink, image & ~sink)):
+    def moved(self, call: Call, image: Tensor, sink: Tensor) -> Call:
+        n = call.query.shape[2]
+        last = call.weights.rows(n - 1, n)[:, :, 0].mean(1)
+        for i, some in enumerate((sink & image, image & ~sink)):
             self.counts[2 * i : 2 * i + 2] += torch.tensor([some.sum(), (last * some).sum()])
-        return super().weights(call, weights, rows)
+        return super().moved(call, image, sink)
 
     @property
     def draws(self) -> tuple[float, float]:
