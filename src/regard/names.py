@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.generation import Generation
-from .adapters.grids import NONE, OWN, STATE, WORD
+from .adapters.grids import NONE, OWN, REGISTER, STATE, WORD
 from .adapters.pictures import Pictures
 from .call import Call
 from .functions import bound
@@ -82,7 +82,7 @@ class Names:
         places, grids = self.pictures.grids.places(labels)
         patches = places[..., 0] >= 0
         tokens = tokens.marked("special", labels >= OWN).marked("text", (labels >= STATE) & (labels < OWN))
-        tokens = tokens.marked("image", patches)
+        tokens = tokens.marked("image", patches).marked("register", labels == REGISTER)
         for first, end in ((WORD, STATE), (STATE, OWN)):
             here = (labels >= first) & (labels < end)
             if here.any() and (words := self._words(stack, first)) is not None:

@@ -29,6 +29,22 @@ from .sites import links, plain_stacks
 from .tokens import Tokens
 
 
+class aside:
+    """What models run in this block is another run on the same inputs: changed like the first, and not recorded."""
+
+    _local = threading.local()
+
+    @classmethod
+    def on(cls) -> bool:
+        return getattr(cls._local, "on", False)
+
+    def __enter__(self) -> None:
+        self.before, self._local.on = self.on(), True
+
+    def __exit__(self, *_: Any) -> None:
+        self._local.on = self.before
+
+
 @dataclass
 class _Turn:
     """One time that an attention module runs."""
@@ -177,7 +193,7 @@ class Passes:
         entry.source = entry if given or within is None or module in within.called else within.source
         if within is not None:
             within.called.add(module)
-        entry.again = within is not None and within.again
+        entry.again = aside.on() if within is None else within.again
         entry.cache = caches.of(inputs.get("past_key_values"))
         if within is not None and entry.source is not entry:
             entry.cache = within.cache if entry.cache is None else entry.cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,17 +24,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from . import adapters, catalog, kernels, sites
 from .adapters import caches, checkpoints, generation, interface, parallel, pictures
 from .adapters.interface import READABLE, Asked
+from .adapters.registers import Longer
 from .call import Call
 from .functions import innermost
 from .hooks import attach
 from .kernels import Reduction
-from .passes import Passes
+from .passes import Passes, aside
 from .recording import Recorder, Run, Sink
 from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
+_HOOKS = ("entering", "registers", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -94,7 +95,15 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     dense weights [batch, head, rows, key] of a range of queries; `output(call, output) -> output`, both
     [batch, head, query, dim]; `mlp(site, output) -> output`, what the layer's feed-forward module gives, before it is
     added; `hidden(site, hidden) -> hidden`, what the layer gives on; `entering(site, hidden) -> hidden`, what it is
-    given; all three mostly [batch, query, dim].
+    given; all three mostly [batch, query, dim]. `neurons(site, activations) -> activations`: hidden units of the
+    feed-forward module after its nonlinearity (where it is gated, the product), mostly [batch, query, neuron].
+
+    `registers(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
+    to stand behind `hidden` in all layers, with role "register"; what the stack gives on is without them.
+
+    `guided(output, other) -> output`, what the model as a whole gives, its first tensor, and the same of another run on
+    the same inputs, under the intervention that is its attribute `aside`; `record` does not see that run. For models
+    that denoise, not for those that keep a cache.
 
     Beside these it may have `begin(model)`, called as the block opens, to refuse a model that it does not fit and to
     forget what it kept of another run; and `where(call) -> bool`: only there is it asked for `weights`.
@@ -239,6 +248,9 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
+        if editors := [thing for thing in session.interventions if hasattr(thing, "registers")]:
+            for longer in _longer(session, editors):
+                longer.attach(undo)
         for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
             for part, module in find(session).items() if editors else ():
@@ -247,6 +259,14 @@ def _open(session: _Session) -> Iterator[None]:
             for part, module in _blocks(session).items():
                 edit = partial(_edit_given, session, editors, module)
                 attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
+        if editors := [thing for thing in session.interventions if hasattr(thing, "neurons")]:
+            for part, module in _downs(session).items():
+                attach(undo, part.register_forward_pre_hook, partial(_edit_neurons, session, editors, module))
+        for thing in session.interventions:
+            if hasattr(thing, "guided"):
+                guide = _Guide(session.model, thing)
+                attach(undo, session.model.register_forward_pre_hook, guide.run_aside, with_kwargs=True, prepend=True)
+                attach(undo, session.model.register_forward_hook, guide.combine)
         try:
             yield
         finally:
@@ -450,15 +470,75 @@ def _edit_given(
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
 
+def _edit_neurons(session: _Session, editors: Sequence[Any], module: nn.Module, part: nn.Module, args: Any) -> Any:
+    new = args[0]
+    for thing in editors:
+        new = _result(thing, "neurons", thing.neurons(session.passes.site(module), new), args[0])
+    return (new, *args[1:])
+
+
+class _Guide:
+    """Runs a model once more before each of its passes, and lets an intervention bring both outputs together."""
+
+    def __init__(self, model: nn.Module, thing: Any) -> None:
+        self.model, self.thing = model, thing
+        self.other: Tensor | None = None
+
+    def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.other = None
+        if not aside.on():
+            with aside(), intervene(self.model, self.thing.aside):
+                self.other = _first_tensor(model(*args, **kwargs))
+
+    def combine(self, model: nn.Module, args: Any, output: Any) -> Any:
+        if self.other is None:
+            return output
+        own, other, self.other = _first_tensor(output), self.other, None
+        new = _result(self.thing, "guided", self.thing.guided(own, other), own)
+        if isinstance(output, MutableMapping):
+            output[next(name for name, value in output.items() if value is own)] = new
+            return output
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+
+def _first_tensor(output: Any) -> Tensor:
+    first = next(iter(output.values())) if isinstance(output, Mapping) else output
+    first = first[0] if isinstance(first, tuple) else first
+    if not isinstance(first, Tensor):
+        raise TypeError(f"a model that gives {type(output).__name__}, not first a tensor, cannot be guided")
+    return first
+
+
+def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
+    """Of each stack, what makes it longer."""
+    stacks: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
+    blocks = _blocks(session)
+    for block, module in blocks.items():
+        stacks.setdefault(session.sites[module].stack, []).append((block, module))
+
+    def made(module: nn.Module, hidden: Tensor) -> list[Tensor]:
+        site = session.passes.coming(module)
+        found = [thing.registers(site, hidden) for thing in editors]
+        return [tokens for tokens in found if tokens is not None]
+
+    models = [m for m in session.model.modules() if isinstance(m, PreTrainedModel)]
+    for stack, layers in stacks.items():
+        own = {block for block, _ in layers}
+        towers = [m for m in models if blocks.keys() & set(m.modules()) == own]
+        yield Longer(stack, [block for block, _ in layers], towers, partial(made, layers[0][1]))
+
+
 def _blocks(session: _Session) -> dict[nn.Module, nn.Module]:
     """The layer around each site (the module at the first number of its path), and its first site."""
     found: dict[nn.Module, nn.Module] = {}
     root = getattr(session.model, "_orig_mod", session.model)
     for module, site in session.sites.items():
         path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
-        if path is None:
-            raise UnreachableAttention(f"{site.name} lies in no numbered layer, so its hidden states cannot be changed")
-        found.setdefault(root.get_submodule(path[0]), module)
+        if path is not None:  # a head that pools what the layers give is none of them
+            found.setdefault(root.get_submodule(path[0]), module)
+    if not found:
+        names = ", ".join(site.name for site in session.sites.values())
+        raise UnreachableAttention(f"{names} lies in no numbered layer, so its hidden states cannot be changed")
     return found
 
 
@@ -475,3 +555,37 @@ def _mlps(session: _Session) -> dict[nn.Module, nn.Module]:
             )
         found[several[0]] = module
     return found
+
+
+def _downs(session: _Session) -> dict[nn.Module, nn.Module]:
+    """The linear map that each layer's feed-forward network ends with, and the layer's first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    for block, module in _blocks(session).items():
+        beside = [c for c in block.children() if not any(m in session.sites for m in c.modules())]
+        several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
+        maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module
+        *ups, down = [(m, *_widths(m)) for m in maps] or [(None, 0, 0)]
+        if not ups or any((i, o) not in ((down[2], down[1]), (down[2], 2 * down[1])) for _, i, o in ups):
+            raise UnreachableAttention(
+                f"the layer around {session.sites[module].name} has no feed-forward network of linear maps to its "
+                f"neurons and one back, so `neurons` cannot see them; change what it gives with `mlp` instead"
+            )
+        found[down[0]] = module
+    return found
+
+
+def _maps(module: nn.Module) -> Iterator[nn.Module]:
+    """Its linear maps, also of other libraries, in order."""
+    if _widths(module) is not None:
+        yield module
+        return
+    for child in module.children():
+        yield from _maps(child)
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """How many numbers a linear map takes and gives; None of other modules."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    return None

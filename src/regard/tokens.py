@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROLES = ("text", "bos", "system", "user", "assistant", "image", "frame", "generated", "special", "pad", "other")
+ROLES = (
+    "text",
+    "bos",
+    "system",
+    "user",
+    "assistant",
+    "image",
+    "frame",
+    "generated",
+    "special",
+    "pad",
+    "other",
+    "register",
+)
 
 
 @dataclass(frozen=True, eq=False)

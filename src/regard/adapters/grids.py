@@ -18,6 +18,7 @@ NONE = -1  # not known
 WORD = 1 << 40  # and above: one of `input_ids`, counted through the batch
 STATE = 1 << 41  # and above: one of the `encoder_hidden_states` of diffusers' models
 OWN = 1 << 42  # a parameter of the model: class, register, mask and detection tokens, learned queries
+REGISTER = OWN + 1  # a token that an intervention has appended
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import hooks
 from ..functions import bound
-from .grids import NONE, OWN, STATE, WORD, Grids, alike, alike_or_wide, both, known, narrow, over_heads, reshaped
+from .grids import (
+    NONE,
+    OWN,
+    REGISTER,
+    STATE,
+    WORD,
+    Grids,
+    alike,
+    alike_or_wide,
+    both,
+    known,
+    narrow,
+    over_heads,
+    reshaped,
+)
 
 _IMAGES = ("sample", "hidden_states", "x", "inputs", "input", "images", "image")  # of models that are not transformers'
 _MOST_PRODUCTS = 4
@@ -213,6 +227,11 @@ class Pictures(TorchFunctionMode):
         if len(given) == len(labels):
             return labels.reshape(-1, *[1] * (given.ndim - 1))
         return labels[None, :, None] if given.ndim == 3 and given.shape[:2] == (1, len(labels)) else None
+
+    def add_registers(self, tokens: Tensor) -> None:
+        """These are about to be appended to what a layer is given."""
+        if self.on:
+            self._set(tokens, torch.full((1,) * tokens.ndim, REGISTER, device="cpu"))
 
     # What attention asks
 
