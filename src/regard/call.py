@@ -18,6 +18,10 @@ class UnreachableAttention(TypeError):
     """The model attends in a way that the seam cannot see, or cannot give exactly."""
 
 
+class Unreadable(UnreachableAttention):
+    """One module does so: where other stacks can be recorded, its own is left out."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One attention module inside a model; `heads`, `kv_heads` and `causal` are known from its first call."""

@@ -21,7 +21,7 @@ from .adapters import caches, checkpoints, generation, parallel, pictures, trans
 from .adapters.caches import Rows
 from .adapters.generation import Generation
 from .adapters.grids import NONE
-from .call import Call, Site, UnreachableAttention
+from .call import Call, Site, UnreachableAttention, Unreadable
 from .functions import bound
 from .names import Names, shows
 from .recording import Recorder, Run
@@ -237,7 +237,7 @@ class Passes:
 
     def check_seen(self, module: nn.Module, *_: Any) -> None:
         if self.entries and (turn := self.entries[-1].turns.get(module)) is not None and turn.seen == 0:
-            raise UnreachableAttention(f"{self.sites[module].name} ran without calling AttentionInterface")
+            raise Unreadable(f"{self.sites[module].name} ran without calling AttentionInterface")
 
     def attended(self, module: nn.Module, call: Call) -> Run | None:
         """It has attended; the run that this belongs to, unless it is none or was seen before."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import hooks
 from . import diffusers, multihead, products
-from .products import Route
+from .products import Refuse, Route
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, Tensor]]
 
@@ -59,13 +59,17 @@ def attends(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch(module: nn.Module, route: Route) -> Iterator[None]:
-    """Send what this module attends to `route`, as transformers' interface would, until the block ends."""
+def watch(module: nn.Module, route: Route, refuse: Refuse) -> Iterator[None]:
+    """Send what this module attends to `route`, as transformers' interface would, until the block ends; and why it
+    cannot be read to `refuse`.
+    """
     reader = next((r for kind, r in _registered.items() if isinstance(module, kind) and r is not None), None)
     with ExitStack() as undo:
         if isinstance(module, nn.MultiheadAttention):
             undo.enter_context(multihead.no_fast_path())
-        hooks.wrap(undo, module, products.followed(route) if reader is None else products.reading(route, reader))
+        hooks.wrap(
+            undo, module, products.followed(route, refuse) if reader is None else products.reading(route, reader)
+        )
         yield
 
 
