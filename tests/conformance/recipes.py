@@ -93,7 +93,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
@@ -196,7 +196,7 @@ INPUTS: dict[str, dict[str, Callable[[Maker, dict[str, Any]], Any]]] = {
     "mimi_decoder": {"latents": _noise(2, 64, 8)},
     "minicpmv4_7": {"pixel_values": _nothing},
     "molmo2": {"pixel_values": _nothing},
-    "molmo2_vision": {"pixel_values": _noise(2, 16, 588)},
+    "molmo2_vision": {"pixel_values": _noise(2, 729, 588)},
     "moshi_depth": {
         "input_ids": _ids(4),
         "last_hidden_state": lambda make, _: make.noise(2, 4, make.config.input_size),

@@ -1,4 +1,4 @@
-"""Implementations that hand out no map: flex attention, flash attention, and the kernels of the hub that stand in for it.
+"""Implementations that hand out no map: flex attention, flash attention, and kernels of the hub in its place.
 
 What each does with the arguments of transformers' interface, as fields of a `Call`.
 """
@@ -51,7 +51,7 @@ def flash(asked: Asked) -> dict[str, Any]:
         )
     if _packed(kwargs.get("position_ids"), len(asked.query)) and mask is None:
         raise Unreadable(
-            f"{module} runs {name} on a packed row, whose sequences only its position_ids tell apart; pad them to a batch"
+            f"{module} runs {name} on a packed row, whose sequences only position_ids tell apart; pad them to a batch"
         )
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise Unreadable(f"{module} hands {name} a mask that is not one of padding [batch, key]")

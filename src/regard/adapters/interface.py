@@ -73,6 +73,8 @@ class Asked:
     @property
     def new(self) -> bool:
         """Whether no call of this kind was compared with the model's own output. With dropout none can be."""
+        if self.keywords.get("checked"):  # by the adapter
+            return False
         return not self.dropout and self.kind not in _checked.get(self.module, ())
 
 
@@ -80,10 +82,15 @@ def read(asked: Asked, site: Site) -> Call:
     """The call in terms of what this implementation does with its arguments."""
     implementation, kwargs = asked.implementation, asked.keywords
     query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
+    if len(query) != len(key):  # one row of queries, as learned ones are, for all rows of keys
+        batch = max(len(query), len(key))
+        query, key, value = (tensor.expand(batch, *tensor.shape[1:]) for tensor in (query, key, value))
     if implementation == "own":  # an adapter's: the module made its weights itself
         weights = kwargs["weights"]
         mask = None if weights.dtype == torch.float16 else weights != 0
-        return Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=(partial(_own_rows, weights),))
+        edits = (partial(_own_rows, weights),)
+        call = Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=edits)
+        return replace(call, appended=kwargs.get("appended"))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "flex_attention":

@@ -24,7 +24,7 @@ Route = Callable[..., tuple[Tensor, Tensor | None]]
 Refuse = Callable[[nn.Module, Unreadable], None]
 Run = Callable[..., Any]  # of a module, its forward, and what that is given
 
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _DROPOUT = {F.dropout, torch.dropout}
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
@@ -78,13 +78,17 @@ class _Mode(TorchFunctionMode):
         if func in _PRODUCTS and (known := self._known(args[:1])):
             letters = "".join(chr(ord("A") + i) for i in range(args[0].ndim - 2))
             return self._product(func, known, args[1], (f"{letters}qk", f"{letters}kd", f"{letters}qd"))
+        if func in _PRODUCTS and len(args) > 1 and (known := self._known(args[1:2])):  # values first, as in pictures
+            letters = "".join(chr(ord("A") + i) for i in range(args[1].ndim - 2))
+            swapped = (f"{letters}kq", f"{letters}dk", f"{letters}dq")
+            return self._product(lambda weights, value: func(value, weights), known, args[0], swapped)
         if func is torch.einsum and (known := self._known(_operands(args)[:1])):
             equation = args[0].replace(" ", "")
             parts = equation.replace("->", ",").split(",")
             if len(parts) == 3:
                 return self._product(lambda *o: func(equation, *o), known, _operands(args)[1], parts)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX:
+        if func in SOFTMAX:
             self.followed.append(_Followed(result, result))
         elif isinstance(result, Tensor) and (known := self._known(args)) and _goes_on(func, known.used, result):
             self._follow(func, known, result, args, kwargs)
