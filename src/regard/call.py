@@ -20,6 +20,10 @@ class UnreachableAttention(TypeError):
     """The model attends in a way that the seam cannot see, or cannot give exactly."""
 
 
+class Unreadable(UnreachableAttention):
+    """One module does so: where other stacks can be recorded, its own is left out."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One attention module inside a model; `heads`, `kv_heads` and `causal` are known from its first call."""
@@ -57,6 +61,7 @@ class Call:
     sinks: Tensor | None = None  # [head] or [batch, head, query, 1]: a logit that takes weight and gives no value
     query_start: int = 0  # position of the first query in the whole sequence
     key_start: int = 0
+    appended: int | None = None  # after a text that it may pad, a model adds so many tokens of its own
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
     earlier: Tokens | None = None  # what stood before `key_start`, and has left a sliding cache

@@ -69,6 +69,13 @@ class Names:
             return _unmasked(tokens, inputs.get("attention_mask"), call.query_start)
         if labels is not None:
             return self.labelled(call.site.stack, labels, inputs, after)
+        if call.appended is not None and isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch:
+            padding = n - ids.shape[1] - call.appended
+            if padding >= 0:
+                text = self._text(call.site.stack, ids, call.query_start, call.query_start == 0, generation)
+                text = _unmasked(text, inputs.get("attention_mask"), call.query_start)
+                padded = text.then(Tokens.plain("pad", batch, padding))
+                return padded.then(Tokens.plain("special", batch, call.appended))
         sound = next((v for k in ("input_features", "input_values") if (v := inputs.get(k)) is not None), None)
         if sound is not None:
             return replace(Tokens.plain("frame", batch, n), seconds=self._seconds(sound) / n)

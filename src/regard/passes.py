@@ -21,7 +21,7 @@ from .adapters import caches, checkpoints, generation, parallel, pictures, trans
 from .adapters.caches import Rows
 from .adapters.generation import Generation
 from .adapters.grids import NONE
-from .call import Call, Site, UnreachableAttention
+from .call import Call, Site, UnreachableAttention, Unreadable
 from .functions import bound
 from .names import Names, shows
 from .recording import Recorder, Run
@@ -87,6 +87,7 @@ class _Entry:
     again: bool = False  # for a checkpoint's gradient
     called: set[nn.Module] = field(default_factory=set)  # models inside it, so far
     gave: dict[nn.Module, list[weakref.ref[Tensor]]] = field(default_factory=dict)  # what plain encoders in it did
+    caches: dict[nn.Module, Any] = field(default_factory=dict)  # that plain encoders in it were given last
     turns: dict[nn.Module, _Turn] = field(default_factory=dict)
     layers: dict[str, set[int]] = field(default_factory=dict)  # that ran, by stack
     runs: dict[str, Run] = field(default_factory=dict)  # that the stacks' calls belong to
@@ -225,10 +226,15 @@ class Passes:
         it reads another text, as a model would.
         """
         within = self._innermost()
-        if within is not None and (before := within.gave.get(module)) is not None:
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if not any(value is one() for value in given for one in before):
-                self.enter(name, module, args, kwargs, sys._getframe(1))
+        if within is None:
+            return
+        given = (*args, *kwargs.values())
+        cache = next((held for value in given if (held := caches.of(value)) is not None), None)
+        goes_on = cache is not None and cache is within.caches.get(module)  # in cycles over one text, as in HRM
+        within.caches[module] = cache
+        before = None if goes_on else within.gave.get(module)
+        if before is not None and not any(v is one() for v in given if isinstance(v, Tensor) for one in before):
+            self.enter(name, module, args, kwargs, sys._getframe(1))
 
     def leave_plain(self, module: nn.Module, args: Any, output: Any) -> None:
         if (entry := self._innermost()) is None:
@@ -253,7 +259,7 @@ class Passes:
 
     def check_seen(self, module: nn.Module, *_: Any) -> None:
         if self.entries and (turn := self.entries[-1].turns.get(module)) is not None and turn.seen == 0:
-            raise UnreachableAttention(f"{self.sites[module].name} ran without calling AttentionInterface")
+            raise Unreadable(f"{self.sites[module].name} ran without calling AttentionInterface")
 
     def attended(self, module: nn.Module, call: Call) -> Run | None:
         """It has attended; the run that this belongs to, unless it is none or was seen before."""
@@ -389,14 +395,19 @@ class Passes:
         if call.site.cross:
             keys = self.names.labelled(stack, others, entry.told()) if told else self._keys(entry, run, call)  # type: ignore
             run.keys[stack] = keys
-        elif entry.cache is None and not seen and (n_key != n_query or told):  # pooled, or of another kind altogether
+        elif (
+            entry.cache is None and not seen and (told or n_key - n_query not in (0, call.appended))
+        ):  # pooled, or others
             keys, key_start, earlier = Tokens.plain("other", len(call.key), n_key), 0, None
             if others is not None:
                 keys = run.keys[stack] = self.names.labelled(stack, others, entry.told())
         else:
             keys = own
         if len(keys) < key_start + n_key:  # a static cache is longer than what it holds
-            keys = keys.then(Tokens.plain("pad", len(keys.ids), key_start + n_key - len(keys)))
+            role = "special" if call.appended else "pad"
+            keys = keys.then(Tokens.plain(role, len(keys.ids), key_start + n_key - len(keys)))
+            if call.appended:
+                run.keys[stack] = keys
         device = call.query.device
         return {
             "query_start": start,
@@ -458,6 +469,8 @@ class Passes:
             return
         for stack, run in entry.runs.items():
             tokens = run.tokens.get(stack)
+            if tokens is not None and _added(tokens[states.shape[1] :]):  # for itself
+                tokens = tokens[: states.shape[1]]
             if tokens is not None and tokens.ids.shape == states.shape[:2] and stack in self.selfs:
                 self.newest[entry.name] = states
                 self.given = [given for given in self.given if given.states() is not None]
@@ -619,6 +632,11 @@ def _first(output: Any) -> Any:
     """The first of several outputs, as a tuple or a mapping holds them."""
     values = output.values() if isinstance(output, Mapping) else output
     return next(iter(values), None) if isinstance(values, (tuple, list, ValuesView)) else None
+
+
+def _added(tokens: Tokens) -> bool:
+    """Whether these are positions that a model adds to its text, if any."""
+    return bool((tokens.role("pad") | tokens.role("special")).all())
 
 
 def _cache_in(output: Any) -> Any:

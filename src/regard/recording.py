@@ -21,7 +21,7 @@ from torch import Tensor
 from zarr.errors import ZarrUserWarning
 
 from . import ranks
-from .call import Call, Site
+from .call import Call, Site, UnreachableAttention
 from .described import as_html, as_text
 from .files import ROOT, intact, replaced
 from .functions import innermost
@@ -361,12 +361,39 @@ class Recorder(Recording):
         self._built: tuple[Any, list[xr.DataTree]] = (None, [])
         self._count = 0
         self._last: Run | None = None  # what was added to last
+        self._told: set[str] = set()  # statistics that have said something of what is recorded
 
     def begin(self, run: Run) -> None:
         """A run starts. What a sink has taken is not kept, so only the newest run matters."""
         if self.sink is not None:
             self.runs.clear()
         self.runs.append(run)
+
+    def leave_out(self, names: set[str]) -> bool:
+        """Forget what was seen of the modules of these names; False where a sink has taken it."""
+        held = [(run, stack, i) for run in self.runs for stack in run.sites for i in run.sites[stack]]
+        held = [(run, stack, i) for run, stack, i in held if run.sites[stack][i].name in names]
+        if held and self.sink is not None:
+            return False
+        for run, stack, i in held:
+            del run.sites[stack][i]
+            for by_layer in run.parts.get(stack, {}).values():
+                by_layer.pop(i, None)
+            if not run.sites[stack]:
+                del run.sites[stack]
+                run.parts.pop(stack, None)
+        self.runs = [run for run in self.runs if run.sites]
+        self._told = {name for run in self.runs for found in run.parts.values() for name in found if found[name]}
+        self._count += 1
+        return True
+
+    def refuse_lost(self) -> None:
+        """Raise for statistics that could be asked of nothing but what was left out."""
+        refused = self.attributes.get("refused")
+        if refused and (lost := sorted(self.specs.keys() - self._told)):
+            raise UnreachableAttention(
+                f"{', '.join(lost)}: nothing was seen but of stacks that cannot be read: {'; '.join(refused)}"
+            )
 
     def refuse_order(self) -> None:
         """Raise where what was recorded cannot be put in another order."""
@@ -422,6 +449,7 @@ class Recorder(Recording):
         self._last, self._count = run, self._count + 1
         if seen is None:  # the statistic leaves this call out
             return
+        self._told.add(name)
         kind = _checked(name, self.specs[name].dims, call, seen)
         # Always a copy: neither a statistic nor what it read may change afterwards what was seen.
         if self.sink is not None:

@@ -738,8 +738,9 @@ class _Page:
             notices.append(
                 "Partial: the recording was interrupted. What is here was recorded before that; the rest is missing."
             )
-        unreached = self.attrs.get("unreached", [])
-        unreached = [unreached] if isinstance(unreached, str) else [str(x) for x in np.ravel(unreached)]
+        unreached = []
+        for missing in (self.attrs.get("unreached", []), self.attrs.get("refused", [])):
+            unreached += [missing] if isinstance(missing, str) else [str(x) for x in np.ravel(missing)]
         if any(unreached):
             notices.append(f"Not read, though they attend: {listed(unreached)}. Nothing on this page includes them.")
         if self.attrs.get("note"):

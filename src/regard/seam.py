@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,9 +24,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
 from .adapters import caches, checkpoints, generation, interface, parallel, pictures
-from .adapters.interface import READABLE, Asked
+from .adapters.interface import Asked
 from .adapters.registers import Longer
-from .call import Call
+from .call import Call, Unreadable
 from .functions import innermost
 from .hooks import attach
 from .kernels import Reduction
@@ -85,6 +86,7 @@ def record(
         except BaseException:
             recorder.interrupted = True
             raise
+        recorder.refuse_lost()
 
 
 @contextmanager
@@ -167,21 +169,38 @@ class _Session:
             recorder.spread, recorder.copy = parallel.spread(model), parallel.copy(model)
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
-        for module, site in self.sites.items():
-            if not sites.calls_interface(module):
-                continue
-            used = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-            if used not in READABLE:
-                raise UnreachableAttention(
-                    f"{site.name} runs with attn_implementation={used!r}, which Regard cannot read exactly; "
-                    f"call model.set_attn_implementation('sdpa') (or 'eager') first"
-                )
         self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
         self.closed = False
         statistics = () if recorder is None else recorder.statistics
         self.does = ", ".join([*(type(thing).__name__ for thing in interventions), *statistics])
         self.agreed: set[Any] = set()  # groups of processes that have said to each other that they do the same
         self.expected: set[Reduction] | None = None  # of a call; None: ask what was asked of the last one
+        self.refused: dict[str, str] = {}  # stacks that are not recorded, and why
+        for module, site in self.sites.items():
+            if not sites.calls_interface(module):
+                continue
+            used = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+            if not interface.readable(used):
+                why = (
+                    f"{site.name} runs with attn_implementation={used!r}, which Regard cannot read exactly; "
+                    f"call model.set_attn_implementation('sdpa') (or 'eager') first"
+                )
+                self.refuse(module, Unreadable(why))
+
+    def refuse(self, module: nn.Module, why: Unreadable) -> None:
+        """Leave out the stack of a module. Raises where no other is left, and where it was to be changed."""
+        stack = self.sites[module].stack
+        if stack in self.refused:
+            return
+        left = {site.stack for site in self.sites.values()} - {stack, *self.refused}
+        if self.recorder is None or not left:
+            raise why
+        names = {site.name for site in self.sites.values() if site.stack == stack}
+        if not self.recorder.leave_out(names):
+            raise why
+        self.refused[stack] = str(why)
+        self.recorder.attributes["refused"] = [f"{name}: {reason}" for name, reason in self.refused.items()]
+        warnings.warn(f"the stack {stack!r} is not recorded: {why}", stacklevel=2)
 
     def change(self, call: Call) -> Call:
         for thing in self.interventions:
@@ -242,9 +261,9 @@ def _open(session: _Session) -> Iterator[None]:
                 )
             attach(undo, module.register_forward_pre_hook, passes.turn)
             if sites.calls_interface(module):
-                attach(undo, module.register_forward_hook, passes.check_seen)
+                attach(undo, module.register_forward_hook, partial(_check_seen, session))
             else:
-                watch = _watches.setdefault(module, shared(partial(adapters.watch, module, _route)))
+                watch = _watches.setdefault(module, shared(partial(adapters.watch, module, _route, _refuse)))
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
@@ -330,12 +349,21 @@ def _route(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for the attention function: the open sessions of this module change the call, and see it."""
-    sessions = _sessions.get(module, ())
+    sessions = [s for s in _sessions.get(module, ()) if s.sites[module].stack not in s.refused]
     if not sessions:
         return function(module, query, key, value, attention_mask, **kwargs)
     asked = Asked(implementation, function, module, query, key, value, attention_mask, kwargs)
-    given = interface.read(asked, sessions[0].sites[module])
+    try:
+        return _read(asked, sessions)
+    except Unreadable as error:
+        _refuse(module, error)
+        return asked.run(query, key, value)
+
+
+def _read(asked: Asked, sessions: Sequence[_Session]) -> tuple[Tensor, Tensor | None]:
+    module = asked.module
     with pictures.unfollowed():
+        given = interface.read(asked, sessions[0].sites[module])
         asked, given = _brought_together(asked, given, sessions)
         contexts = [session.passes.where(module, given) for session in sessions]
         call = _changed(sessions, contexts, given)
@@ -344,10 +372,23 @@ def _route(
         edited = _edited(sessions, seen, output)
         _shown(sessions, seen, module)
         if result is None or edited is not output:
-            result = asked.mine(edited, query).transpose(1, 2).contiguous()
-        weights = None if weights is None else asked.mine(weights, query)
+            result = asked.mine(edited, asked.query).transpose(1, 2).contiguous()
+        weights = None if weights is None else asked.mine(weights, asked.query)
     sessions[0].passes.pictures.gave(result)
     return result, weights
+
+
+def _refuse(module: nn.Module, why: Unreadable) -> None:
+    for session in _sessions.get(module, ()):
+        session.refuse(module, why)
+
+
+def _check_seen(session: _Session, module: nn.Module, *_: Any) -> None:
+    if session.sites[module].stack not in session.refused:
+        try:
+            session.passes.check_seen(module)
+        except Unreadable as error:
+            session.refuse(module, error)
 
 
 def _brought_together(asked: Asked, given: Call, sessions: Sequence[_Session]) -> tuple[Asked, Call]:

@@ -59,6 +59,7 @@ def line(verdict: Verdict) -> str:
                 ("unreached", verdict.unreached),
                 ("not softmax", verdict.not_softmax),
                 ("unverified", verdict.unverified),
+                ("refused stacks", verdict.refused),
             )
             if names
         ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -44,6 +44,11 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
                 return _built(model_class, config_class, factor)
             except Exception as error:
                 reasons.append(f"{model_class.__name__}: {_reason(error)}")
+    for whole in _wholes(config_class):
+        try:
+            return _part_of(whole, config_class)
+        except Exception as error:
+            reasons.append(f"as a part of {whole}: {_reason(error)}")
     raise NotConstructible(reasons[0] if reasons else "no model class takes this configuration")
 
 
@@ -62,6 +67,42 @@ def _built(model_class: type[PreTrainedModel], config_class: type[PreTrainedConf
             if parameter.ndim == 2:
                 parameter.mul_(2.0)  # so that attention is uneven
         return model, _inputs(model)
+
+
+def _wholes(config_class: type[PreTrainedConfig]) -> Iterator[str]:
+    """Architectures that hold one of this configuration."""
+    for name in architectures():
+        if config_class in (CONFIG_MAPPING[name].sub_configs or {}).values() and CONFIG_MAPPING[name] != config_class:
+            yield name
+
+
+def _part_of(whole: str, config_class: type[PreTrainedConfig]) -> tuple[nn.Module, dict[str, Any]]:
+    """What a model runs for a configuration inside its own, with what it gives it."""
+    model, inputs = build(whole)
+    parts = [m for m in model.modules() if m is not model and _is_made_of(m, config_class)]
+    given: dict[nn.Module, dict[str, Any]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        given.setdefault(module, {k: v for k, v in named.items() if not isinstance(v, Cache)})
+
+    handles = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
+    with torch.no_grad():
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        part = next((part for part in parts if part in given), None)
+        if part is None:
+            raise NotConstructible("it runs no module of this configuration")
+        part(**given[part])
+    return part, given[part]
+
+
+def _is_made_of(module: nn.Module, config_class: type[PreTrainedConfig]) -> bool:
+    if hasattr(module, "config"):
+        return type(module.config) is config_class
+    takes = inspect.signature(type(module).__init__).parameters.get("config")
+    return takes is not None and takes.annotation in (config_class, config_class.__name__)
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:

@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .recipes import INPUTS
+
 N = 12  # tokens
 BATCH = 2
 GRID = (4, 4)  # patches of a picture where their number is ours to choose
 
-_IMAGE_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "speech_token_index")
+_IMAGE_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_index",
+    "audio_token_id",
+    "audio_token_index",
+    "speech_token_index",
+)
 
 
 _ALWAYS = {
@@ -58,8 +67,10 @@ class Hints:
 def draw(model: nn.Module, hints: Hints) -> dict[str, Any]:
     """Random inputs of batch 2."""
     config, takes = model.config, inspect.signature(model.forward).parameters
-    maker = _Maker(config, torch.Generator().manual_seed(1), takes, hints)
+    maker = Maker(config, torch.Generator().manual_seed(1), takes, hints)
     main = getattr(model, "main_input_name", "input_ids")
+    main = main if isinstance(main, str) else main[0]
+    special = INPUTS.get(getattr(config, "model_type", ""), {})
     required = {n for n, p in takes.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD}
     wanted = required | {main} | set(hints.extra)
     if main == "input_ids" and _part(config, "vision_config", "vision_encoder_config") is not None:
@@ -70,13 +81,16 @@ def draw(model: nn.Module, hints: Hints) -> dict[str, Any]:
         wanted.add("input_ids")
     if getattr(config, "is_encoder_decoder", False) or main in ("input_features", "input_values", "flattened_patches"):
         wanted.add("decoder_input_ids")
-    wanted |= _ALWAYS & set(takes)
+    wanted |= (_ALWAYS | set(special)) & set(takes)
     if "past_time_features" in takes:
         wanted |= {"future_values", "future_time_features", "past_observed_mask"} & set(takes)
     inputs: dict[str, Any] = {}
     for name in takes:  # in order: some depend on those before
         needs = _NEEDS.get(name)
-        if name in wanted and hasattr(maker, name) and (needs is None or needs in inputs):
+        if name in special:
+            if (value := special[name](maker, inputs)) is not None:
+                inputs[name] = value
+        elif name in wanted and hasattr(maker, name) and (needs is None or needs in inputs):
             inputs[name] = getattr(maker, name)(inputs)
             if name in hints.swapped:
                 inputs[name] = inputs[name].mT.contiguous()
@@ -117,7 +131,7 @@ def more(error: Exception, hints: Hints, inputs: dict[str, Any], hidden: int | N
         if name in inputs and name not in hints.swapped and inputs[name].ndim == 3:
             return replace(hints, swapped=(*hints.swapped, name))
     named = re.search(r"specify (?:either |at least )?(?:a |an |exactly one of )?`?(\w+)`?", text)
-    if named and named[1] not in (*hints.extra, *inputs) and hasattr(_Maker, named[1]):
+    if named and named[1] not in (*hints.extra, *inputs) and hasattr(Maker, named[1]):
         return replace(hints, extra=(*hints.extra, named[1]))
     if "NoneType" in text and "image_sizes" not in hints.extra:
         return replace(hints, extra=(*hints.extra, "image_sizes"))
@@ -150,7 +164,7 @@ def hidden_size(config: Any) -> int | None:
     return _seek(getattr(config, "text_config", None) or config, "hidden_size", "d_model")
 
 
-class _Maker:
+class Maker:
     """One method for each input, by its name in `forward`; each is given those made before it."""
 
     def __init__(self, config: Any, generator: torch.Generator, takes: Any, hints: Hints) -> None:
@@ -161,15 +175,23 @@ class _Maker:
         self.size = getattr(config, "hidden_size", None)
         self.packed = bool({"image_grid_thw", "grid_thw"} & set(takes))
 
-    def _ids(self, n: int) -> Tensor:
+    def ids(self, n: int) -> Tensor:
         vocab = min(_seek(self.config, "vocab_size") or 100, 150)
         return torch.randint(min(10, vocab // 2), vocab, (BATCH, n), generator=self.generator)
 
-    def _noise(self, *shape: int) -> Tensor:
+    def books(self, n: int, books: int) -> Tensor:
+        """Ids [batch, n, book]"""
+        return torch.stack([self.ids(n) for _ in range(books)], dim=-1)
+
+    def noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
     def input_ids(self, _: Any) -> Tensor:
-        ids, n = self._ids(N), self.hints.placeholders
+        return self.placed(self.hints.placeholders)
+
+    def placed(self, n: int) -> Tensor:
+        """A text with so many places for what another part gives."""
+        ids = self.ids(N)
         tokens = (getattr(self.config, name, None) for name in _IMAGE_TOKENS)
         token = next((t for t in tokens if isinstance(t, int)), None)
         if n and token is not None:
@@ -177,7 +199,7 @@ class _Maker:
         return ids
 
     def decoder_input_ids(self, _: Any) -> Tensor:
-        return self._ids(5)
+        return self.ids(5)
 
     def bbox(self, inputs: Any) -> Tensor:
         corners = torch.randint(0, 50, (BATCH, N, 4), generator=self.generator)
@@ -190,16 +212,20 @@ class _Maker:
         if self.packed or "spatial_shapes" in self.takes:
             patch = _seek(self.vision, "patch_size", "spatial_patch_size") or 4
             patch = patch if isinstance(patch, int) else patch[-1]
-            deep = 1 if "spatial_shapes" in self.takes else _seek(self.vision, "temporal_patch_size") or 1
+            deep = (
+                1
+                if "spatial_shapes" in self.takes
+                else _seek(self.vision, "temporal_patch_size", "patch_temporal") or 1
+            )
             n = GRID[0] * GRID[1]
             shape = (BATCH, n) if "spatial_shapes" in self.takes else (BATCH * n,)
-            return self._noise(*shape, channels * deep * patch * patch)
+            return self.noise(*shape, channels * deep * patch * patch)
         frames = [f] if isinstance(f := getattr(self.config, "num_frames", None), int) else []
-        return self._noise(BATCH, *frames, channels, *self._side())
+        return self.noise(BATCH, *frames, channels, *self.side())
 
     pixel_values_videos = pixel_values
 
-    def _side(self) -> tuple[int, int]:
+    def side(self) -> tuple[int, int]:
         size = _seek(self.vision, "image_size", "img_size", "input_size") or _seek(self.config, "image_size") or 64
         height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
         return (height, width) if isinstance(height, int) else (64, 64)
@@ -222,16 +248,17 @@ class _Maker:
         return torch.ones(pixels.shape[:-3] + pixels.shape[-2:], dtype=torch.long)
 
     def pixel_mask(self, _: Any) -> Tensor:
-        return torch.ones(BATCH, *self._side(), dtype=torch.long)
+        return torch.ones(BATCH, *self.side(), dtype=torch.long)
 
     def mm_token_type_ids(self, inputs: Any) -> Tensor:
         token = _seek(self.config, *_IMAGE_TOKENS)
-        return (inputs["input_ids"] == token).int()
+        ids = inputs["input_ids"]
+        return torch.zeros_like(ids) if token is None else (ids == token).int()
 
     def input_features(self, _: Any) -> Tensor:
         mel = _seek(self.config, *_MEL)
-        return self._noise(
-            BATCH, mel if isinstance(mel, int) else 80, 2 * (_seek(self.config, "max_source_positions") or 50)
+        return self.noise(
+            BATCH, mel if isinstance(mel, int) else 80, 2 * (_seek(self.config, "max_source_positions") or 48)
         )
 
     def input_features_mask(self, inputs: Any) -> Tensor:
@@ -241,61 +268,61 @@ class _Maker:
 
     def input_values(self, _: Any) -> Tensor:
         if isinstance(mel := getattr(self.config, "num_mel_bins", None), int) and hasattr(self.config, "max_length"):
-            return self._noise(BATCH, self.config.max_length, mel)
-        return self._noise(BATCH, 4000)
+            return self.noise(BATCH, self.config.max_length, mel)
+        return self.noise(BATCH, 4000)
 
     def hidden_states(self, _: Any) -> Tensor:
         if self.packed:
             return self.pixel_values(_)
-        return self._noise(BATCH, N, _seek(self.config, "hidden_size", "d_model"))
+        return self.noise(BATCH, N, _seek(self.config, "hidden_size", "d_model"))
 
     def inputs_embeds(self, _: Any) -> Tensor:
-        return self._noise(BATCH, N, _seek(self.config, "hidden_size", "d_model"))
+        return self.noise(BATCH, N, _seek(self.config, "hidden_size", "d_model"))
 
     def attention_mask(self, _: Any) -> Tensor:
         return torch.ones(BATCH, N, dtype=torch.long)
 
     def encoder_hidden_states(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 7, _seek(self.config, "encoder_hidden_size", "hidden_size", "d_model"))
+        return self.noise(BATCH, 7, _seek(self.config, "encoder_hidden_size", "hidden_size", "d_model"))
 
     def query_embeds(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 6, _seek(self.config, "hidden_size"))
+        return self.noise(BATCH, 6, _seek(self.config, "hidden_size"))
 
     def flattened_patches(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 16, _seek(self.config, "patch_embed_hidden_size") + 2).abs()
+        return self.noise(BATCH, 16, _seek(self.config, "patch_embed_hidden_size") + 2).abs()
 
     def image_sizes(self, inputs: Any) -> Tensor:
         return torch.tensor([inputs["pixel_values"].shape[-2:]] * BATCH)
 
     def qformer_input_ids(self, _: Any) -> Tensor:
-        return self._ids(N)
+        return self.ids(N)
 
     def context(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 9, _seek(self.config, "hidden_size"))
+        return self.noise(BATCH, 9, _seek(self.config, "hidden_size"))
 
     def inputs(self, _: Any) -> Tensor:
-        return self._noise(BATCH, N, _seek(self.config, "d_model"))
+        return self.noise(BATCH, N, _seek(self.config, "d_model"))
 
     def visual_feats(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 7, _seek(self.config, "visual_feat_dim"))
+        return self.noise(BATCH, 7, _seek(self.config, "visual_feat_dim"))
 
     def visual_pos(self, _: Any) -> Tensor:
-        return self._noise(BATCH, 7, _seek(self.config, "visual_pos_dim")).sigmoid()
+        return self.noise(BATCH, 7, _seek(self.config, "visual_pos_dim")).sigmoid()
 
     def past_values(self, _: Any) -> Tensor:
         lags = max(getattr(self.config, "lags_sequence", None) or [0])
         channels = getattr(self.config, "num_input_channels", None)
         n = (_seek(self.config, "context_length") or 64) + lags
-        return self._noise(BATCH, n, *([channels] if channels else []))
+        return self.noise(BATCH, n, *([channels] if channels else []))
 
     def past_observed_mask(self, inputs: Any) -> Tensor:
         return torch.ones_like(inputs["past_values"])
 
     def past_time_features(self, inputs: Any) -> Tensor:
-        return self._noise(*inputs["past_values"].shape[:2], _seek(self.config, "num_time_features"))
+        return self.noise(*inputs["past_values"].shape[:2], _seek(self.config, "num_time_features"))
 
     def future_values(self, _: Any) -> Tensor:
-        return self._noise(BATCH, _seek(self.config, "prediction_length"))
+        return self.noise(BATCH, _seek(self.config, "prediction_length"))
 
     def future_time_features(self, _: Any) -> Tensor:
-        return self._noise(BATCH, _seek(self.config, "prediction_length"), _seek(self.config, "num_time_features"))
+        return self.noise(BATCH, _seek(self.config, "prediction_length"), _seek(self.config, "num_time_features"))

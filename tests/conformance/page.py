@@ -64,6 +64,12 @@ def page(verdicts: list[Verdict]) -> str:
         "over keys. The recording names them in `attrs['not_softmax']`.\n\n"
         + _table(("architecture", "for example"), [(v.architecture, v.not_softmax[0]) for v in named])
     )
+    partly = [v for v in exact if v.refused]
+    parts.append(
+        "### Exact but for stacks that are refused\n\n"
+        "The recording lacks them; `attrs['refused']` says why, and so does a warning.\n\n"
+        + _table(("architecture", "stack"), [(v.architecture, v.refused[0]) for v in partly])
+    )
     remarks = [(v.architecture, remark) for v in exact if (remark := _remark(v))]
     parts.append("### Remarks\n\n" + _table(("architecture", "remark"), remarks))
     for state, title in (("refused", "Refused"), ("not constructible", "Not constructible")):

@@ -7,6 +7,7 @@ numbers of heads and of key heads stay. Of the layers, the first of each kind st
 from __future__ import annotations
 
 import re
+from functools import reduce
 from typing import Any
 
 from .recipes import OVERRIDES
@@ -27,7 +28,7 @@ _WIDTH = re.compile(
     r"|\w*latent_(dim|size)|codebook_dim|text_dim|vision_dim|rotary_dim|attention_dim|lru_width|pooler_output_size"
     r"|qk_channels|v_channels|\w+_(out|in)_dim|\w*bottleneck\w*|cond_dim|state_size|num_filters"
     r"|dims|\w*conv_dim|filter_size|sinusoidal_dim|hidden_size_per_\w+|index_head_dim|\w+_embed_dim_\w+|key_dim|value_dim"
-    r"|query_pre_attn_scalar|qk_(nope|rope)_head_dim|v_head_dim|embed_dim_per_stage|classifier_dim|\w+_hidden_size_\w+)$"
+    r"|upsample_groups|adapter_\w+_(size|dim)|adapter_out_dim|conv_output_size|upsample_initial_channel|query_pre_attn_scalar|qk_(nope|rope)_head_dim|v_head_dim|embed_dim_per_stage|classifier_dim|\w+_hidden_size_\w+)$"
 )
 _FEW = {
     re.compile(r"^(num|n)_(local_|routed_|sparse_)?experts$|^moe_num_experts$|^num_routed_experts$"): 4,
@@ -77,7 +78,10 @@ def _dictionary(config_class: type, config: Any, factor: int, ids: dict[int, int
         small.pop("out_features", None)
         small["out_indices"] = list(range(1, 1 + len(given["out_indices"])))
     _fill(small)
-    return small | OVERRIDES.get(given.get("model_type", ""), {})
+    for path, value in OVERRIDES.get(given.get("model_type", ""), {}).items():
+        *parts, key = path.split(".")
+        reduce(lambda part, name: part[name], parts, small)[key] = value
+    return small
 
 
 def _fill(small: dict[str, Any]) -> None:

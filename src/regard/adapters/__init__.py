@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import hooks
-from . import diffusers, multihead, products
-from .products import Route
+from . import diffusers, longformer, longt5, multihead, pegasus_x, products
+from .joined import Family, joined
+from .products import Refuse, Route
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, Tensor]]
 
@@ -27,6 +28,14 @@ _COMPUTES = re.compile(
 )
 # Softmax over a few sampled points, not over keys:
 _OTHER = re.compile(r"deformable", re.IGNORECASE)
+# Modules of transformers that attend in pieces, by their class:
+_FAMILIES: dict[str, Family] = {
+    "LongformerSelfAttention": longformer,
+    "LEDEncoderSelfAttention": longformer,
+    "LongT5LocalAttention": longt5,
+    "LongT5TransientGlobalAttention": longt5,
+    "PegasusXGlobalLocalAttention": pegasus_x,
+}
 _registered: dict[type[nn.Module], Reader | None] = {}
 
 
@@ -59,13 +68,21 @@ def attends(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch(module: nn.Module, route: Route) -> Iterator[None]:
-    """Send what this module attends to `route`, as transformers' interface would, until the block ends."""
+def watch(module: nn.Module, route: Route, refuse: Refuse) -> Iterator[None]:
+    """Send what this module attends to `route`, as transformers' interface would, until the block ends; and why it
+    cannot be read to `refuse`.
+    """
     reader = next((r for kind, r in _registered.items() if isinstance(module, kind) and r is not None), None)
     with ExitStack() as undo:
         if isinstance(module, nn.MultiheadAttention):
             undo.enter_context(multihead.no_fast_path())
-        hooks.wrap(undo, module, products.followed(route) if reader is None else products.reading(route, reader))
+        if reader is not None:
+            run = products.reading(route, reader)
+        elif (family := _FAMILIES.get(type(module).__name__)) is not None:
+            run = joined(family, route, refuse)
+        else:
+            run = products.followed(route, refuse)
+        hooks.wrap(undo, module, run)
         yield
 
 

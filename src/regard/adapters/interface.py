@@ -8,22 +8,27 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..call import Call, Site, UnreachableAttention
+from ..call import Call, Site, Unreadable
 from ..functions import arguments
+from . import fused
 from .parallel import Share
 
-READABLE = ("eager", "sdpa")  # implementations whose semantics `read` knows
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 # Kinds of calls whose output was compared with weights @ value.
 _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+def readable(implementation: str) -> bool:
+    """Whether `read` knows what this implementation does with its arguments."""
+    return implementation in ("eager", "sdpa", "flex_attention") or fused.is_flash(implementation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,7 @@ class Asked:
 
     @property
     def dropout(self) -> float:
-        applies = self.implementation == "sdpa" or self.module.training
+        applies = self.implementation not in ("eager", "own") or self.module.training
         return self.keywords.get("dropout", 0.0) if applies else 0.0
 
     @property
@@ -68,6 +73,8 @@ class Asked:
     @property
     def new(self) -> bool:
         """Whether no call of this kind was compared with the model's own output. With dropout none can be."""
+        if self.keywords.get("checked"):  # by the adapter
+            return False
         return not self.dropout and self.kind not in _checked.get(self.module, ())
 
 
@@ -75,14 +82,23 @@ def read(asked: Asked, site: Site) -> Call:
     """The call in terms of what this implementation does with its arguments."""
     implementation, kwargs = asked.implementation, asked.keywords
     query, key, value, mask = asked.query, asked.key, asked.value, asked.mask
+    if len(query) != len(key):  # one row of queries, as learned ones are, for all rows of keys
+        batch = max(len(query), len(key))
+        query, key, value = (tensor.expand(batch, *tensor.shape[1:]) for tensor in (query, key, value))
     if implementation == "own":  # an adapter's: the module made its weights itself
         weights = kwargs["weights"]
         mask = None if weights.dtype == torch.float16 else weights != 0
-        return Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=(partial(_own_rows, weights),))
-    if implementation not in READABLE or not (mask is None or isinstance(mask, Tensor)):
-        raise UnreachableAttention(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
+        edits = (partial(_own_rows, weights),)
+        call = Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=edits)
+        return replace(call, appended=kwargs.get("appended"))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if implementation == "flex_attention":
+        return replace(Call(site, query, key, value, scale), **fused.flex(asked))
+    if fused.is_flash(implementation):
+        return replace(Call(site, query, key, value, scale), **fused.flash(asked))
+    if not readable(implementation) or not (mask is None or isinstance(mask, Tensor)):
+        raise Unreadable(f"{site.name} runs with {implementation!r}, which Regard cannot read exactly")
     bias, softcap, sinks, causal = kwargs.get("position_bias"), None, None, False
     if implementation == "sdpa":
         causal = kwargs.get("is_causal")
@@ -124,10 +140,12 @@ def check(asked: Asked, call: Call) -> None:
         grouped = weights.unflatten(1, (value.shape[1], group)).flatten(2, 3)
         ours = (grouped @ value.to(weights.dtype)).unflatten(2, (group, 1)).flatten(1, 2)
         theirs = call.own_output[:, :, at : at + 1].to(ours.dtype)
+        if fused.is_flash(asked.implementation):  # of queries that are padding it computes nothing
+            theirs = theirs.masked_fill(weights.sum(-1, keepdim=True) == 0, 0.0)
         limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
         by_float32 = asked.implementation == "eager" and call.query.dtype == torch.float64
         if by_float32 and theirs.isnan().any() and not (ours.isnan().any() or value.isnan().any()):
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{call.site}: the model's own output of attention is NaN where its query, key, value and mask are "
                 f"not, and so is what follows from it. In float64, transformers' eager functions take the softmax in "
                 f"float32, where a masked score is -inf, and a query that sees no key (padding) has none: run the "
@@ -135,7 +153,7 @@ def check(asked: Asked, call: Call) -> None:
             )
         if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
             off = float((ours - theirs).abs().max())
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{call.site}: the output of its attention does not follow from the query, key, value and mask seen at "
                 f"the seam (off by {off:.2g}), so its weights would be wrong; this model needs an adapter"
             )

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..call import UnreachableAttention
+from ..call import UnreachableAttention, Unreadable
 from .multihead import multi_head_attention_forward, open_forward
 
 Route = Callable[..., tuple[Tensor, Tensor | None]]
+Refuse = Callable[[nn.Module, Unreadable], None]
 Run = Callable[..., Any]  # of a module, its forward, and what that is given
 
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _DROPOUT = {F.dropout, torch.dropout}
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
@@ -55,13 +56,16 @@ class _Mode(TorchFunctionMode):
         self.failed: TypeError | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.failed is not None:
+            return func(*args, **kwargs)
         try:
-            return self._see(func, args, kwargs or {})
+            return self._see(func, args, kwargs)
         except TypeError as error:
-            if getattr(func, "__name__", "") not in ("__matmul__", "matmul"):
+            if not isinstance(error, Unreadable) and getattr(func, "__name__", "") not in ("__matmul__", "matmul"):
                 raise
             self.failed = error  # raised after the run: of an operator, Python would take it for "not implemented"
-            return func(*args)
+            return func(*args, **kwargs)
 
     def _see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if _running()[-1] is not self:  # a module inside this one runs, which has a mode of its own
@@ -74,13 +78,17 @@ class _Mode(TorchFunctionMode):
         if func in _PRODUCTS and (known := self._known(args[:1])):
             letters = "".join(chr(ord("A") + i) for i in range(args[0].ndim - 2))
             return self._product(func, known, args[1], (f"{letters}qk", f"{letters}kd", f"{letters}qd"))
+        if func in _PRODUCTS and len(args) > 1 and (known := self._known(args[1:2])):  # values first, as in pictures
+            letters = "".join(chr(ord("A") + i) for i in range(args[1].ndim - 2))
+            swapped = (f"{letters}kq", f"{letters}dk", f"{letters}dq")
+            return self._product(lambda weights, value: func(value, weights), known, args[0], swapped)
         if func is torch.einsum and (known := self._known(_operands(args)[:1])):
             equation = args[0].replace(" ", "")
             parts = equation.replace("->", ",").split(",")
             if len(parts) == 3:
                 return self._product(lambda *o: func(equation, *o), known, _operands(args)[1], parts)
         result = func(*args, **kwargs)
-        if func in _SOFTMAX:
+        if func in SOFTMAX:
             self.followed.append(_Followed(result, result))
         elif isinstance(result, Tensor) and (known := self._known(args)) and _goes_on(func, known.used, result):
             self._follow(func, known, result, args, kwargs)
@@ -108,7 +116,7 @@ class _Mode(TorchFunctionMode):
         dim = "".join((set(of_value) & set(of_result)) - set(of_weights))
         one_each = len(key) == len(query) == len(dim) == 1
         if not one_each or "." in of_weights or known.used.ndim < 3 or value.ndim != known.used.ndim:
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{type(self.module).__name__} multiplies its weights with its values in a way that Regard does not "
                 f"know: {of_weights},{of_value}->{of_result}"
             )
@@ -119,9 +127,9 @@ class _Mode(TorchFunctionMode):
         values = self._heads_apart(_ordered(value, of_value, both + key + dim))
         self._once()
         if self._known((value,)):
-            raise UnreachableAttention(f"{type(self.module).__name__} multiplies one softmax with another")
+            raise Unreadable(f"{type(self.module).__name__} multiplies one softmax with another")
         if float(weights.detach().sum(-1).amax()) > 1.01:
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{type(self.module).__name__} multiplies its values with what does not sum to 1 over keys"
             )
         back: dict[str, Any] = {}
@@ -202,7 +210,7 @@ class _Mode(TorchFunctionMode):
         if len(leading) == 1:
             return tensor.unflatten(0, (-1, heads if leading[0] % heads == 0 else 1))
         if leading[-1] != heads:
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{type(self.module).__name__} attends in an order of axes that Regard does not know: "
                 f"{list(tensor.shape)}"
             )
@@ -211,14 +219,14 @@ class _Mode(TorchFunctionMode):
     def _once(self) -> None:
         self.products += 1
         if self.products > 1:
-            raise UnreachableAttention(
+            raise Unreadable(
                 f"{type(self.module).__name__} puts its output together from several softmaxes, so no one of them is "
                 f"its weights"
             )
 
 
-def followed(route: Route) -> Run:
-    """How to run a module whose softmax is followed to the values."""
+def followed(route: Route, refuse: Refuse) -> Run:
+    """How to run a module whose softmax is followed to the values; what cannot be followed is told to `refuse`."""
 
     def run(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mode, running = _Mode(module, route), _running()
@@ -228,12 +236,15 @@ def followed(route: Route) -> Run:
                 output = own(*args, **kwargs)
         finally:
             running.pop()
-        if mode.failed is not None:
-            raise mode.failed
-        if mode.followed and not mode.products:
-            raise UnreachableAttention(
+        failed = mode.failed
+        if failed is None and mode.followed and not mode.products:
+            failed = Unreadable(
                 f"{type(module).__name__} takes a softmax, but what becomes of it Regard cannot follow to the values"
             )
+        if isinstance(failed, Unreadable):
+            refuse(module, failed)
+        elif failed is not None:
+            raise failed
         return output
 
     return run

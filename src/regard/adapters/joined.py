@@ -1,0 +1,123 @@
+"""Attention that a module computes in pieces (a band, global tokens), joined to one row of weights for each query.
+
+Each family has a file of its own, which says where in the whole its pieces belong. What softmax gave while the module
+runs, and what some of its parts took and gave, is kept for it. The joined weights must give the module's own output.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import hooks
+from ..call import UnreachableAttention, Unreadable
+from ..functions import bound
+from .products import SOFTMAX, Refuse, Route, Run
+
+
+@dataclass
+class Kept:
+    """What happened in one run of a module."""
+
+    softmaxes: list[Tensor] = field(default_factory=list)
+    took: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # by the name of a part
+    gave: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class Joined:
+    """One run as a whole."""
+
+    weights: Tensor  # [batch, head, query, key]
+    value: Tensor  # [batch, head, key, dim]
+    result: Tensor  # [batch, query, head, dim], as the module computed it
+    put: Callable[[Tensor], Any]  # what the module gives, with another result
+    appended: int = 0  # the last keys are so many tokens of the model's own
+    follows: Tensor | None = None  # the result from the weights, where some rows have values of their own
+
+
+class Family(Protocol):
+    """How the modules of a family are joined."""
+
+    parts: tuple[str, ...]
+
+    def join(self, module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined: ...
+
+
+def joined(family: Family, route: Route, refuse: Refuse) -> Run:
+    """How to run a module of this family."""
+
+    def run(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _keeping(module, family.parts) as kept:
+            output = forward(*args, **kwargs)
+        whole = family.join(module, kept, bound(module, args, kwargs), output)
+        value, weights = whole.value, whole.weights
+        if whole.follows is not None:
+            limit = 1e-4 * float(value.detach().abs().amax()) if value.dtype == torch.float32 else float("inf")
+            if float((whole.follows - whole.result).detach().abs().amax()) > limit:
+                refuse(module, Unreadable(f"the output of {type(module).__name__} does not follow from its weights"))
+                return output
+            value = torch.full_like(value, float("nan"))  # none is that of all rows
+
+        def own(module: nn.Module, q: Tensor, k: Tensor, new: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+            return (whole.result if new is value else (weights @ new).transpose(1, 2)), None
+
+        unknown = torch.full_like(weights[..., :1], float("nan"))
+        keys = torch.full_like(value[..., :1], float("nan"))
+        dropout = float(getattr(module, "dropout", 0.0)) if module.training else 0.0
+        given = {
+            "weights": weights,
+            "dropout": dropout,
+            "appended": whole.appended,
+            "checked": whole.follows is not None,
+        }
+        result, _ = route("own", own, module, unknown, keys, value, **given)
+        if result is whole.result:
+            return output
+        if whole.follows is not None:
+            raise UnreachableAttention(
+                f"{type(module).__name__} gives global tokens values of their own, so its attention cannot be changed"
+            )
+        return whole.put(result)
+
+    return run
+
+
+def laid(rows: Tensor, first: Tensor, n: int) -> Tensor:
+    """Pieces of rows [..., query, piece] in rows of `n` keys, each from its key `first` [..., query] on."""
+    index = first[..., None] + torch.arange(rows.shape[-1], device=rows.device)
+    return rows.new_zeros(*rows.shape[:-1], n).scatter(-1, index.expand(rows.shape), rows)
+
+
+class _Softmaxes(TorchFunctionMode):
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in SOFTMAX:
+            self.kept.append(result)
+        return result
+
+
+@contextmanager
+def _keeping(module: nn.Module, parts: tuple[str, ...]) -> Iterator[Kept]:
+    kept = Kept()
+
+    def keep(name: str, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        kept.took[name].append(args[0])
+        kept.gave[name].append(output)
+
+    with ExitStack() as undo, _Softmaxes(kept.softmaxes):
+        for name in parts:
+            hooks.attach(undo, module.get_submodule(name).register_forward_hook, partial(keep, name))
+        yield kept
