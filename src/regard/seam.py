@@ -8,7 +8,6 @@ model's own to the bit, whatever implementation each part of it runs with.
 
 from __future__ import annotations
 
-import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,12 +238,12 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
-        for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
+        for hook, find in (("mlp", sites.feed_forwards), ("hidden", sites.blocks)):
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
-            for part, module in find(session).items() if editors else ():
+            for part, module in find(session.model, session.sites).items() if editors else ():
                 attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
-            for part, module in _blocks(session).items():
+            for part, module in sites.blocks(session.model, session.sites).items():
                 edit = partial(_edit_given, session, editors, module)
                 attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
         try:
@@ -445,30 +444,3 @@ def _edit_given(
     for thing in editors:
         new = _result(thing, "entering", thing.entering(session.passes.coming(module), new), states)
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def _blocks(session: _Session) -> dict[nn.Module, nn.Module]:
-    """The layer around each site (the module at the first number of its path), and its first site."""
-    found: dict[nn.Module, nn.Module] = {}
-    root = getattr(session.model, "_orig_mod", session.model)
-    for module, site in session.sites.items():
-        path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
-        if path is None:
-            raise UnreachableAttention(f"{site.name} lies in no numbered layer, so its hidden states cannot be changed")
-        found.setdefault(root.get_submodule(path[0]), module)
-    return found
-
-
-def _mlps(session: _Session) -> dict[nn.Module, nn.Module]:
-    """The feed-forward module of each layer, its one child of several matrices beside attention, and its first site."""
-    found: dict[nn.Module, nn.Module] = {}
-    for block, module in _blocks(session).items():
-        beside = [c for c in block.children() if not any(m in session.sites for m in c.modules())]
-        several = [c for c in beside if sum(p.ndim > 1 for p in c.parameters()) > 1]
-        if len(several) != 1:
-            raise UnreachableAttention(
-                f"the layer around {session.sites[module].name} has {len(several)} modules that could be its "
-                f"feed-forward network, so `mlp` cannot see it; change what the layer gives with `hidden` instead"
-            )
-        found[several[0]] = module
-    return found

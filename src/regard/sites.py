@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
 from torch import nn
@@ -97,6 +97,33 @@ def refuse_unreached(model: nn.Module, missed: list[str], other: list[str]) -> N
     kinds = sorted({type(model.get_submodule(n)).__name__ for n in other})
     why = f": {', '.join(kinds)} has no weights over keys" if kinds else " that Regard knows"
     raise UnreachableAttention(f"{name} holds no attention module{why}")
+
+
+def blocks(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, nn.Module]:
+    """The layer around each site (the module at the first number of its path), and its first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    root = getattr(model, "_orig_mod", model)
+    for module, site in sites.items():
+        path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
+        if path is None:
+            raise UnreachableAttention(f"{site.name} lies in no numbered layer, so its hidden states cannot be changed")
+        found.setdefault(root.get_submodule(path[0]), module)
+    return found
+
+
+def feed_forwards(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, nn.Module]:
+    """The feed-forward module of each layer, its one child of several matrices beside attention, and its first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    for block, module in blocks(model, sites).items():
+        beside = [c for c in block.children() if not any(m in sites for m in c.modules())]
+        several = [c for c in beside if sum(p.ndim > 1 for p in c.parameters()) > 1]
+        if len(several) != 1:
+            raise UnreachableAttention(
+                f"the layer around {sites[module].name} has {len(several)} modules that could be its "
+                f"feed-forward network, so `mlp` cannot see it; change what the layer gives with `hidden` instead"
+            )
+        found[several[0]] = module
+    return found
 
 
 def calls_interface(module: nn.Module) -> bool:
