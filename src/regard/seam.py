@@ -8,7 +8,6 @@ model's own to the bit, whatever implementation each part of it runs with.
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 import weakref
@@ -270,16 +269,16 @@ def _open(session: _Session) -> Iterator[None]:
         if editors := [thing for thing in session.interventions if hasattr(thing, "registers")]:
             for longer in _longer(session, editors):
                 longer.attach(undo)
-        for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
+        for hook, find in (("mlp", sites.feed_forwards), ("hidden", sites.blocks)):
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
-            for part, module in find(session).items() if editors else ():
+            for part, module in find(session.model, session.sites).items() if editors else ():
                 attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
-            for part, module in _blocks(session).items():
+            for part, module in sites.blocks(session.model, session.sites).items():
                 edit = partial(_edit_given, session, editors, module)
                 attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
         if editors := [thing for thing in session.interventions if hasattr(thing, "neurons")]:
-            for part, module in _downs(session).items():
+            for part, module in sites.downs(session.model, session.sites).items():
                 attach(undo, part.register_forward_pre_hook, partial(_edit_neurons, session, editors, module))
         for thing in session.interventions:
             if hasattr(thing, "guided"):
@@ -553,7 +552,7 @@ def _first_tensor(output: Any) -> Tensor:
 def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
     """Of each stack, what makes it longer."""
     stacks: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
-    blocks = _blocks(session)
+    blocks = sites.blocks(session.model, session.sites)
     for block, module in blocks.items():
         stacks.setdefault(session.sites[module].stack, []).append((block, module))
 
@@ -567,66 +566,3 @@ def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
         own = {block for block, _ in layers}
         towers = [m for m in models if blocks.keys() & set(m.modules()) == own]
         yield Longer(stack, [block for block, _ in layers], towers, partial(made, layers[0][1]))
-
-
-def _blocks(session: _Session) -> dict[nn.Module, nn.Module]:
-    """The layer around each site (the module at the first number of its path), and its first site."""
-    found: dict[nn.Module, nn.Module] = {}
-    root = getattr(session.model, "_orig_mod", session.model)
-    for module, site in session.sites.items():
-        path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
-        if path is not None:  # a head that pools what the layers give is none of them
-            found.setdefault(root.get_submodule(path[0]), module)
-    if not found:
-        names = ", ".join(site.name for site in session.sites.values())
-        raise UnreachableAttention(f"{names} lies in no numbered layer, so its hidden states cannot be changed")
-    return found
-
-
-def _mlps(session: _Session) -> dict[nn.Module, nn.Module]:
-    """The feed-forward module of each layer, its one child of several matrices beside attention, and its first site."""
-    found: dict[nn.Module, nn.Module] = {}
-    for block, module in _blocks(session).items():
-        beside = [c for c in block.children() if not any(m in session.sites for m in c.modules())]
-        several = [c for c in beside if sum(p.ndim > 1 for p in c.parameters()) > 1]
-        if len(several) != 1:
-            raise UnreachableAttention(
-                f"the layer around {session.sites[module].name} has {len(several)} modules that could be its "
-                f"feed-forward network, so `mlp` cannot see it; change what the layer gives with `hidden` instead"
-            )
-        found[several[0]] = module
-    return found
-
-
-def _downs(session: _Session) -> dict[nn.Module, nn.Module]:
-    """The linear map that each layer's feed-forward network ends with, and the layer's first site."""
-    found: dict[nn.Module, nn.Module] = {}
-    for block, module in _blocks(session).items():
-        beside = [c for c in block.children() if not any(m in session.sites for m in c.modules())]
-        several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
-        maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module
-        *ups, down = [(m, *_widths(m)) for m in maps] or [(None, 0, 0)]
-        if not ups or any((i, o) not in ((down[2], down[1]), (down[2], 2 * down[1])) for _, i, o in ups):
-            raise UnreachableAttention(
-                f"the layer around {session.sites[module].name} has no feed-forward network of linear maps to its "
-                f"neurons and one back, so `neurons` cannot see them; change what it gives with `mlp` instead"
-            )
-        found[down[0]] = module
-    return found
-
-
-def _maps(module: nn.Module) -> Iterator[nn.Module]:
-    """Its linear maps, also of other libraries, in order."""
-    if _widths(module) is not None:
-        yield module
-        return
-    for child in module.children():
-        yield from _maps(child)
-
-
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """How many numbers a linear map takes and gives; None of other modules."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return getattr(module, names[0]), getattr(module, names[1])
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
 from torch import nn
@@ -97,6 +97,69 @@ def refuse_unreached(model: nn.Module, missed: list[str], other: list[str]) -> N
     kinds = sorted({type(model.get_submodule(n)).__name__ for n in other})
     why = f": {', '.join(kinds)} has no weights over keys" if kinds else " that Regard knows"
     raise UnreachableAttention(f"{name} holds no attention module{why}")
+
+
+def blocks(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, nn.Module]:
+    """The layer around each site (the module at the first number of its path), and its first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    root = getattr(model, "_orig_mod", model)
+    for module, site in sites.items():
+        path = re.match(r"(.*?\.)?\d+(?=\.)", site.name)
+        if path is not None:  # a head that pools what the layers give is none of them
+            found.setdefault(root.get_submodule(path[0]), module)
+    if not found:
+        names = ", ".join(site.name for site in sites.values())
+        raise UnreachableAttention(f"{names} lies in no numbered layer, so its hidden states cannot be changed")
+    return found
+
+
+def feed_forwards(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, nn.Module]:
+    """The feed-forward module of each layer, its one child of several matrices beside attention, and its first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    for block, module in blocks(model, sites).items():
+        beside = [c for c in block.children() if not any(m in sites for m in c.modules())]
+        several = [c for c in beside if sum(p.ndim > 1 for p in c.parameters()) > 1]
+        if len(several) != 1:
+            raise UnreachableAttention(
+                f"the layer around {sites[module].name} has {len(several)} modules that could be its "
+                f"feed-forward network, so `mlp` cannot see it; change what the layer gives with `hidden` instead"
+            )
+        found[several[0]] = module
+    return found
+
+
+def downs(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, nn.Module]:
+    """The linear map that each layer's feed-forward network ends with, and the layer's first site."""
+    found: dict[nn.Module, nn.Module] = {}
+    for block, module in blocks(model, sites).items():
+        beside = [c for c in block.children() if not any(m in sites for m in c.modules())]
+        several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
+        maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module
+        *ups, down = [(m, *_widths(m)) for m in maps] or [(None, 0, 0)]
+        if not ups or any((i, o) not in ((down[2], down[1]), (down[2], 2 * down[1])) for _, i, o in ups):
+            raise UnreachableAttention(
+                f"the layer around {sites[module].name} has no feed-forward network of linear maps to its "
+                f"neurons and one back, so `neurons` cannot see them; change what it gives with `mlp` instead"
+            )
+        found[down[0]] = module
+    return found
+
+
+def _maps(module: nn.Module) -> Iterator[nn.Module]:
+    """Its linear maps, also of other libraries, in order."""
+    if _widths(module) is not None:
+        yield module
+        return
+    for child in module.children():
+        yield from _maps(child)
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """How many numbers a linear map takes and gives; None of other modules."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
+        if all(isinstance(getattr(module, name, None), int) for name in names):
+            return getattr(module, names[0]), getattr(module, names[1])
+    return None
 
 
 def calls_interface(module: nn.Module) -> bool:
