@@ -221,3 +221,13 @@ def test_a_map_is_judged(tmp_path):
     page = out.read_text()
     assert page.count("<svg") == 2
     assert "once the model forgets all layers" in page
+
+
+def test_a_map_in_words(tmp_path, scene):
+    out = tmp_path / "page.html"
+    done = run("namer", "-t", "with a heavy heart .", "--in-words", "-m", "attention-x-gradient", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "is most important for the prediction." in done.output
+    assert "is most important for the prediction." in out.read_text()
+    done = run("viewer", "-i", scene, "--target", "blue fork", "--in-words", "-m", "grad-cam", "-o", out)
+    assert "right << is most important" in " ".join(done.output.split())

@@ -288,6 +288,9 @@ def explain(
         str, typer.Option("--method", "-m", help="How to find out.", autocompletion=_of("attribution"))
     ] = "integrated_gradients",
     words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
+    in_words: Annotated[
+        bool, typer.Option("--in-words", help="Say in sentences what matters; joins sub-words.")
+    ] = False,
     judge: Annotated[
         bool, typer.Option("--judge", help="Check the map: what it takes away, what moves it; beside maps by chance.")
     ] = False,
@@ -313,6 +316,7 @@ def explain(
             against=against,
             method=method,
             words=words,
+            in_words=in_words,
             judged=judge,
             out=file_out,
             truncate=truncate,
@@ -322,6 +326,8 @@ def explain(
     out.print(escape(found.said), highlight=False)
     for table in found.tables:
         out.print(table)
+    for sentence in found.sentences:
+        out.print(escape(sentence), highlight=False)
     for note in found.notes:
         out.print(f"[yellow]{escape(note)}", highlight=False)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..attribution import attribute
 from ..evaluation.judgement import judge
+from ..evaluation.saliency_verbalization import saliency_verbalization, summary
 from ..files import MARK, replaced
 from ..loading import Loaded, load, parameters
 from ..prediction import predict
@@ -55,6 +56,7 @@ img {{ image-rendering: pixelated; max-width: 49%; height: auto }} code {{ font-
 {body}
 <p class="key"><i style="background: rgb{for_}"></i> speaks for it{against}. The strongest colour is the largest score,
 {largest}.</p>
+{sentences}
 {judged}
 </body></html>
 """
@@ -75,6 +77,7 @@ class Explained:
     file: Path
     said: str
     tables: list[Table]
+    sentences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,6 +93,7 @@ def explain(
     against: str | None = None,
     method: str = "integrated_gradients",
     words: bool = False,
+    in_words: bool = False,
     judged: bool = False,
     out: Path = Path("regard-explain.html"),
     truncate: bool = False,
@@ -98,15 +102,17 @@ def explain(
 ) -> Explained:
     """Score the words or pixels of an input for one prediction, and write a page (.html) or a picture (.png).
 
-    Two texts, or two pictures, are compared by their embeddings; a picture with texts by a model of such pairs. judged:
-    each map is checked, and the page says how.
+    Two texts, or two pictures, are compared by their embeddings; a picture with texts by a model of such pairs.
+    in_words: sentences say what matters. judged: each map is checked, and the page says how.
     """
     console = console or Console(quiet=True)
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
     pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
     judgements: list[Judged] = []
-    writers: dict[str, Callable[..., bytes]] = {".html": partial(_page, judgements=judgements), ".png": _drawn}
+    sentences: list[str] = []
+    page_of = partial(_page, judgements=judgements, sentences=sentences)
+    writers: dict[str, Callable[..., bytes]] = {".html": page_of, ".png": _drawn}
     if out.suffix not in writers:
         raise InputError(f"--out {out}: give a name that ends in {' or '.join(writers)}")
     writable(out.parent, out.name)
@@ -127,7 +133,7 @@ def explain(
         if judged:
             heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], "picture")
             judgements.append(Judged(which + heading, judge(model, inputs, found).isel(batch=sample)))
-        return (made(words=True) if words else found)[sample]
+        return (made(words=True) if words or (in_words and "text" in found.coords) else found)[sample]
 
     chosen = {"target": _index(target, read), "against": _index(against, read)}
     told = ""
@@ -150,6 +156,8 @@ def explain(
     score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
     score += " ahead" if "against" in found.coords else ""
     about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
+    for part in parts if in_words else ():
+        sentences += _sentences(part, len(parts) > 1)
     page = writers[out.suffix](parts, told, about)
     with replaced(out) as draft:
         draft.write_bytes(page)
@@ -157,7 +165,19 @@ def explain(
     notes += [note for one in judgements for note in judging.notes(one)]
     tables = [_table(part, len(parts) > 1) for part in parts]
     tables += [judging.table(one, len(judgements) > 1) for one in judgements]
-    return Explained(out, f"{told}  ({about})", tables, notes)
+    return Explained(out, f"{told}  ({about})", tables, sentences, notes)
+
+
+def _sentences(part: Part, several: bool) -> list[str]:
+    """What is most important, and the largest snippets and words with their shares."""
+    found = part.found
+    if "image" in found.coords:  # patches are told of the picture
+        found = found[(found.image < 0).values]
+    head = [f"{part.heading}:"] if several else []
+    try:
+        return [*head, *map(str, (*summary(found), *saliency_verbalization(found, most=3)))]
+    except ValueError as error:
+        return [*head, f"{error}."]
 
 
 def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:
@@ -321,7 +341,9 @@ def _shares(found: xr.DataArray) -> NDArray[np.float64]:
     return found.values / (abs(found.values).max() or 1.0)
 
 
-def _page(parts: Sequence[Part], title: str, about: str, judgements: Sequence[Judged] = ()) -> bytes:
+def _page(
+    parts: Sequence[Part], title: str, about: str, judgements: Sequence[Judged] = (), sentences: Sequence[str] = ()
+) -> bytes:
     body = "\n".join(f"<h2>{part.heading}</h2>\n" * (len(parts) > 1) + _body(part) for part in parts)
     signed = any((part.found.values < 0).any() for part in parts)
     largest = [f"{part.found.values.flat[abs(part.found.values).argmax()]:.4g}" for part in parts]
@@ -333,6 +355,7 @@ def _page(parts: Sequence[Part], title: str, about: str, judgements: Sequence[Ju
         for_=FOR,
         against=f', <i style="background: rgb{AGAINST}"></i> against it' if signed else "",
         largest=" and ".join(dict.fromkeys(largest)),
+        sentences="\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         judged=judging.page(judgements),
     ).encode()
 
