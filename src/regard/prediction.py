@@ -165,8 +165,7 @@ class Prediction:
         repeated = {k: v if self._beside(k) else _repeat(v, n, len(self.given)) for k, v in self.inputs.items()}
         with ExitStack() as undo:
             if self.place is None:
-                where = repeated[self.over][..., : WHERE.get(self.over, 0)]
-                repeated[self.over] = torch.cat([where, given], -1) if self.over in WHERE else given
+                repeated[self.over] = self._whole(repeated, given)
             else:
                 new = given.flatten(0, -3)
                 undo.enter_context(_put(self.place, self.within, new))
@@ -181,15 +180,40 @@ class Prediction:
     def _attended(self, n: int) -> Tensor | None:
         return None if self.real is None else self.real.repeat(n, *[1] * (self.real.ndim - 1))
 
+    @property
+    def repeats(self) -> bool:
+        """Whether every input holds one for each sample, so that several can run at once."""
+        own = (v for k, v in self.inputs.items() if isinstance(v, Tensor) and v.ndim and not self._beside(k))
+        return all(len(value) == len(self.given) for value in own)
+
     def gradient(self) -> Tensor:
         """Of the score, with respect to `given`; of its shape."""
         given = self.given.clone().requires_grad_()
         return torch.autograd.grad(self.score(given).sum(), given)[0]
 
     def without(self, kept: Tensor, baseline: Tensor | float) -> Tensor:
-        """`given` where `kept` (of the features' shape), otherwise the baseline."""
-        chosen = kept if self.channel is None else kept.unsqueeze(self.channel)
+        """`given` where `kept` (of the features' shape, or with more in front), otherwise the baseline."""
+        chosen = kept if self.channel is None else kept.unsqueeze(self.channel - self.given.ndim)
         return torch.where(chosen.to(self.given.device), self.given, torch.as_tensor(baseline).to(self.given))
+
+    @contextmanager
+    def shifted(self, by: Tensor) -> Iterator[dict[str, Any]]:
+        """Inputs of which the model reads `given + by`, whoever runs it meanwhile."""
+        new = self.given + by
+        if self.place is None:
+            yield {**self.inputs, self.over: self._whole(self.inputs, new)}
+            return
+        with ExitStack() as undo:
+            undo.enter_context(_put(self.place, self.within, new.flatten(0, -3), every=True))
+            if self.again is not None:
+                again = self.again.place, self.again.within
+                undo.enter_context(_put(*again, new.flatten(0, -3), later=True, every=True))
+            yield self.inputs
+
+    def _whole(self, inputs: Mapping[str, Any], given: Tensor) -> Tensor:
+        """The input that holds these features: patches with their row and column before them."""
+        where = inputs[self.over][..., : WHERE.get(self.over, 0)]
+        return torch.cat([where, given], -1) if self.over in WHERE else given
 
     def sample(self, i: int) -> Prediction:
         """Of sample `i` alone."""
@@ -495,10 +519,22 @@ def _part(model: Any, over: str) -> nn.Module:
 
 
 @contextmanager
-def _put(place: nn.Module, within: nn.Module, new: Tensor, *, later: bool = False) -> Iterator[None]:
-    """The first embeddings at this place, while `within` runs, are these; or, `later`, all after the first of them."""
+def _put(
+    place: nn.Module, within: nn.Module, new: Tensor, *, later: bool = False, every: bool = False
+) -> Iterator[None]:
+    """The first embeddings at this place, while `within` runs, are these; or, `later`, all after the first of them.
+
+    every: whenever it runs, and not the first time alone.
+    """
     done = False  # a decoder may use the same embeddings after the encoder
+
+    def starts(*_: Any) -> None:
+        nonlocal done
+        done = False
+
     with ExitStack() as undo:
+        if every:
+            undo.callback(within.register_forward_pre_hook(starts).remove)
         runs = undo.enter_context(_running(within))
 
         def gave(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

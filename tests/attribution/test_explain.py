@@ -207,3 +207,27 @@ def test_a_page_of_nothing_important():
     assert page.count(f"background: rgb{PLAIN}") == 2
     assert "↵" in page
     assert "<b>" not in page
+
+
+def test_a_map_is_judged(tmp_path):
+    out = tmp_path / "page.html"
+    told = ("--not", "joy", "--judge", "-m", "attention-x-gradient", "-o", out)
+    done = run("namer", "-t", "with a heavy heart .", *told)
+    assert done.exit_code == 0, done.output
+    assert "sorrow rather than joy" in done.output
+    rows = [line for line in done.output.splitlines() if line.startswith(" deletion") or line.startswith(" insertion")]
+    assert len(rows) == 2
+    assert all(int(row.split()[-3]) >= 10 for row in rows)  # of 20
+    page = out.read_text()
+    assert page.count("<svg") == 2
+    assert "once the model forgets all layers" in page
+
+
+def test_a_map_in_words(tmp_path, scene):
+    out = tmp_path / "page.html"
+    done = run("namer", "-t", "with a heavy heart .", "--in-words", "-m", "attention-x-gradient", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "is most important for the prediction." in done.output
+    assert "is most important for the prediction." in out.read_text()
+    done = run("viewer", "-i", scene, "--target", "blue fork", "--in-words", "-m", "grad-cam", "-o", out)
+    assert "right << is most important" in " ".join(done.output.split())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import catalog
 from ..call import UnreachableAttention
-from ..prediction import Index, Pool, Question, evaluating, speaks
+from ..prediction import Index, Pool, Question, Target, evaluating, speaks
 from ..recording import statistic
 from ..seam import record
 from ..tokens import Tokens
@@ -25,7 +26,7 @@ from ._words import joined
 def attribute(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    target: Index | str = None,
+    target: Target | str = None,
     *,
     against: Index | str = None,
     at: Index = None,
@@ -41,8 +42,9 @@ def attribute(
     """Score each token or pixel of `inputs` for one prediction. [batch, token] or [batch, row, column]
 
     inputs: what the processor gives, as the model takes it. target: a class or token id, or one for each sample; the
-    name of a class, or, with a processor, a text of one token; None for the model's own prediction. against: another,
-    whose logit is taken away: why the target and not that.
+    name of a class, or, with a processor, a text of one token; None for the model's own prediction; or a whole
+    `Question`, of which what else is given here takes the place. against: another, whose logit is taken away: why the
+    target and not that.
 
     What is predicted the model's output says. Logits of classes: a class. Of a model that writes: the next token at the
     last position that is not padding; of an encoder and a decoder without decoder inputs, what it says first. Of one
@@ -73,12 +75,14 @@ def attribute(
     tokenizer = getattr(processor, "tokenizer", processor)
     if words and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise ValueError("words=True: joining sub-words needs the processor")
+    asked = target if isinstance(target, Question) else Question()
     chosen = {
         role: named(model, name, processor) if isinstance(name, str) else name
-        for role, name in (("target", target), ("against", against))
+        for role, name in (("target", None if target is asked else target), ("against", against))
     }
-    mask = getattr(tokenizer, "mask_token_id", None)
-    question = Question(**chosen, at=at, mask=mask, over=over, beside=beside, pool=pool, output=output)
+    chosen |= {"at": at, "mask": getattr(tokenizer, "mask_token_id", None)}
+    chosen |= {"over": over, "beside": beside, "pool": pool, "output": output}
+    question = replace(asked, **{k: v for k, v in chosen.items() if v is not None})
     found: xr.DataArray = explain(model, inputs, question, **knobs)
     if "id" in found.coords:
         ids = torch.from_numpy(found["id"].values)

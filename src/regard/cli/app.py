@@ -281,11 +281,19 @@ def explain(
     target: Annotated[
         str | None, typer.Option(help="A class, by name or number, or a token; the model's own prediction otherwise.")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="Another: why the target, and not this.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", "--not", help="Another: why the target, and not this.")
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", "-m", help="How to find out.", autocompletion=_of("attribution"))
     ] = "integrated_gradients",
     words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
+    in_words: Annotated[
+        bool, typer.Option("--in-words", help="Say in sentences what matters; joins sub-words.")
+    ] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Check the map: what it takes away, what moves it; beside maps by chance.")
+    ] = False,
     file_out: Annotated[Path, typer.Option("--out", "-o", help="A page (.html) or a picture (.png).")] = Path(
         "regard-explain.html"
     ),
@@ -308,6 +316,8 @@ def explain(
             against=against,
             method=method,
             words=words,
+            in_words=in_words,
+            judged=judge,
             out=file_out,
             truncate=truncate,
             trust_remote_code=trust_remote_code,
@@ -316,6 +326,8 @@ def explain(
     out.print(escape(found.said), highlight=False)
     for table in found.tables:
         out.print(table)
+    for sentence in found.sentences:
+        out.print(escape(sentence), highlight=False)
     for note in found.notes:
         out.print(f"[yellow]{escape(note)}", highlight=False)
     out.print(f"\nexplained  {found.file}", highlight=False, soft_wrap=True)

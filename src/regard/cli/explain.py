@@ -22,11 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attribution import attribute
+from ..evaluation.judgement import judge
+from ..evaluation.saliency_verbalization import saliency_verbalization, summary
 from ..files import MARK, replaced
 from ..loading import Loaded, load, parameters
 from ..prediction import predict
+from . import judged as judging
 from . import sound
 from .inputs import InputError, drawn, hear, open_picture, png, prepare, read_text, writable
+from .judged import Judged
 
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
@@ -44,6 +48,7 @@ h1 {{ font-size: 1.3rem; margin-bottom: 0 }} p {{ margin: .3rem 0 1.2rem; color:
 h2 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }}
 .text {{ font-size: 1.15rem; line-height: 2.1 }} .text span {{ padding: .25em .12em; border-radius: .2em;
   white-space: pre-wrap }}
+table {{ border-collapse: collapse; font-size: .95rem }} td, th {{ text-align: left; padding: .1rem .8rem .1rem 0 }}
 img {{ image-rendering: pixelated; max-width: 49%; height: auto }} code {{ font-size: .95em }}
 .key i {{ display: inline-block; width: 1em; height: 1em; border-radius: .2em; vertical-align: -.15em }}
 </style></head><body>
@@ -51,6 +56,8 @@ img {{ image-rendering: pixelated; max-width: 49%; height: auto }} code {{ font-
 {body}
 <p class="key"><i style="background: rgb{for_}"></i> speaks for it{against}. The strongest colour is the largest score,
 {largest}.</p>
+{sentences}
+{judged}
 </body></html>
 """
 
@@ -70,6 +77,7 @@ class Explained:
     file: Path
     said: str
     tables: list[Table]
+    sentences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,6 +93,8 @@ def explain(
     against: str | None = None,
     method: str = "integrated_gradients",
     words: bool = False,
+    in_words: bool = False,
+    judged: bool = False,
     out: Path = Path("regard-explain.html"),
     truncate: bool = False,
     trust_remote_code: bool = False,
@@ -93,12 +103,16 @@ def explain(
     """Score the words or pixels of an input for one prediction, and write a page (.html) or a picture (.png).
 
     Two texts, or two pictures, are compared by their embeddings; a picture with texts by a model of such pairs.
+    in_words: sentences say what matters. judged: each map is checked, and the page says how.
     """
     console = console or Console(quiet=True)
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
     pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
-    writers: dict[str, Callable[..., bytes]] = {".html": _page, ".png": _drawn}
+    judgements: list[Judged] = []
+    sentences: list[str] = []
+    page_of = partial(_page, judgements=judgements, sentences=sentences)
+    writers: dict[str, Callable[..., bytes]] = {".html": page_of, ".png": _drawn}
     if out.suffix not in writers:
         raise InputError(f"--out {out}: give a name that ends in {' or '.join(writers)}")
     writable(out.parent, out.name)
@@ -109,7 +123,18 @@ def explain(
         raise InputError(f"{type(model).__name__} makes no prediction of a class or token to explain")
     if written is not None and "decoder_input_ids" not in parameters(model):
         raise InputError(f"--written: {type(model).__name__} has no decoder beside an encoder; add the words to --text")
-    ask = partial(attribute, model, method=method, processor=loaded.processor)
+
+    def ask(
+        inputs: Mapping[str, Any], *, words: bool = False, sample: int = 0, which: str = "", **asked: Any
+    ) -> xr.DataArray:
+        """The scores of one sample, which are judged before words are joined."""
+        made = partial(attribute, model, inputs, method=method, processor=loaded.processor, **asked)
+        found = made()
+        if judged:
+            heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], "picture")
+            judgements.append(Judged(which + heading, judge(model, inputs, found).isel(batch=sample)))
+        return (made(words=True) if words or (in_words and "text" in found.coords) else found)[sample]
+
     chosen = {"target": _index(target, read), "against": _index(against, read)}
     told = ""
     with console.status(f"asking {method}"), warnings.catch_warnings(record=True) as warned:
@@ -131,11 +156,28 @@ def explain(
     score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
     score += " ahead" if "against" in found.coords else ""
     about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
+    for part in parts if in_words else ():
+        sentences += _sentences(part, len(parts) > 1)
     page = writers[out.suffix](parts, told, about)
     with replaced(out) as draft:
         draft.write_bytes(page)
     notes = list(dict.fromkeys(str(one.message) for one in warned))
-    return Explained(out, f"{told}  ({about})", [_table(part, len(parts) > 1) for part in parts], notes)
+    notes += [note for one in judgements for note in judging.notes(one)]
+    tables = [_table(part, len(parts) > 1) for part in parts]
+    tables += [judging.table(one, len(judgements) > 1) for one in judgements]
+    return Explained(out, f"{told}  ({about})", tables, sentences, notes)
+
+
+def _sentences(part: Part, several: bool) -> list[str]:
+    """What is most important, and the largest snippets and words with their shares."""
+    found = part.found
+    if "image" in found.coords:  # patches are told of the picture
+        found = found[(found.image < 0).values]
+    head = [f"{part.heading}:"] if several else []
+    try:
+        return [*head, *map(str, (*summary(found), *saliency_verbalization(found, most=3)))]
+    except ValueError as error:
+        return [*head, f"{error}."]
 
 
 def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:
@@ -155,14 +197,14 @@ def _one(
 ) -> list[Part]:
     """What a prediction of one input rests on, and, where a decoder has written something, on that."""
     if written is None:
-        return _parts(ask(inputs, **chosen)[0], picture)
+        return _parts(ask(inputs, **chosen), picture)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     with predict(loaded.model, inputs) as prediction:  # it begins as `generate` does
         begun = prediction.inputs["decoder_input_ids"]
     ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
     inputs = {**inputs, "decoder_input_ids": torch.cat([begun, ids.to(begun)], 1)}
     own = ask(inputs, **chosen, over="decoder_input_ids")
-    return [*_parts(ask(inputs, **chosen)[0], picture), Part("written", own[0])]
+    return [*_parts(ask(inputs, **chosen), picture), Part("written", own)]
 
 
 def _pair(
@@ -181,8 +223,8 @@ def _pair(
         )
     inputs = dict(processor(text=list(texts), images=pictures[0], return_tensors="pt", padding=True))
     seen = ask(inputs, **chosen, over="pixel_values")
-    read = ask(inputs, over="input_ids", words=words)[int(seen.target[0])]
-    return [Part("words", read), *_parts(seen[0], _given(pictures[0], inputs, processor))]
+    read = ask(inputs, over="input_ids", words=words, sample=int(seen.target))
+    return [Part("words", read), *_parts(seen, _given(pictures[0], inputs, processor))]
 
 
 def _compared(
@@ -197,13 +239,13 @@ def _compared(
     """The words or pixels of two texts or two pictures that make them alike."""
     if sorted((len(texts), len(pictures))) != [1, 2] or any(value is not None for value in chosen.values()):
         raise InputError("two texts, or two pictures, can be compared, and then there is no --target and no --against")
-    each = zip(texts * (3 - len(texts)), pictures * (3 - len(pictures)))
+    each = zip([*texts] * (3 - len(texts)), [*pictures] * (3 - len(pictures)))
     both = [prepare(loaded, name, text, picture, truncate, 0)[0] for text, picture in each]
     parts = []
     for i, which in enumerate(("first", "second")):
         picture = _given(pictures[i % len(pictures)], both[i], loaded.processor)
         scored = ask(both[i], beside=both[1 - i])
-        parts += [part._replace(heading=f"{which} {part.heading}") for part in _parts(scored[0], picture)]
+        parts += [part._replace(heading=f"{which} {part.heading}") for part in _parts(scored, picture)]
     return parts
 
 
@@ -299,7 +341,9 @@ def _shares(found: xr.DataArray) -> NDArray[np.float64]:
     return found.values / (abs(found.values).max() or 1.0)
 
 
-def _page(parts: Sequence[Part], title: str, about: str) -> bytes:
+def _page(
+    parts: Sequence[Part], title: str, about: str, judgements: Sequence[Judged] = (), sentences: Sequence[str] = ()
+) -> bytes:
     body = "\n".join(f"<h2>{part.heading}</h2>\n" * (len(parts) > 1) + _body(part) for part in parts)
     signed = any((part.found.values < 0).any() for part in parts)
     largest = [f"{part.found.values.flat[abs(part.found.values).argmax()]:.4g}" for part in parts]
@@ -311,6 +355,8 @@ def _page(parts: Sequence[Part], title: str, about: str) -> bytes:
         for_=FOR,
         against=f', <i style="background: rgb{AGAINST}"></i> against it' if signed else "",
         largest=" and ".join(dict.fromkeys(largest)),
+        sentences="\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
+        judged=judging.page(judgements),
     ).encode()
 
 

@@ -2,7 +2,8 @@
 
 Deletion and insertion: Petsiuk et al., RISE (arXiv:1806.07421), section 4.1. Comprehensiveness and sufficiency: DeYoung
 et al., ERASER (arXiv:1911.03429), section 4.2, with the shares of features of its area over the curve. Infidelity: Yeh
-et al., On the (In)fidelity and Sensitivity of Explanations (arXiv:1901.09392), definitions 2.1 and 2.2, by Captum.
+et al., On the (In)fidelity and Sensitivity of Explanations (arXiv:1901.09392), definitions 2.1 and 2.2; infidelity by
+Captum.
 
 What is taken away is replaced by a baseline: zero pixels or a zero embedding, unless told otherwise. RISE inserts into
 a blurred picture, and ERASER leaves words out; a model may take neither the one nor the other for nothing, so the
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..extras import needs
-from ..prediction import Prediction, Question, predict
+from ..prediction import Prediction, Question, Target, predict
 
 Array = NDArray[np.float64]
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)  # of the features, ERASER's
+BATCH = 32  # inputs that run together at most
 
 
 def deletion_error(
@@ -149,37 +151,37 @@ def sensitivity_error(
     model: nn.Module,
     inputs: Mapping[str, Any],
     explain: Callable[..., xr.DataArray],
-    target: Any = None,
+    target: Target = None,
     *,
     radius: float = 0.02,
     samples: int = 10,
     seed: int = 0,
 ) -> Array:
-    """By how much an attribution changes at most within a small distance of the pixels, from 0 up; lower is better.
+    """By how much an attribution changes at most within a small distance of the input, from 0 up; lower is better.
 
-    Of each sample [batch]: the largest norm of the change among `samples` inputs whose pixels are off by `radius` at
-    most, as a share of the norm of the attribution. explain: (model, inputs, target) -> scores, such as a partial of
-    `regard.attribute`. A method that gives always the same has 0. ValueError for a text, which has no inputs nearby.
+    Of each sample [batch]: the largest norm of the change among `samples` inputs whose pixels, or whose tokens'
+    embeddings, are off by `radius` at most in each number, as a share of the norm of the attribution. explain: (model,
+    inputs, target) -> scores, such as a partial of `regard.attribute`; target is a `Question`. A method that gives
+    always the same has 0.
     """
-    metrics = _captum()
-    with predict(model, inputs, target) as prediction:
-        if not prediction.sees:
-            raise ValueError(f"sensitivity is of pixels, and {type(model).__name__} {prediction.takes}")
-        target, pixels = prediction.target, prediction.given
-
-    def explained(given: tuple[Tensor], target: int) -> tuple[Tensor]:
-        found = explain(model, {**inputs, prediction.over: given[0]}, target)
-        return (torch.from_numpy(found.values),)
-
-    with torch.random.fork_rng(devices=[]):
+    if not radius > 0 or samples < 1:
+        raise ValueError(f"radius={radius}, samples={samples}: give a distance above 0, and one sample at least")
+    with predict(model, inputs, target) as prediction, torch.random.fork_rng(devices=[]):
+        given = prediction.given
+        before = explain(model, prediction.inputs, prediction.question).values
         torch.manual_seed(seed)
-        found = [
-            metrics.sensitivity_max(
-                explained, pixels[i : i + 1], perturb_radius=radius, n_perturb_samples=samples, target=int(target[i])
-            )
-            for i in range(len(pixels))
-        ]
-    return torch.cat(found).double().numpy()
+        off = torch.empty(samples, *given.shape[1:]).uniform_(-radius, radius).to(given)  # for each sample as if alone
+        worst = np.zeros(len(before))
+        for one in off:
+            with prediction.shifted(one) as nearby:
+                after = explain(model, nearby, prediction.question).values
+            worst = np.maximum(worst, _norm(after - before))
+    whole = _norm(before)
+    return worst / np.where(whole > 0, whole, 1)
+
+
+def _norm(scores: Array) -> Array:
+    return np.sqrt((scores**2).reshape(len(scores), -1).sum(1))
 
 
 def _captum() -> Any:
@@ -223,16 +225,25 @@ def _curve(
 ) -> Array:
     """Probability with only (or without) these shares of the features, the highest scores first. [share, batch]"""
     with predict(model, inputs, Question.of(attribution)) as prediction, torch.no_grad():
-        scores = _scores(prediction, attribution).flatten(1)
-        real = torch.ones_like(scores, dtype=torch.bool)
-        real = real if prediction.real is None else prediction.real.cpu().flatten(1)
-        scores = scores.masked_fill(~real, -math.inf)
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        counts = real.sum(1, keepdim=True)
-        found = []
-        for share in shares:
-            high = rank < (share * counts).round().clamp(min=1 if share else 0)
-            kept = (high if keep else ~high) | ~real
-            kept = kept.reshape(attribution.shape)
-            found.append(prediction.probability(prediction.without(kept, baseline)))
-        return torch.stack(found).double().cpu().numpy()
+        return curve(prediction, _scores(prediction, attribution), shares, baseline, keep=keep)
+
+
+def curve(
+    prediction: Prediction, scores: Tensor, shares: Sequence[float], baseline: Tensor | float, *, keep: bool
+) -> Array:
+    """Probability with only (or without) these shares of the features, the highest scores first. [share, batch]
+
+    scores: of the features' shape; padding does not count.
+    """
+    shape, scores = scores.shape, scores.flatten(1)
+    real = torch.ones_like(scores, dtype=torch.bool)
+    real = real if prediction.real is None else prediction.real.cpu().flatten(1)
+    scores = scores.masked_fill(~real, -math.inf)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    counts = real.sum(1, keepdim=True)
+    at_once, found = max(1, BATCH // len(scores)) if prediction.repeats else 1, []
+    for part in torch.tensor(shares, dtype=torch.double)[:, None, None].split(at_once):
+        high = rank < torch.where(part > 0, (part * counts).round().clamp(min=1), 0)
+        kept = ((high if keep else ~high) | ~real).reshape(-1, *shape)
+        found.append(prediction.probability(prediction.without(kept, baseline).flatten(0, 1)).reshape(-1, len(scores)))
+    return torch.cat(found).double().cpu().numpy()

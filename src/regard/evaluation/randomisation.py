@@ -17,20 +17,28 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import nn
 
-from ..prediction import predict
+from ..prediction import Target, predict
 from .disagreement import spearman
 
-Explain = Callable[..., xr.DataArray]  # (model, inputs, target) -> scores, such as a partial of regard.attribute
+Explain = Callable[..., xr.DataArray]  # (model, inputs, target) -> scores, such as a partial of regard.attribute;
+# target is a `Question`, or an index a sample
 
 
 def randomisation_error(
-    model: nn.Module, inputs: Mapping[str, Any], explain: Explain, target: Any = None, *, seed: int = 0
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    explain: Explain,
+    target: Target = None,
+    *,
+    stages: int | None = None,
+    seed: int = 0,
 ) -> xr.DataArray:
     """How alike a map stays while layers lose what they learned, -1 to 1; near 0 is right. [layer, batch]
 
     Layers are the modules with weights of their own, from the output to the input; at each, its weights and those of
     all before it in this order have been put in another order, drawn at random, so that their distribution stays. The
-    class that is explained stays what it was. Weights are put back, to the bit.
+    class that is explained stays what it was. Weights are put back, to the bit. stages: at how many layers, evenly
+    spread up to the last, the map is looked at; None: at each.
 
     >>> import regard
     >>> from functools import partial
@@ -39,25 +47,34 @@ def randomisation_error(
     >>> randomisation_error(model, inputs, partial(regard.attribute, method="gradient_x_input")).dims
     ('layer', 'batch')
     """
+    if stages is not None and stages < 1:
+        raise ValueError(f"stages={stages}: look at one layer at least")
     with predict(model, inputs, target) as prediction:
-        target = prediction.target
-    before = explain(model, inputs, target)
+        inputs, question = prediction.inputs, prediction.question  # what a decoder began with stays, too
+    before = explain(model, inputs, question)
     layers = [(n, m) for n, m in model.named_modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))][::-1]
+    at = (
+        np.arange(len(layers))
+        if stages is None
+        else np.linspace(0, len(layers), stages + 1).round().astype(int)[1:] - 1
+    )
+    looked = set(at.clip(0).tolist())
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     found = []
     try:
-        for _, module in layers:
+        for i, (_, module) in enumerate(layers):
             with torch.no_grad():
                 for weight in module.parameters(recurse=False):
                     order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
                     weight.copy_(weight.flatten()[order].reshape(weight.shape))
-            found.append(_alike(abs(before), abs(explain(model, inputs, target))))
+            if i in looked:
+                found.append(_alike(abs(before), abs(explain(model, inputs, question))))
     finally:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(kept[name])
-    return xr.DataArray(np.array(found), {"layer": [name for name, _ in layers]}, ("layer", "batch"), "alike")
+    return xr.DataArray(np.array(found), {"layer": [layers[i][0] for i in sorted(looked)]}, ("layer", "batch"), "alike")
 
 
 def class_sensitivity(model: nn.Module, inputs: Mapping[str, Any], explain: Explain) -> NDArray[np.float64]:
