@@ -135,31 +135,25 @@ def downs(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, 
         beside = [c for c in block.children() if not any(m in sites for m in c.modules())]
         several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
         maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module
-        *ups, down = [(m, *_widths(m)) for m in maps] or [(None, 0, 0)]
-        if not ups or any((i, o) not in ((down[2], down[1]), (down[2], 2 * down[1])) for _, i, o in ups):
+        *ups, (down, neurons, width) = maps or [(block, 0, 0)]
+        if not ups or any((i, o) not in ((width, neurons), (width, 2 * neurons)) for _, i, o in ups):
             raise UnreachableAttention(
                 f"the layer around {sites[module].name} has no feed-forward network of linear maps to its "
                 f"neurons and one back, so `neurons` cannot see them; change what it gives with `mlp` instead"
             )
-        found[down[0]] = module
+        found[down] = module
     return found
 
 
-def _maps(module: nn.Module) -> Iterator[nn.Module]:
-    """Its linear maps, also of other libraries, in order."""
-    if _widths(module) is not None:
-        yield module
-        return
+def _maps(module: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
+    """Its linear maps, also of other libraries, in order, each with how many numbers it takes and gives."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
+        taken, given = (getattr(module, name, None) for name in names)
+        if isinstance(taken, int) and isinstance(given, int):
+            yield module, taken, given
+            return
     for child in module.children():
         yield from _maps(child)
-
-
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """How many numbers a linear map takes and gives; None of other modules."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return getattr(module, names[0]), getattr(module, names[1])
-    return None
 
 
 def calls_interface(module: nn.Module) -> bool:
