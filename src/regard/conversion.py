@@ -19,7 +19,7 @@ from .data.scenes import Dials, Scenes
 from .extras import shortened
 from .files import MARK, refuse_foreign, written_aside
 from .loading import Loaded, load, positions
-from .mechanisms import conversions, modules
+from .mechanisms import conversions, modules, operators
 from .mechanisms._mechanism import foreign
 from .mechanisms._modules import ModuleSpec, declared_of
 
@@ -53,6 +53,9 @@ def known(key: str) -> Callable[..., Any]:
     if (function := every.get(key.replace("_", "-"))) is None:
         near = difflib.get_close_matches(key.replace("_", "-"), every, n=3, cutoff=0.5)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        name = key.replace("_", "-")
+        if name.replace("-", "_") in operators():
+            hint = f": model.set_attn_implementation('regard:{name}') runs it without new weights"
         raise KeyError(
             f"{shortened(key)!r} has no conversion of trained models{hint}; there are those to {', '.join(every)}"
         )
