@@ -20,6 +20,7 @@ from .extras import shortened
 from .files import MARK, refuse_foreign, written_aside
 from .loading import Loaded, load, positions
 from .mechanisms import conversions, modules, operators
+from .mechanisms._layers import no_class_token
 from .mechanisms._mechanism import foreign
 from .mechanisms._modules import ModuleSpec, declared_of
 
@@ -71,7 +72,10 @@ def convert(model: nn.Module, key: str, *, inputs: Mapping[str, Any] | None = No
     function = known(key)
     if problem := misgiven(function, knobs):
         raise ValueError(f"the conversion to {key}: {problem}")
-    if "inputs" in inspect.signature(function).parameters:
+    takes = inspect.signature(function).parameters
+    if "shape" in takes:
+        no_class_token(model, key)
+    if "inputs" in takes:
         if inputs is None:
             raise ValueError(
                 f"the conversion to {key} runs the model once: give inputs=regard.conversion.example(loaded)"

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from families import GROUPED, NO_IDS, SIZES
-from operators import CASES, OPERATORS, inputs, small
+from operators import CASES, OPERATORS, SMALL, inputs, small
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from regard import mechanisms
@@ -185,7 +185,8 @@ def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_padded_row_gets_what_the_text_alone_gets(name, pattern):
     """Wherever the padding stands, also where blocks are counted or keys chosen; and so in decoding."""
     model = decoder() if pattern == "causal" else encoder()
-    model.set_attn_implementation(register(small(name), f"{name}, {pattern}"))
+    knobs = {k: v for k, v in SMALL.get(name, {}).items() if not isinstance(v, torch.Tensor)}
+    model.set_attn_implementation(register(partial(OPERATORS[name], **knobs), f"{name}, {pattern}"))
 
     def run(ids, there):
         at = there.cumsum(-1).sub(1).clamp_min(0)

@@ -53,6 +53,7 @@ class Spec:
     apart: bool = False  # keys and values may have other numbers of heads
     ahead: bool = False  # causal as to values only: which keys a query meets depends on later tokens too
     whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
+    peeks: bool = False  # keys that a mask hides may count in a choice of others, as far as they are numbers
 
 
 def mechanism(
@@ -66,9 +67,10 @@ def mechanism(
     apart: bool = False,
     whole: bool = False,
     ahead: bool = False,
+    peeks: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole, peeks)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -83,7 +85,9 @@ def mechanism(
             if problem:
                 raise ValueError(f"{function.__name__}: {problem}")
             if (mask := knobs.get("mask")) is not None:
-                key, value = (kept(t, anywhere(mask).mT) for t in (key, value))
+                there = anywhere(mask).mT  # 0 times what overflows would not be 0
+                key = kept(key, there) if spec.peeks else key.where(there, 0.0)
+                value = value.where(there, 0.0)
             return function(query, key, value, **knobs)
 
         checked.spec = spec  # type: ignore[attr-defined]

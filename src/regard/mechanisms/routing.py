@@ -106,7 +106,7 @@ def _cost(
     return Cost(4 * dim * taken + 2 * dim * clusters * (n_query + n_key), 6 * dim * n + 4 * dim * clusters * window)
 
 
-@mechanism("full", "causal", "cross", mask="keys", weights=_weights, cost=_cost, whole=True, ahead=True)
+@mechanism("full", "causal", "cross", mask="keys", weights=_weights, cost=_cost, whole=True, ahead=True, peeks=True)
 def routing(
     query: Tensor,
     key: Tensor,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import exchanged, fill, no_class_token, not_causal, square
+from ._layers import exchanged, fill, not_causal, square
 from ._mechanism import Cost, mechanism, scale_of, softmax
 from ._pictures import grid, group, ungroup
 from .memory_efficient import fold, unfold
@@ -188,7 +188,6 @@ def convert(model: nn.Module, *, shape: Sequence[int], window: int = 7, ratio: i
         undo = convert(model, shape=(14, 14), window=7, ratio=2)
         undo()
     """
-    no_class_token(model, "twins")
     rows, columns = shape
     of = _divided(grid("twins", shape, rows * columns, window), ratio)
     layers = count()

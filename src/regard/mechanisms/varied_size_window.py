@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters import register
-from ._layers import exchanged, fill, no_class_token, not_causal, square
+from ._layers import exchanged, fill, not_causal, square
 from ._maps import checked
 from ._mechanism import Cost, scale_of
 from ._modules import module
@@ -195,7 +195,6 @@ def varied_size_window(
         undo = varied_size_window(model, shape=(14, 14))
         undo()
     """
-    no_class_token(model, "varied_size_window")
     rows, columns = shape
     of = grid("varied_size_window", shape, rows * columns, window)
 
