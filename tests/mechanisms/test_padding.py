@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from regard import mechanisms
 from regard.adapters.mechanisms import register
+from regard.conversion import convert
 from regard.mechanisms.chela import Chela
 
 JUNK = float("nan"), float("inf"), -1e30
@@ -212,6 +213,27 @@ def test_a_padded_row_gets_what_the_text_alone_gets(name, pattern):
             assert torch.equal(model.generate(text[None], **more)[0, -3:], tokens)
 
 
+@pytest.mark.parametrize(
+    "how", [("seerattention", {"block": 4, "width": 8, "ratio": 0.4}), ("routing", {"clusters": 3})]
+)
+def test_so_it_is_with_modules_that_a_model_holds(how):
+    """Of which one chooses by how many blocks there are, and the other has windows of a share of the keys."""
+    name, knobs = how
+    model = decoder()
+    convert(model, name, **knobs)
+
+    def run(ids, there):
+        at = there.cumsum(-1).sub(1).clamp_min(0)
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=there, position_ids=at, use_cache=False)[0]
+
+    for left in (True, False):
+        ids, there = padded(left)
+        for of, mask, text in zip(run(ids, there), there.bool(), IDS):
+            alone = run(text[None], torch.ones_like(text)[None])[0]
+            torch.testing.assert_close(of[mask], alone, atol=2e-5, rtol=1e-4)
+
+
 def test_a_grid_stays_where_it_is():
     """Tokens whose place is given are not moved to where the first one is."""
     torch.manual_seed(0)
@@ -249,3 +271,20 @@ def test_windows_of_a_causal_stride_end_with_the_text(right):
     there[..., 10:] = False
     run = partial(OPERATORS["gna"], causal=True, window=5, stride=4)
     torch.testing.assert_close(run(x, x, x, mask=there)[:, :, :10], run(*[x[:, :, :10]] * 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"),
+    [
+        ("moba", "block"),
+        ("power", "block"),
+        ("seerattention", "block"),
+        ("combiner", "segment"),
+        ("select_and_pack", "length"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_longer_than_the_text_takes_no_more_room(name, knob, dtype):
+    x = torch.randn(2, 2, 40, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    run = partial(OPERATORS[name], x, x, x, causal="causal" in OPERATORS[name].spec.patterns)
+    torch.testing.assert_close(run(**{knob: 10**12}), run(**{knob: 80}))

@@ -33,7 +33,8 @@ def attend(
 
     causal: key j is visible to query i where j <= i + key - query. mask: boolean, of pairs.
     """
-    blocks = blocks._replace(key_size=held(blocks.key_size, key.shape[2]))
+    rows = min(blocks.query_size, max(query.shape[2], 1))
+    blocks = blocks._replace(query_size=rows, key_size=held(blocks.key_size, key.shape[2]))
     if runs_native(query) and blocks.key_size % 32 == 0:
         return native.attention(query, key, value, blocks=blocks, causal=causal, mask=mask, scale=scale)
     parts = []
