@@ -214,11 +214,10 @@ def test_a_padded_row_gets_what_the_text_alone_gets(name, pattern):
 
 
 @pytest.mark.parametrize(
-    "how", [("seerattention", {"block": 4, "width": 8, "ratio": 0.4}), ("routing", {"clusters": 3})]
+    ("name", "knobs"), [("seerattention", {"block": 4, "width": 8, "ratio": 0.4}), ("routing", {"clusters": 3})]
 )
-def test_so_it_is_with_modules_that_a_model_holds(how):
+def test_so_it_is_with_modules_that_a_model_holds(name, knobs):
     """Of which one chooses by how many blocks there are, and the other has windows of a share of the keys."""
-    name, knobs = how
     model = decoder()
     convert(model, name, **knobs)
 
