@@ -38,7 +38,8 @@ def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     Regard's own are registered under their names when it is imported: "regard:lightning-2", also written
     "regard:lightning_2". `flashbias` is "regard:bias", also written "regard:flashbias"; it adds ALiBi's bias to the
     scores, also of a model whose queries and keys are rotated, which then has both. Other knobs than the defaults need
-    a name of their own. What a mechanism cannot honour (softcap, sinks, position bias, dropout) is refused when the
+    a name of their own. A padded row gets what its text gets alone; with a `shape`, or tensors, among the knobs, tokens
+    stay where they are. What a mechanism cannot honour (softcap, sinks, position bias, dropout) is refused when the
     model runs, as are static caches.
 
         model.set_attn_implementation(register(partial(power, block=64), "power-64"))
@@ -180,9 +181,11 @@ def alone(
     so each row gets what it would get alone. Rows of as much padding go together. itself: the queries are the last of
     the keys; those that stand in padding get zeros.
     """
+    if mask is None:
+        return run(*queries, *keys, mask=None)
     n_query, n_key = queries[0].shape[2], keys[0].shape[2]
-    spans = None if mask is None else _spans(mask, n_key, ahead).expand(len(keys[0]), -1)
-    if mask is None or spans is None or bool((spans == spans.new_tensor([0, n_key])).all()):
+    spans = _spans(mask, n_key, ahead).expand(len(keys[0]), -1)
+    if (spans == spans.new_tensor([0, n_key])).all():
         return run(*queries, *keys, mask=mask)
     mask = mask.expand(len(spans), -1, -1, n_key)
     output = keys[-1].new_zeros(*queries[0].shape[:3], keys[-1].shape[-1])
