@@ -7,14 +7,22 @@ from typing import Any as _Any
 from wrapt import when_imported as _when_imported
 
 if _TYPE_CHECKING:
-    from . import adapters, mechanisms
-    from .attribution import attribute
-    from .call import Call, Site, UnreachableAttention
-    from .loading import UnknownModel, load
-    from .recording import Recording, open, statistic
-    from .seam import intervene, record
-    from .tokens import Tokens, chat_roles
-    from .weights import Weights
+    from . import adapters as adapters
+    from . import mechanisms as mechanisms
+    from .attribution import attribute as attribute
+    from .call import Call as Call
+    from .call import Site as Site
+    from .call import UnreachableAttention as UnreachableAttention
+    from .loading import UnknownModel as UnknownModel
+    from .loading import load as load
+    from .recording import Recording as Recording
+    from .recording import open as open
+    from .recording import statistic as statistic
+    from .seam import intervene as intervene
+    from .seam import record as record
+    from .tokens import Tokens as Tokens
+    from .tokens import chat_roles as chat_roles
+    from .weights import Weights as Weights
 
 # What is asked for is imported then: a command that needs no model does not wait for torch.
 _HOMES = {
@@ -34,24 +42,7 @@ _HOMES = {
     "statistic": "recording",
 }
 
-__all__ = [
-    "Call",
-    "Recording",
-    "Site",
-    "Tokens",
-    "UnknownModel",
-    "UnreachableAttention",
-    "Weights",
-    "adapters",
-    "attribute",
-    "chat_roles",
-    "intervene",
-    "load",
-    "mechanisms",
-    "open",
-    "record",
-    "statistic",
-]
+__all__ = sorted([*_HOMES, "adapters", "mechanisms"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> _Any:

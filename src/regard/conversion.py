@@ -19,7 +19,8 @@ from .data.scenes import Dials, Scenes
 from .extras import shortened
 from .files import MARK, refuse_foreign, written_aside
 from .loading import Loaded, load, positions
-from .mechanisms import conversions, modules
+from .mechanisms import conversions, modules, operators
+from .mechanisms._layers import no_class_token
 from .mechanisms._mechanism import foreign
 from .mechanisms._modules import ModuleSpec, declared_of
 
@@ -53,6 +54,9 @@ def known(key: str) -> Callable[..., Any]:
     if (function := every.get(key.replace("_", "-"))) is None:
         near = difflib.get_close_matches(key.replace("_", "-"), every, n=3, cutoff=0.5)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        name = key.replace("_", "-")
+        if name.replace("-", "_") in operators():
+            hint = f": model.set_attn_implementation('regard:{name}') runs it without new weights"
         raise KeyError(
             f"{shortened(key)!r} has no conversion of trained models{hint}; there are those to {', '.join(every)}"
         )
@@ -68,7 +72,10 @@ def convert(model: nn.Module, key: str, *, inputs: Mapping[str, Any] | None = No
     function = known(key)
     if problem := misgiven(function, knobs):
         raise ValueError(f"the conversion to {key}: {problem}")
-    if "inputs" in inspect.signature(function).parameters:
+    takes = inspect.signature(function).parameters
+    if "shape" in takes:
+        no_class_token(model, key)
+    if "inputs" in takes:
         if inputs is None:
             raise ValueError(
                 f"the conversion to {key} runs the model once: give inputs=regard.conversion.example(loaded)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from families import GROUPED, NO_IDS, VISION
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from regard.mechanisms.co4 import TriadicModulation, co4, cost
@@ -13,19 +12,19 @@ from regard.mechanisms.co4 import TriadicModulation, co4, cost
 
 def test_modulation_by_hand():
     """Values 1 and -1, query and key of the latent token 1/2 and 1, its value -3: 5 and 1."""
-    layer = TriadicModulation(1, top=1)
-    layer.qkv = nn.Linear(3, 3, bias=False)  # tokens that say their query, key and value
-    nn.init.eye_(layer.qkv.weight)
+    layer = TriadicModulation(3, top=1, qkv_bias=False)
+    with torch.no_grad():  # tokens that say their query, key and value, which have but one channel
+        layer.qkv.weight.zero_()[[0, 3, 6], [0, 1, 2]] = 1.0
     hidden = torch.tensor([[[0.5, 1.0, -3.0], [2.0, 3.0, 1.0], [1.0, -1.0, -1.0]]])
     latent, (query, key, value) = layer.modulated(hidden)
-    assert [t.item() for t in latent] == [0.5, 1.0, -3.0]
-    assert query.flatten().tolist() == [0.5 * 3 + 2, 0.5 * -1 + 1]
-    assert key.flatten().tolist() == [2 + 3, 1 - 1]
-    assert value.flatten().tolist() == [5.0, 1.0]
+    assert [t[..., 0].item() for t in latent] == [0.5, 1.0, -3.0]
+    assert query[..., 0].flatten().tolist() == [0.5 * 3 + 2, 0.5 * -1 + 1]
+    assert key[..., 0].flatten().tolist() == [2 + 3, 1 - 1]
+    assert value[..., 0].flatten().tolist() == [5.0, 1.0]
     # The largest query 3.5 and key 5, of the same token here; its value 5 is mixed with the latent's -3.
     scores = torch.tensor([[0.5 * 1, 0.5 * 5], [3.5 * 1, 3.5 * 5]])
-    given = scores.softmax(-1) @ torch.tensor([-3.0, 5.0])
-    torch.testing.assert_close(layer(hidden).flatten(), torch.tensor([given[0], 5 + given[1], 1.0]))
+    given = (scores * 3**-0.5).softmax(-1) @ torch.tensor([-3.0, 5.0])
+    torch.testing.assert_close(layer(hidden)[..., 0].flatten(), torch.tensor([given[0], 5 + given[1], 1.0]))
 
 
 def test_patches_have_no_order():

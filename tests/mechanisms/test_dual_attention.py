@@ -152,7 +152,7 @@ def test_refusals():
         DualAttention(16, 2, 2)(x, symbols=x[:, :5])
     with pytest.raises(ValueError, match="6 tokens, but symbols for length=4"):
         DualAttention(16, 2, 2, symbols="positional", length=4)(x)
-    with pytest.raises(ValueError, match=r"takes hidden states \[batch, token, 16\]"):
+    with pytest.raises(ValueError, match=r"takes hidden \[batch, token, dim=16\]; got \[2, 6, 8\]"):
         DualAttention(16, 2, 2)(x[..., :8])
     with pytest.raises(ValueError, match="mask is boolean"):
         DualAttention(16, 2, 2)(x, mask=torch.zeros(2, 1, 6, 6))

@@ -6,6 +6,7 @@ values, or sees the call of `scaled_dot_product_attention`. What only one librar
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,7 +92,7 @@ def _computes(kind: type[nn.Module]) -> bool:
     """Whether a method of this class, or of one it inherits from, names a softmax, or a function around one."""
     own = [c for c in kind.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     methods = [m for c in own for m in vars(c).values() if isinstance(m, FunctionType)]
-    return any(_names_softmax(m.__code__) for m in methods)
+    return any(_names_softmax(inspect.unwrap(m).__code__) for m in methods)
 
 
 def _names_softmax(code: CodeType) -> bool:

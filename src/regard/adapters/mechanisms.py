@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..extras import shortened
@@ -37,7 +38,8 @@ def register(mechanism: Callable[..., Tensor], name: str | None = None) -> str:
     Regard's own are registered under their names when it is imported: "regard:lightning-2", also written
     "regard:lightning_2". `flashbias` is "regard:bias", also written "regard:flashbias"; it adds ALiBi's bias to the
     scores, also of a model whose queries and keys are rotated, which then has both. Other knobs than the defaults need
-    a name of their own. What a mechanism cannot honour (softcap, sinks, position bias, dropout) is refused when the
+    a name of their own. A padded row gets what its text gets alone; with a `shape`, or tensors, among the knobs, tokens
+    stay where they are. What a mechanism cannot honour (softcap, sinks, position bias, dropout) is refused when the
     model runs, as are static caches.
 
         model.set_attn_implementation(register(partial(power, block=64), "power-64"))
@@ -129,14 +131,81 @@ def _forward(
             f"{type(module).__name__} asks for; set the model's attention dropout to 0, or run this model with "
             f'set_attn_implementation("eager")'
         )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"{name} takes a boolean mask (True: visible); {type(module).__name__} hands on {attention_mask.dtype}, to "
+            f'be added to scores, as position biases are; run this model with set_attn_implementation("sdpa")'
+        )
     fixed = getattr(mechanism, "keywords", {})  # a knob that was given says more than the model: which axes are causal
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if causal and attention_mask is not None and attention_mask.shape[-2] > 1:
         # The mask says everything, and may show more than the past: a prefix, or the pictures of a prompt.
         causal = not bool(attention_mask.triu(key.shape[2] - query.shape[2] + 1).any())
-    scale = scaling if spec.scaled else None
-    output = mechanism(query, key, value, **{"causal": causal, **fixed, "mask": attention_mask, "scale": scale})
+    run = partial(mechanism, **{"causal": causal, **fixed, "scale": scaling if spec.scaled else None})
+    itself = causal or (query.shape[2] == key.shape[2] and not _crosses(module))
+    if _placed(mechanism):
+        output = run(query, key, value, mask=attention_mask)
+    else:
+        output = alone(run, [query], [key, value], attention_mask, itself=itself, ahead=spec.ahead)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _placed(mechanism: Callable[..., Tensor]) -> bool:
+    """Whether it was given what says where each token lies, or keeps something of each, so that all have to stay."""
+    knobs = getattr(mechanism, "keywords", {})
+    return isinstance(mechanism, nn.Module) or any(k == "shape" or _holds_tensors(v) for k, v in knobs.items())
+
+
+def _holds_tensors(knob: Any) -> bool:
+    return isinstance(knob, Tensor) or (isinstance(knob, tuple | list) and any(map(_holds_tensors, knob)))
+
+
+def _crosses(module: nn.Module) -> bool:
+    """Whether a module that is not causal looks at another sequence, of as many tokens by chance."""
+    kind = type(module).__name__
+    return bool(getattr(module, "is_cross_attention", "Cross" in kind) or getattr(module, "is_decoder", False))
+
+
+def alone(
+    run: Callable[..., Tensor],
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    mask: Tensor | None,
+    *,
+    itself: bool,
+    ahead: bool,
+) -> Tensor:
+    """run(*queries, *keys, mask=) on rows of the batch without the padding before them, and with `ahead` after them.
+
+    Blocks and the like are counted from the first key, and what is chosen among all keys depends on how many there are:
+    so each row gets what it would get alone. Rows of as much padding go together. itself: the queries are the last of
+    the keys; those that stand in padding get zeros.
+    """
+    if mask is None:
+        return run(*queries, *keys, mask=None)
+    n_query, n_key = queries[0].shape[2], keys[0].shape[2]
+    spans = _spans(mask, n_key, ahead).expand(len(keys[0]), -1)
+    if (spans == spans.new_tensor([0, n_key])).all():
+        return run(*queries, *keys, mask=mask)
+    mask = mask.expand(len(spans), -1, -1, n_key)
+    output = keys[-1].new_zeros(*queries[0].shape[:3], keys[-1].shape[-1])
+    found, of = spans.unique(dim=0, return_inverse=True)
+    for i, (first, end) in enumerate(found.tolist()):
+        rows, there, asked = (of == i).nonzero().flatten(), slice(first, end), slice(0, n_query)
+        if itself:
+            asked = slice(*(max(at - n_key + n_query, 0) for at in (first, end)))
+        if asked.start < asked.stop:
+            inside = mask[rows, :, asked if mask.shape[2] > 1 else slice(None), there]
+            few = [*(t[rows, :, asked] for t in queries), *(t[rows, :, there] for t in keys)]
+            output[rows, :, asked] = run(*few, mask=None if inside.all() else inside)
+    return output
+
+
+def _spans(mask: Tensor, n_key: int, ahead: bool) -> Tensor:
+    """Of each row, where the keys that a query sees begin, and with `ahead` end. [batch|1, 2]"""
+    there = mask.flatten(1, 2).any(1).expand(-1, n_key).int()
+    first, end = there.argmax(1), n_key - there.flip(1).argmax(1)
+    return torch.stack([first, end if ahead else torch.full_like(end, n_key)], 1)
 
 
 def _mask(

@@ -62,6 +62,28 @@ def exponent(lengths: Sequence[float], costs: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
+def grown(
+    ways: Mapping[str, Callable[..., Any]], lengths: Sequence[int]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Processor seconds of each operator, of one head of 64 over each length, and the power of length they follow."""
+    inputs = [torch.randn(1, 1, n, 64) for n in lengths]
+    times = {
+        name: [seconds(lambda x=x, way=way: way(x, x, x), least=2)[0] for x in inputs] for name, way in ways.items()
+    }
+    return times, {name: exponent(lengths, each) for name, each in times.items()}
+
+
+def beside(
+    figure: Any, shares: Mapping[str, Mean], lengths: Sequence[int], times: Mapping[str, list[float]], **of: str
+):
+    """Draw bars of shares, labelled by `of`, beside what `grown` measured."""
+    left, other = figure.subplots(1, 2)
+    left.bar([name.replace(" ", "\n") for name in shares], [share.value for share in shares.values()])
+    left.set(ylim=(0, 1), **of)
+    series = {name: (lengths, [t * 1e3 for t in each]) for name, each in times.items()}
+    lines(other, series, xlabel="tokens", ylabel="milliseconds", title="Forward pass, one head of 64")
+
+
 def lines(axes: Any, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], **labels: str) -> None:
     """Draw each series, what was measured over length, on logarithmic axes whose marks are the lengths."""
     for name, (lengths, measured) in series.items():

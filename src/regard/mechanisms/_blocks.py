@@ -21,6 +21,11 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return counts, order.to(torch.int32)
 
 
+def held(block: int, n_key: int) -> int:
+    """Of a block of keys that is longer than all of them, as much as holds them, in what the kernel takes."""
+    return min(block, -(-n_key // 32) * 32)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, *, causal: bool, mask: Tensor | None, scale: float
 ) -> Tensor:
@@ -28,6 +33,8 @@ def attend(
 
     causal: key j is visible to query i where j <= i + key - query. mask: boolean, of pairs.
     """
+    rows = min(blocks.query_size, max(query.shape[2], 1))
+    blocks = blocks._replace(query_size=rows, key_size=held(blocks.key_size, key.shape[2]))
     if runs_native(query) and blocks.key_size % 32 == 0:
         return native.attention(query, key, value, blocks=blocks, causal=causal, mask=mask, scale=scale)
     parts = []

@@ -24,11 +24,23 @@ def attentions(model: nn.Module, projection: str | None, asked_by: str) -> dict[
         if re.search(r"Attention$", type(module).__name__) and output:
             found[name] = (module, output)
     if not found:
+        kinds = sorted({n for m in model.modules() if (n := type(m).__name__).endswith("Attention")})
+        others = f", and {', '.join(kinds)} have it elsewhere or by another name" if kinds else ""
         raise ValueError(
-            f"{asked_by}: {type(model).__name__} has no module called ...Attention with an output projection "
-            f"called {' or '.join(outputs)}; name it with projection=..."
+            f"{asked_by}: {type(model).__name__} has no module called ...Attention that holds its output projection, "
+            f"called {' or '.join(outputs)}{others}; it takes attention that does, as in Llama, CLIP, Siglip and ViT "
+            f"(name it with projection=..., where that is taken)"
         )
     return found
+
+
+def no_class_token(model: nn.Module, asked_by: str) -> None:
+    """Raise ValueError where a model puts tokens of its own beside those of the picture."""
+    if beside := [n for n, _ in model.named_parameters() if re.search(r"(cls|class|dist\w*|register)_(token|emb)", n)]:
+        raise ValueError(
+            f"{asked_by}: {type(model).__name__} has {', '.join(beside)}, which has no place in windows of a picture; "
+            f"it takes encoders whose tokens are those of the picture alone, as Siglip's"
+        )
 
 
 def channels(projection: nn.Module) -> tuple[int, int]:
@@ -96,7 +108,8 @@ class Replacing(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        caches = [name for name in ("past_key_values", "encoder_hidden_states") if kwargs.get(name) is not None]
+        others = ("past_key_values", "encoder_hidden_states", "key_value_states")
+        caches = [name for name in others if kwargs.get(name) is not None]
         if caches or args:
             raise ValueError(
                 f"{self.asked_by}: in place of {self.kind}, {' and '.join(caches) or 'more than hidden states'} cannot "
@@ -151,6 +164,8 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.ndim != 3:
+            raise ValueError(f"SelfAttention: takes hidden [batch, token, dim]; got {list(hidden.shape)}")
         parts = [
             p(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         ]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 def checked(block: str, x: Tensor, channels: int | None = None, *, least: int = 1) -> None:
     """Raise ValueError where `x` is no feature map of so many channels and at least so many rows and columns."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{block}: takes feature maps [batch, channel, row, column]; got {type(x).__name__}")
     if x.ndim != 4:
         hint = "; tokens of a picture become one by tokens.mT.unflatten(-1, (rows, columns))" if x.ndim == 3 else ""
         raise ValueError(f"{block}: takes feature maps [batch, channel, row, column]; got {list(x.shape)}{hint}")

@@ -37,7 +37,8 @@ class Spec:
     patterns: of "causal" (key j is visible to query i where j <= i + key - query, so that the last query sees all),
     "full" (each query sees every key, and there are as many) and "cross" (any number of keys).
     mask: "keys" (which keys there are: boolean [batch|1, 1, 1, key]) or "pairs" (boolean, broadcasts to
-    [batch, head, query, key]). True: visible. A query that sees nothing gives zeros.
+    [batch, head, query, key]). True: visible. A query that sees nothing gives zeros. What no query sees may be
+    anything, also NaN: an operator is given 0 for that.
     sized: where the paper's blocks or windows would hold all of a short input, those with which the operator does there
     what it is for.
     """
@@ -52,6 +53,7 @@ class Spec:
     apart: bool = False  # keys and values may have other numbers of heads
     ahead: bool = False  # causal as to values only: which keys a query meets depends on later tokens too
     whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
+    peeks: bool = False  # keys that a mask hides may count in a choice of others, as far as they are numbers
 
 
 def mechanism(
@@ -65,9 +67,10 @@ def mechanism(
     apart: bool = False,
     whole: bool = False,
     ahead: bool = False,
+    peeks: bool = False,
 ):
     """Declare an operator (see `Spec`); its inputs are then checked before it runs."""
-    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole)
+    spec = Spec(patterns, mask, weights, cost, step, scaled, sized, apart, ahead, whole, peeks)
     if not patterns or set(patterns) - set(PATTERNS) or mask not in ("keys", "pairs"):
         raise ValueError(f"patterns are of {PATTERNS}, mask is 'keys' or 'pairs'; got {patterns}, {mask!r}")
 
@@ -81,6 +84,10 @@ def mechanism(
             problem = problem or _problem(spec, query, key, value, knobs.get("causal", default), knobs.get("mask"))
             if problem:
                 raise ValueError(f"{function.__name__}: {problem}")
+            if (mask := knobs.get("mask")) is not None:
+                there = anywhere(mask).mT  # 0 times what overflows would not be 0
+                key = kept(key, there) if spec.peeks else key.where(there, 0.0)
+                value = value.where(there, 0.0)
             return function(query, key, value, **knobs)
 
         checked.spec = spec  # type: ignore[attr-defined]
@@ -178,6 +185,16 @@ def _problem(spec: Spec, query: Tensor, key: Tensor, value: Tensor, causal: bool
             f"{list(mask.shape)} (sliding windows, packed sequences and static caches need such a one)"
         )
     return None
+
+
+def anywhere(mask: Tensor) -> Tensor:
+    """Which keys a mask of keys or of pairs shows to any query at all. [batch|1, 1, 1, key]"""
+    return mask if mask.shape[1:3] == (1, 1) else mask.any(2, keepdim=True).any(1, keepdim=True)
+
+
+def kept(tensor: Tensor, there: Tensor) -> Tensor:
+    """With zeros for what is neither there nor a number, so that it does not spread: 0 times NaN is not 0."""
+    return tensor.where(there | tensor.isfinite(), 0.0)
 
 
 def visible(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor | None:

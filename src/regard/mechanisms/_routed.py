@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels import native
 from ..kernels.derivatives import again, gradients, transformed
 from ..kernels.native import Blocks
+from ._blocks import held
 from ._mechanism import by_head, recomputed
 from ._softmax import runs_native
 
@@ -30,6 +31,7 @@ def attend(
     The queries are the last of the keys. chosen: [batch, head, query, slot], numbers of blocks before the own one, each
     once; -1: none. block: keys. mask: which keys there are, [batch|1, 1, 1, key].
     """
+    block = held(block, key.shape[2])
     if runs_native(query) and block % 32 == 0 and not transformed(query, key, value):
         return _Native.apply(query, key, value, chosen, mask, block, scale)  # type: ignore[no-any-return]
     return _in_torch(query, key, value, chosen, mask, block, scale)

@@ -92,19 +92,20 @@ class Window(NamedTuple):
     dilation: int
     causal: bool
     first: int = 0  # position of the first query
-    low: int = 0  # the keys that there are, where not causal: low <= key < high; none given: all
+    low: int = 0  # the keys that there are: low <= key < high; none given: all. Where causal, only their end counts
     high: int | None = None
     stride: int = 1
 
     def sees(self) -> Axis:
         at, step = torch.arange(self.first, self.length), self.dilation
-        low, high = (0, self.length) if self.causal else (self.low, self.length if self.high is None else self.high)
+        low, high = 0 if self.causal else self.low, self.length if self.high is None else self.high
         start = low + (at - low) % step  # the first of the same remainder
         held = (-(-(high - start) // step)).clamp_min(0)
         place, count = (at - start) // step, held.clamp_max(self.window)
         shared = place // self.stride * self.stride
         if self.causal:
-            leader = torch.minimum(shared + self.stride - 1, held - 1)
+            # The last queries share the window of the last one that there is; what is behind it has its own.
+            leader = torch.minimum(shared + self.stride - 1, held - 1).maximum(place)
             left = (leader - self.window + 1).clamp_min(0)
             return Axis(self.length, at, start + left * step, place - left + 1, step)
         leader = torch.minimum(shared + self.stride // 2, held - 1)
@@ -114,7 +115,7 @@ class Window(NamedTuple):
 
 def boxed(axes: list[Window], mask: Tensor | None) -> list[tuple[Tensor | None, list[Window]]]:
     """Rows of the batch whose keys end at the same places (None: all), and the axes with these ends."""
-    if mask is None or all(axis.causal for axis in axes):
+    if mask is None or all(axis.causal and axis.stride == 1 for axis in axes):
         return [(None, axes)]
     there = mask.flatten(1).unflatten(1, [a.length for a in axes])
     ends = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._mechanism import Cost, by_head, scale_of, softmax
+from ._mechanism import Cost, by_head, kept, scale_of, softmax
 from ._modules import module
 from ._scan import State as Carried
 from ._scan import scan, tokens
@@ -92,6 +92,8 @@ def aaren(
     asked = (query * scale_of(query, scale)).expand(len(key), -1, -1, -1).to(exact)
     top = asked.new_full(asked.shape[:2], lowest)
     there = () if mask is None else (mask.mT,)
+    if there:
+        key, value = (kept(t, there[0]) for t in (key, value))
 
     def step(held: Carried, key: Tensor, value: Tensor, *there: Tensor) -> tuple[Tensor, Carried]:
         query, *before = held

@@ -13,8 +13,8 @@ What the paper does not say, and our readings: only visible keys get beta (anyth
 running mean is of each head, over batch and queries, padding among them; it is brought up to date before it is used,
 and no gradient goes through it. N is the number of keys of the call, in the paper's words; counted by what is visible
 instead (`count="visible"`), every row would sum to the mean, and the paper's sums that spread over queries could not
-be. With "keys", decoding token by token does not repeat a full pass, since N grows: give the length of training as a
-number instead.
+be. Padding is no key. With "keys", decoding token by token does not repeat a full pass, since N grows: give the length
+of training as a number instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..functions import bound
 from . import _decoder
 from ._layers import attentions, projections, replace
-from ._mechanism import Cost, by_head, pairs, scale_of, softmax, visible
+from ._mechanism import Cost, anywhere, by_head, kept, pairs, scale_of, softmax, visible
 from ._modules import converted, module
 from ._softmax import attend as softmax_attention
 
@@ -42,6 +42,8 @@ Count = int | Literal["keys", "visible"]
 def shift(alpha: Tensor, mean: Tensor, n_key: int, seen: Tensor | None, causal: bool, count: Count) -> Tensor:
     """beta, [batch, head, query, 1], of alpha [batch, head, query] and mean [head]."""
     apart = (mean[:, None] - alpha)[..., None]
+    if count == "keys" and seen is not None:  # of those that are there at all
+        return apart / anywhere(seen.expand(-1, -1, -1, n_key)).sum(-1, keepdim=True).clamp_min(1)
     if count != "visible":
         return apart / (n_key if count == "keys" else count)
     if seen is not None:
@@ -86,6 +88,8 @@ def attend(
             f"affine_scaled: alpha is {list(query.shape[:3])} and its mean {list(query.shape[1:2])}; got "
             f"{list(alpha.shape)} and {list(mean.shape)}"
         )
+    if mask is not None:
+        key, value = (kept(t, anywhere(mask).mT) for t in (key, value))
     output = softmax_attention(query, key, value, causal=causal, mask=mask, scale=scale_of(query, scale))
     seen = None if mask is None else visible(query, key, causal=causal, mask=mask)
     return _joined(output, value, alpha, mean, seen, causal, count)
@@ -115,7 +119,7 @@ def weights(
     whole = torch.ones(*query.shape[2:3], key.shape[2], dtype=torch.bool, device=query.device)
     there = whole if seen is None else seen
     shares = softmax(query @ by_head(key, query.shape[1]).mT * scale_of(query, scale), seen)
-    return alpha[..., None] * shares + shift(alpha, mean, key.shape[2], there, causal, count) * there
+    return alpha[..., None] * shares + shift(alpha, mean, key.shape[2], seen, causal, count) * there
 
 
 def _check(count: Any) -> None:

@@ -77,7 +77,7 @@ def pooled(query: Tensor, agents: int, shape: tuple[int, int] | None = None, mas
     run = torch.arange(agents, device=query.device, dtype=query.dtype)[:, None]
     start, end = (run * count / agents).floor(), ((run + 1) * count / agents).ceil()
     share = ((rank >= start) & (rank < end)).to(query.dtype) * there
-    return share / share.sum(-1, keepdim=True).clamp_min(1) @ query
+    return share / share.sum(-1, keepdim=True).clamp_min(1) @ query.where(mask.mT, 0.0)
 
 
 @mechanism("full", "cross", mask="keys", weights=_weights, cost=_cost)

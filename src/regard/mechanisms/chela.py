@@ -27,6 +27,7 @@ from ._convolution import convolved
 from ._gates import Gated, refuse_gaps
 from ._layers import exchanged
 from ._mechanism import Cost
+from ._modules import taking
 from ._scan import Product, State, scan, tokens
 
 _PIECE = 16  # numbers that each piece of a long kernel is made of
@@ -107,6 +108,7 @@ def linear(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk: in
     return query @ (key.mT @ value)
 
 
+@taking("hidden")
 class Chela(Gated):
     """The paper's layer: [batch, token, dim] to the same, its residual included.
 
@@ -140,7 +142,7 @@ class Chela(Gated):
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """mask: which tokens there are, boolean [batch, token]; the others stand at the end."""
-        refuse_gaps(hidden, mask, "chela")
+        refuse_gaps(mask, "chela")
         normed = self.norm(hidden)
         value = F.silu(self.to_value(normed))
         value = value if mask is None else value.where(mask[..., None], 0.0)

@@ -114,7 +114,7 @@ def combiner(
     if segment is not None and segment < 1:
         raise ValueError(f"combiner: a segment holds 1 key or more; got {segment=}")
     batch, heads, n = query.shape[:3]
-    r = segment or round(n**0.5)
+    r = min(segment or round(n**0.5), n)
     size = 2 ** (n - 1).bit_length() if form == "logsparse" else -(-n // r) * r
     there = torch.ones(1, 1, 1, n, dtype=torch.bool, device=key.device) if mask is None else mask
     there = F.pad(there.expand(batch, -1, -1, -1)[:, :, 0], (0, size - n))

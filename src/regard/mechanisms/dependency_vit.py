@@ -135,6 +135,11 @@ class ReversedAttention(nn.Module):
 
         The last of the three, [batch, parent, child], is summed over heads.
         """
+        if message is not None and message.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"dependency_vit: messages so far are [batch, token] = {list(hidden.shape[:2])}; got "
+                f"{list(message.shape)}: all layers of a model have to have the same tokens"
+            )
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         chosen = (self.selector(hidden) / self.temperature).softmax(-1)
         now = self.controller(hidden)[..., 0].sigmoid()

@@ -88,6 +88,7 @@ def _kept(weights: Tensor, top: int | None) -> Tensor:
     "causal",
     build=lambda dim, heads: DiffQKV(dim, heads, key_heads=1, value_heads=_half(heads)),
     held=lambda n, dim, heads: n * (1 + _half(heads)) * (dim // heads),
+    mask="pairs",
 )
 class DiffQKV(nn.Module):
     """A causal self-attention: [batch, token, dim] to the same.

@@ -137,7 +137,7 @@ class SymbolicAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-@module("causal", "full", build=lambda dim, heads: DualAttention(dim, heads // 2, heads // 2))
+@module("causal", "full", build=lambda dim, heads: DualAttention(dim, heads // 2, heads // 2), mask="pairs")
 class DualAttention(nn.Module):
     """Self-attention of sensory and relational heads, beside each other: [batch, token, dim] to the same.
 
@@ -209,13 +209,6 @@ class DualAttention(nn.Module):
 
         symbols: [batch, token, dim], or of pairs [batch, query, key, dim], instead of those of the module.
         """
-        if hidden.ndim != 3 or hidden.shape[-1] != self.dim:
-            raise ValueError(f"DualAttention: takes hidden states [batch, token, {self.dim}]; got {list(hidden.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4):
-            raise ValueError(
-                f"DualAttention: mask is boolean (True: visible) [batch, 1, query, key]; got {mask.dtype} "
-                f"{list(mask.shape)}"
-            )
         found = [] if self.sensory is None else [self.sensory(hidden, causal=causal, mask=mask)]
         if self.relational is not None:
             given = self.symbols_of(hidden) if symbols is None else self._checked(symbols, hidden)

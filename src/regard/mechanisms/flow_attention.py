@@ -120,12 +120,14 @@ def _past(product: Product, state: State, query: Tensor, key: Tensor, value: Ten
     heads = query.shape[1]
     q, k = _features(query, heads), _features(key, heads)
     v = by_head(value, heads).to(q.dtype)
-    here = there[0].to(q.dtype).expand(*q.shape[:3], 1) if there else torch.ones_like(q[..., :1])
+
+    def only(of: Tensor) -> Tensor:
+        return of.where(there[0], 0.0) if there else of
 
     def summed(before: Tensor, of: Tensor) -> Tensor:
-        return before + (of * here).cumsum(2)
+        return before + only(of).cumsum(2)
 
-    keys, queries, count = summed(state[0], k), summed(state[1], q), summed(state[5], here)
+    keys, queries, count = summed(state[0], k), summed(state[1], q), summed(state[5], torch.ones_like(q[..., :1]))
     n = count.clamp_min(1)
     into, out_of = _flow(q, keys), _flow(k, queries)
     from_keys, from_queries = summed(state[2], k * n / out_of), summed(state[3], q * n / into)
@@ -134,8 +136,7 @@ def _past(product: Product, state: State, query: Tensor, key: Tensor, value: Ten
     strengths = summed(state[4], strength)
     # Where no key is there yet, the sums and what they divide are 0.
     competition = strength / strengths.where(strengths > 0, 1.0) * n
-    v = (v.where(there[0], 0.0) if there else v) * competition
-    output, held = product(state[6], q / into, k * here, v)
+    output, held = product(state[6], q / into, only(k), only(v) * competition)
     sums = (keys, queries, from_keys, from_queries, strengths, count)
     return (gate * output).to(value.dtype), (*(s[:, :, -1:] for s in sums), held)
 

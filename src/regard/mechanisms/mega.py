@@ -163,7 +163,7 @@ class Mega(Gated):
         return self._mixed(hidden, mask)[1]
 
     def _mixed(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        refuse_gaps(hidden, mask, "Mega")
+        refuse_gaps(mask, "Mega")
         n = hidden.shape[1]
         chunk = n if self.chunk is None or n < self.chunk else self.chunk
         self._check(n, chunk)

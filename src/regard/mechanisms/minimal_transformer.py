@@ -24,7 +24,7 @@ from ._modules import module
 QUERY_KEY = ("separate", "one", "symmetric", "cholesky")
 
 
-@module("causal", "full", build=lambda dim, heads: MinimalAttention(dim, heads, query_key="symmetric"))
+@module("causal", "full", build=lambda dim, heads: MinimalAttention(dim, heads, query_key="symmetric"), mask="pairs")
 class MinimalAttention(nn.Module):
     """Self-attention: [batch, token, dim] to the same.
 

@@ -42,6 +42,7 @@ def choice(query: Tensor, key: Tensor, *, mask: Tensor | None, block: int, top: 
             f"moba: blocks hold 1 key or more, and a query sees its own: block, top >= 1; got {block=}, {top=}"
         )
     n_query, n_key = query.shape[2], key.shape[2]
+    block = min(block, n_key)
     extra, exact = -n_key % block, torch.promote_types(query.dtype, torch.float32)
     there = torch.ones(1, 1, n_key, 1, dtype=torch.bool, device=key.device) if mask is None else mask.mT
     held = F.pad(key.where(there, 0.0), (0, 0, 0, extra)).unflatten(2, (-1, block)).sum(3, dtype=exact)
@@ -55,7 +56,7 @@ def choice(query: Tensor, key: Tensor, *, mask: Tensor | None, block: int, top: 
 
 
 def _weights(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, scale: float | None, **knobs: Any):
-    block = knobs.get("block", 512)
+    block = min(knobs.get("block", 512), key.shape[2])
     chosen = gate(query, key, mask=mask, **knobs).repeat_interleave(block, -1)[..., : key.shape[2]]
     seen = visible(query, key, causal=causal, mask=mask)
     scores = query @ by_head(key, query.shape[1]).mT * scale_of(query, scale)

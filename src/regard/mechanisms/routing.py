@@ -18,12 +18,14 @@ causal query whose cluster holds no earlier key gets zeros of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters.mechanisms import alone
 from ._layers import own
 from ._mechanism import Cost, by_head, mechanism, recomputed, scale_of, softmax, visible
 
@@ -104,7 +106,7 @@ def _cost(
     return Cost(4 * dim * taken + 2 * dim * clusters * (n_query + n_key), 6 * dim * n + 4 * dim * clusters * window)
 
 
-@mechanism("full", "causal", "cross", mask="keys", weights=_weights, cost=_cost, whole=True, ahead=True)
+@mechanism("full", "causal", "cross", mask="keys", weights=_weights, cost=_cost, whole=True, ahead=True, peeks=True)
 def routing(
     query: Tensor,
     key: Tensor,
@@ -242,7 +244,8 @@ class Routing(nn.Module):
                 self.begun.fill_(True)  # type: ignore[operator]
             self._next = nearest_means(vectors, means, there)
         self.loss = self.commitment * commitment(vectors, means, there)
-        return routing(query, key, value, mask=mask, means=means, window=self.window, shared=self.shared, **how)
+        run = partial(routing, means=means, window=self.window, shared=self.shared, **how)
+        return alone(run, [query], [key, value], mask, itself=query.shape[2] == key.shape[2], ahead=True)
 
     @torch.no_grad()
     def update(self) -> None:

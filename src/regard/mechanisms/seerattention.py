@@ -16,12 +16,14 @@ means, maxima and minima. One query after a cache sees all keys, as in the prefi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapters.mechanisms import alone
 from ..kernels.native import Blocks
 from ._blocks import attend, listed
 from ._layers import attentions, distilled, own
@@ -242,7 +244,7 @@ class SeerAttention(nn.Module):
         self.gate, self.threshold, self.ratio = gate, threshold, ratio
         self.learning = False
         self.loss: Tensor | None = None
-        self.blocks: Tensor | None = None  # of the last forward pass
+        self.blocks: Tensor | None = None  # of the last forward pass; of a padded batch, of the rows that ran last
         self.given: dict[str, Tensor] = {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, **how: Any) -> Tensor:
@@ -254,9 +256,14 @@ class SeerAttention(nn.Module):
             logits = self.gate.logits(*(t.detach() for t in raw), mask=mask)
             self.loss = gate_loss(logits, truth(query, key, block=block, mask=mask, scale=how.get("scale")))
             return seerattention(query, key, value, mask=mask, block=block, **how)
+        # How many blocks there are, and which are the last, is to be that of the text.
+        run = partial(self._sparse, **how)
+        return alone(run, [query, raw[0]], [raw[1], key, value], mask, itself=True, ahead=True)
+
+    def _sparse(self, query: Tensor, raw_q: Tensor, raw_k: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any):
         with torch.no_grad():
-            self.blocks = choose(self.gate(*raw, mask=mask), threshold=self.threshold, ratio=self.ratio)
-        return seerattention(query, key, value, mask=mask, blocks=self.blocks, block=block, **how)
+            self.blocks = choose(self.gate(raw_q, raw_k, mask=mask), threshold=self.threshold, ratio=self.ratio)
+        return seerattention(query, key, value, mask=mask, blocks=self.blocks, block=self.gate.block, **how)
 
 
 def convert(

@@ -54,6 +54,7 @@ def pack(keep: Tensor, length: int | None = None) -> Packing:
         at = (order + torch.arange(batch, device=keep.device)[:, None] * n).where(there, -1)
         return Packing(at, there[:, None, None])
     kept = keep.flatten().nonzero()[:, 0]
+    length = min(length, max(1, len(kept)))
     rows = max(1, -(-len(kept) // length))
     at = F.pad(kept, (0, rows * length - len(kept)), value=-1).unflatten(0, (rows, length))
     picture = (at // n).where(at >= 0, -1)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from .. import Case
@@ -15,7 +14,8 @@ def loaded(
     """The module with these weights. names: beginnings of their names, as patterns, and what ours begin with. eps: of
     batch norms.
     """
-    module, state = module.to(next(iter(weights.values())).dtype).train(training), module.state_dict()
+    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+    module, state = module.to(dtype).train(training), module.state_dict()
     found = {}
     for name, value in weights.items():
         for theirs, ours in names.items():
@@ -31,9 +31,7 @@ def loaded(
 
 
 def run(case: Case, module: nn.Module, *names: str) -> dict[str, Tensor]:
-    """Output, and gradients of these inputs."""
+    """Output, and those gradients of these inputs that the case has."""
     leaves = case.leaves(*(names or ("input",)))
-    output, dot = module(*leaves.values()), "_" if "grad_output" in case else "."
-    given = case["grad_output" if dot == "_" else "output_gradient"]
-    gradients = torch.autograd.grad(output, list(leaves.values()), given)
-    return {"output": output, **{f"grad{dot}{name}": one for name, one in zip(leaves, gradients, strict=True)}}
+    output = module(*leaves.values())
+    return {"output": output, **case.gradients(output, leaves)}

@@ -4,7 +4,7 @@ import torch
 
 from regard.mechanisms.davit import ChannelBlock, WindowBlock
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 from ._maps import loaded, run
 
 SOURCE = Source("reimplementation", "huggingface/pytorch-image-models, timm's davit")
@@ -31,6 +31,8 @@ def to_ours(weights, *, second: bool, spatial: bool):
 
 def compare(case: Case):
     settings, weights = case.settings, case.weights
+    if "mlp.fc1.weight" not in weights:
+        raise Unmapped("our blocks have an MLP")
     spatial = "spatial" in settings["block"]
     second = not spatial and ("v2" in settings["block"] or any("v2" in name and of for name, of in settings.items()))
     hidden, dim = weights["mlp.fc1.weight"].shape
@@ -40,8 +42,14 @@ def compare(case: Case):
         "bent": bool(settings.get("cpe_act", False)),
     }
     if spatial:
-        block = WindowBlock(dim, settings["num_heads"], window=settings["window_size"], **knobs)
+        window = settings["window_size"]
+        if not isinstance(window, int):
+            if len({*window}) > 1:
+                raise Unmapped(f"our windows are square: {window}")
+            window = window[0]
+        block = WindowBlock(dim, settings["num_heads"], window=window, **knobs)
     else:
         block = ChannelBlock(dim, settings["num_heads"], scaled_by="positions" if second else "dim", **knobs)
     loaded(block, to_ours(weights, second=second, spatial=spatial), NAMES)
-    return {"attention_output": block.attention(case["attention_input"]), **run(case, block)}
+    inner = {"attention_output": block.attention(case["attention_input"])} if "attention_input" in case else {}
+    return {**inner, **run(case, block)}

@@ -36,12 +36,16 @@ def compare(case: Case):
     activation = next((of for name, of in settings.items() if "activ" in name), None) or "identity"
     if activation not in ACTIVATIONS:
         raise Unmapped(f"relations pass {activation}")
-    keys = [len(weights[name]) // width for name in ("self_attention.wk.weight", "relational_attention.wk_attn.weight")]
+    heads = settings["sensory_heads"], relational
+    rows = (weights.get(f"{of}.weight") for of in ("self_attention.wk", "relational_attention.wk_attn"))
+    keys = [len(row) // width if row is not None else number for row, number in zip(rows, heads, strict=True)]
+    # Symbols by position or distance are given, or looked up in a table that the state holds.
+    tables = [] if kind == "symbolic" else [weights.pop(n) for n in list(weights) if n.startswith("symbol_retriever")]
     module = DualAttention(
         dim,
         settings["sensory_heads"],
         relational,
-        relations=weights["relational_attention.wr"].shape[-1],
+        relations=weights["relational_attention.wr"].shape[-1] if relational else None,
         symbols="symbolic" if kind == "symbolic" else "given",
         symmetric=symmetric,
         activation=ACTIVATIONS[activation],
@@ -53,18 +57,25 @@ def compare(case: Case):
         weights["relational_attention.wk_rel.weight"] = weights["relational_attention.wq_rel.weight"]
     loaded(module, weights, NAMES)
     given = [name for name in ("input", "symbols") if name in case]
-    x, symbols, causal = case["input"], case.get("symbols"), settings["causal"]
-    of_pairs = symbols is not None and "relative" in kind
+    x, symbols, causal = case["input"], case.get("symbols"), settings.get("causal", False)
+    of_pairs = symbols is not None and symbols.ndim == 3 and "relative" in kind
+    if symbols is None and kind != "symbolic" and relational:
+        n, (table,) = x.shape[1], tables
+        apart = torch.arange(n) - torch.arange(n)[:, None]
+        reach = len(table) // 2
+        symbols = table[apart.clamp(-reach, reach) + reach] if "relative" in kind else table[:n].expand(len(x), -1, -1)
+        of_pairs = "relative" in kind
 
     class Called(torch.nn.Module):
-        def forward(self, hidden, symbols=None):
+        def forward(self, hidden, symbols=symbols):
             return module(hidden, causal=causal, symbols=symbols[None] if of_pairs else symbols)
 
-    found = {
-        "sensory_weights": module.sensory.weights(x, causal=causal),
-        "relational_weights": module.relational.weights(x, causal=causal),
-        "relations": module.relational.related(x),
-    }
+    found = {}
+    if module.sensory is not None:
+        found["sensory_weights"] = module.sensory.weights(x, causal=causal)
+    if module.relational is not None:
+        found["relational_weights"] = module.relational.weights(x, causal=causal)
+        found["relations"] = module.relational.related(x)
     if "retrieved_symbols" in case and kind == "symbolic":
         found["retrieved_symbols"] = module.retrieve(x)
     return {**found, **run(case, Called(), *given)}

@@ -1,8 +1,8 @@
 """The four sizes."""
 
-from regard.mechanisms.ela import ELA
+from regard.mechanisms.ela import ELA, SIZES
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 from ._maps import loaded, run
 
 SOURCE = Source("reimplementation", "a module of others, with kernel and groups as knobs")
@@ -10,7 +10,16 @@ NAMES = {"conv": "rows.0", "gn": "rows.1"}
 
 
 def compare(case: Case):
-    module = ELA(case["input"].shape[1], size=case.settings["size"])
+    channels, convolution, settings = case["input"].shape[1], case.weights["conv.weight"], case.settings
+    knobs = convolution.shape[2], convolution.shape[1], settings.get("num_groups")
+    held = [
+        size
+        for size, (kernel, each, norms) in SIZES.items()
+        if knobs in ((kernel, each or 1, n) for n in (norms, None))
+    ]
+    if not held:
+        raise Unmapped(f"ours has no size of kernel {knobs[0]}, {knobs[1]} channels a group and {knobs[2]} norms")
+    module = ELA(channels, size=settings.get("size", held[0]))
     weights = {
         name: value
         for of in (NAMES, {"conv": "columns.0", "gn": "columns.1"})

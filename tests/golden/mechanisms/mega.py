@@ -19,7 +19,7 @@ NAMES = {
 def compare(case: Case):
     settings, leaves = case.settings, case.leaves("input")
     mask = None if "padding" not in case else ~case["padding"].bool()
-    knobs = {"order": settings["ema_dim"], "bidirectional": settings["bidirectional"]}
+    knobs = {"order": settings["ema_dim"], "bidirectional": settings.get("bidirectional", False)}
     knobs["truncation"] = settings.get("truncation")
     if "attention" not in settings:
         average = MovingAverage(settings["dim"], **knobs).to(case["input"].dtype)
@@ -27,15 +27,16 @@ def compare(case: Case):
         output = average(leaves["input"], mask=mask)
         kernel = average.kernel(case["input"].shape[1])
         return {"output": output, "kernel": kernel, **case.gradients(output, leaves)}
-    if settings["norm"] != "layernorm before, eps 1e-5":
+    if not settings.get("norm", "layernorm before").startswith("layernorm before"):
         raise Unmapped(f"ours has no norm but a layer's, before: {settings['norm']}")
+    chunk = settings.get("chunk")
     layer = Mega(
         settings["dim"],
         z=settings["z_dim"],
         value=settings["value_dim"],
         attention=settings["attention"],
-        chunk=None if settings["chunk"] < 0 else settings["chunk"],
-        causal=settings["causal"],
+        chunk=None if chunk is None or chunk < 0 else chunk,
+        causal=settings.get("causal", False),
         bias=settings["relative_bias"],
         positions=settings["max_positions"],
         **knobs,

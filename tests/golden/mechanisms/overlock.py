@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from regard.mechanisms.overlock import OVERVIEW, ContextMixBlock
+from regard.mechanisms.overlock import BRANCHES, OVERVIEW, ContextMixBlock
 
 from .. import Case, Source
 from ._maps import loaded, run
@@ -46,8 +46,8 @@ def compare(case: Case):
         kernel=settings["kernel_size"],
         small=settings["smk_size"],
         heads=settings["num_heads"],
-        ratio=settings["mlp_ratio"],
-        scale=settings.get("ls_init_value", 1.0) if settings.get("res_scale") else None,
+        ratio=len(case.weights["mlp.0.weight"]) / settings["dim"],
+        scale=1.0 if "ls1.weight" in case.weights else None,
     )
     loaded(block, weights, NAMES)
     x = case["mix_input"]
@@ -61,12 +61,8 @@ def compare(case: Case):
 
 
 def _branch(case: Case, layer: str) -> int:
-    """Their branches are named by width and dilation, in the order in which ours stand."""
+    """Their branches are named by width and dilation."""
     if layer in ("lk_origin", "origin_bn"):
         return 0
-    held = [
-        name.split(".")[3]
-        for name in case.arrays
-        if name.startswith("weight.lepe.0.dil_conv") and name.endswith("weight")
-    ]
-    return 1 + held.index(layer.replace("_bn_", "_conv_"))
+    width, apart = (int(n) for n in layer.rpartition("_k")[2].split("_"))
+    return 1 + BRANCHES[case.settings["kernel_size"]].index((width, apart))

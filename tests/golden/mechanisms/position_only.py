@@ -13,14 +13,14 @@ def compare(case: Case):
     settings, weights = case.settings, case.weights
     dim = case["input"].shape[-1]
     grid = settings.get("grid") if settings.get("translation_invariant") else None
-    layer = PositionOnly(
-        dim, heads=settings.get("heads", 1), tokens=settings.get("tokens", case["input"].shape[1]), grid=grid
-    )
+    tokens = case["input"].shape[1]
+    alpha = next(w for name, w in weights.items() if name.endswith("alpha"))
+    layer = PositionOnly(dim, heads=alpha.numel() // (tokens if grid else tokens**2), tokens=tokens, grid=grid)
     leaves = case.leaves("input")
     if "V" in weights:  # one head: alpha and V alone
         weights = {"v.kernel": weights["V"].mT, "alpha": weights["alpha"], "W.kernel": torch.eye(dim)}
     attention = {name: _of(weights, name) for name in ("v", "W")}
-    state = {"alpha": next(w for name, w in weights.items() if name.endswith("alpha")).reshape(layer.alpha.shape)}
+    state = {"alpha": alpha.reshape(layer.alpha.shape)}
     for ours, theirs in (("value", "v"), ("output", "W")):
         state |= {f"{ours}.weight": attention[theirs]["kernel"].mT}
         state |= {f"{ours}.bias": attention[theirs].get("bias", torch.zeros(dim))}
@@ -31,8 +31,9 @@ def compare(case: Case):
             Block(dim, layer).to(case["input"].dtype),
             sorted({n.rpartition(".")[0] for n in weights if n.endswith(".scale")}),
         )
-        dense = [n for n in weights if n.endswith(".kernel") and weights[n].shape[0] != weights[n].shape[1]]
-        wide, narrow = sorted(dense, key=lambda name: weights[name].shape[0])
+        dense = sorted(n for n in weights if n.endswith(".kernel") and n.split(".")[-2] not in ("v", "W"))
+        # By what they take, [in, out]; by name where an MLP is as wide as the block.
+        wide, narrow = sorted(dense, key=lambda name: weights[name].shape != (dim, weights[name].shape[1]))
         for norm, theirs in zip(block.norms, norms, strict=True):
             norm.load_state_dict({"weight": weights[f"{theirs}.scale"], "bias": weights[f"{theirs}.bias"]})
         for linear, theirs in ((block.up, wide), (block.down, narrow)):

@@ -18,7 +18,7 @@ from ...catalog import Finding, Premise
 from ...mechanisms.combiner import FORMS, combiner
 from ...mechanisms.memory_efficient import memory_efficient
 from .. import _passkey as passkey
-from .._measure import exponent, lines, mean, seconds
+from .._measure import beside, grown, mean
 
 SCALES = "small", "large"
 LENGTHS = {"small": (2048, 4096, 8192, 16384), "large": (2048, 4096, 8192, 16384, 32768)}
@@ -50,12 +50,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         model = passkey.trained(way, layers=2, before=BEFORE, steps=STEPS[scale], seed=seed)
         right[name] = mean(passkey.judged(model, before=BEFORE, seed=seed)[1])
     lengths = LENGTHS[scale]
-    inputs = [torch.randn(1, 1, n, 64) for n in lengths]
-    timed = {"fixed": combiner, "logsparse": ways["logsparse"], "full": ways["full"]}
-    times = {
-        name: [seconds(lambda x=x, way=way: way(x, x, x), least=2)[0] for x in inputs] for name, way in timed.items()
-    }
-    powers = {name: exponent(lengths, each) for name, each in times.items()}
+    times, powers = grown({"fixed": combiner, "logsparse": ways["logsparse"], "full": ways["full"]}, lengths)
     holds = all(reached.values()) and min(right["fixed"].value, right["logsparse"].value) >= 0.9
     holds = holds and right["own segment"].value <= 0.2
     holds = holds and powers["fixed"] <= 1.65 and powers["logsparse"] <= 1.4 and powers["full"] >= 1.7
@@ -64,11 +59,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     )
 
     def draw(figure: Any) -> None:
-        left, other = figure.subplots(1, 2)
-        left.bar([name.replace(" ", "\n") for name in right], [share.value for share in right.values()])
-        left.set(ylim=(0, 1), ylabel="share named", title="Digit of the first half")
-        series = {name: (lengths, [t * 1e3 for t in each]) for name, each in times.items()}
-        lines(other, series, xlabel="tokens", ylabel="milliseconds", title="Forward pass, one head of 64")
+        beside(figure, right, lengths, times, ylabel="share named", title="Digit of the first half")
 
     measured = (
         f"all earlier positions and no later one reached in {sum(reached.values())} of {len(FORMS)} forms; digit "

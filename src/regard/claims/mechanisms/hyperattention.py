@@ -17,7 +17,7 @@ from torch import Tensor
 from ...catalog import Finding, Premise
 from ...mechanisms.hyperattention import hyperattention
 from ...mechanisms.memory_efficient import memory_efficient
-from .._measure import Mean, exponent, lines, mean, seconds
+from .._measure import Mean, exponent, grown, lines, mean
 
 SCALES = "small", "large"
 LENGTHS = {"small": (4096, 8192, 16384), "large": (4096, 8192, 16384, 32768, 65536)}
@@ -56,13 +56,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     heavy, light = (errors[s] for s in reversed(STRENGTHS))
     falls = exponent(SAMPLES, [mean(light[f"{r} sampled"]).value for r in SAMPLES])
     lengths = LENGTHS[scale]
-    inputs = [torch.randn(1, 1, n, 64) for n in lengths]
-    timed_ways = {"hyperattention": partial(hyperattention, least=1024), "exact": memory_efficient}
-    times = {
-        name: [seconds(lambda x=x, way=way: way(x, x, x), least=2)[0] for x in inputs]
-        for name, way in timed_ways.items()
-    }
-    powers = {name: exponent(lengths, each) for name, each in times.items()}
+    times, powers = grown({"hyperattention": partial(hyperattention, least=1024), "exact": memory_efficient}, lengths)
     as_many = f"{2 * SIZE} sampled"
     gains = {name: _below(heavy["hashed"], heavy[name], 0.9) for name in ("random blocks", as_many)}
     none = mean(light["hashed"]).value / mean(light["random blocks"]).value

@@ -18,7 +18,7 @@ from ...mechanisms import spec_of
 from ...mechanisms.memory_efficient import memory_efficient
 from ...mechanisms.routing import Routing, members, routing
 from .. import _passkey as passkey
-from .._measure import exponent, lines, mean, seconds
+from .._measure import beside, grown, mean
 
 SCALES = "small", "large"
 LENGTHS = {"small": (2048, 4096, 8192, 16384), "large": (2048, 4096, 8192, 16384, 32768, 65536)}
@@ -48,12 +48,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         right[name] = mean(_right(models[name], seed))
     together = _together(models["learned means"], seed)
     lengths = LENGTHS[scale]
-    inputs = [torch.randn(1, 1, n, 64) for n in lengths]
-    timed = {"routing": routing, "full": memory_efficient}
-    times = {
-        name: [seconds(lambda x=x, way=way: way(x, x, x), least=2)[0] for x in inputs] for name, way in timed.items()
-    }
-    powers = {name: exponent(lengths, each) for name, each in times.items()}
+    times, powers = grown({"routing": routing, "full": memory_efficient}, lengths)
     holds = off <= 1e-9 and powers["routing"] <= 1.65 and powers["full"] >= 1.7
     holds = holds and right["learned means"].value >= 0.85
     holds = holds and all(right[name].value <= 0.35 for name in ("at random", "window"))
@@ -62,11 +57,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     )
 
     def draw(figure: Any) -> None:
-        left, other = figure.subplots(1, 2)
-        left.bar([name.replace(" ", "\n") for name in right], [share.value for share in right.values()])
-        left.set(ylim=(0, 1), ylabel="share right", title="Symbol of a colour")
-        series = {name: (lengths, [t * 1e3 for t in each]) for name, each in times.items()}
-        lines(other, series, xlabel="tokens", ylabel="milliseconds", title="Forward pass, one head of 64")
+        beside(figure, right, lengths, times, ylabel="share right", title="Symbol of a colour")
 
     measured = (
         f"off by {off:.1e} at most; symbols found: {', '.join(f'{name} {share:.1%}' for name, share in right.items())}"
