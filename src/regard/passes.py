@@ -37,7 +37,7 @@ class _Turn:
     seen: int = 0  # queries so far: of a packed batch, one piece comes after the other
     stack: str = ""  # the part of its stack that it was found to belong to
     query: weakref.ref[Tensor] | None = None  # of the last call
-    times: int = 0  # that the same queries asked before
+    times: int = 0  # that the same positions asked before
 
 
 @dataclass
@@ -305,7 +305,8 @@ class Passes:
             return {"site": replace(site, heads=heads, kv_heads=kv_heads)}
         if (turn := entry.turns.get(module)) is None:  # not by the call that runs hooks
             turn = entry.turns[module] = _Turn(self._layer(entry, site))
-        if turn.query is not None and turn.query() is call.query:  # once more, for other values, as in DiffLlama
+        same = turn.query is not None and turn.query() is call.query  # once more, for other values, as in DiffLlama
+        if same or call.again:
             turn.seen, turn.times = 0, turn.times + 1
         turn.query = weakref.ref(call.query)
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))

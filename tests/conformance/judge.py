@@ -254,7 +254,8 @@ def _check_rest(calls: list[Any], own: dict[str, list[Tensor]], maps: list[Tenso
         rows = found["rows"]
         if site.name in own:
             continue
-        if any(_same_numbers(rows, softmax) or _in_pieces(rows, softmax) for softmax in maps):
+        several = [part for softmax in maps if softmax.ndim == 5 for part in softmax.unbind(1)]
+        if any(_same_numbers(rows, softmax) or _in_pieces(rows, softmax) for softmax in [*maps, *several]):
             verdict.compared += 1
         else:
             verdict.unverified.append(site.name)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import hooks
-from . import diffusers, longformer, longt5, multihead, pegasus_x, products, yoso
+from . import diffusers, longformer, longt5, multihead, pegasus_x, products, prophetnet, yoso
 from .joined import Family, joined
 from .products import Refuse, Route
 
@@ -35,6 +35,7 @@ _FAMILIES: dict[str, Family] = {
     "LongT5LocalAttention": longt5,
     "LongT5TransientGlobalAttention": longt5,
     "PegasusXGlobalLocalAttention": pegasus_x,
+    "ProphetNetNgramSelfAttention": prophetnet,
     "YosoSelfAttention": yoso,
 }
 _registered: dict[type[nn.Module], Reader | None] = {}

@@ -90,7 +90,7 @@ def read(asked: Asked, site: Site) -> Call:
         mask = None if weights.dtype == torch.float16 else weights != 0
         edits = (partial(_own_rows, weights),)
         call = Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=edits)
-        return replace(call, appended=kwargs.get("appended"))
+        return replace(call, appended=kwargs.get("appended"), again=kwargs.get("again", False))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "flex_attention":

@@ -40,9 +40,10 @@ class Joined:
     weights: Tensor  # [batch, head, query, key]
     value: Tensor  # [batch, head, key, dim]
     result: Tensor  # [batch, query, head, dim], as the module computed it
-    put: Callable[[Tensor], Any]  # what the module gives, with another result
+    put: Callable[..., Any]  # what the module gives with another result, and with others of `then`
     appended: int = 0  # the last keys are so many tokens of the model's own
     compared: tuple[Tensor, Tensor] | None = None  # what follows from the weights, and what the module computed
+    then: tuple[Joined, ...] = ()  # further maps of the module, over the same positions
 
 
 class Family(Protocol):
@@ -57,6 +58,9 @@ def joined(family: Family, route: Route, refuse: Refuse) -> Run:
     """How to run a module of this family."""
 
     def run(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if why := getattr(family, "refused", lambda _: "")(module):
+            refuse(module, Unreadable(why))
+            return forward(*args, **kwargs)
         with _keeping(module, family.parts) as kept:
             output = forward(*args, **kwargs)
         try:
@@ -65,19 +69,32 @@ def joined(family: Family, route: Route, refuse: Refuse) -> Run:
         except Unreadable as error:
             refuse(module, error)
             return output
-        value, weights = whole.value, whole.weights
-
-        def own(module: nn.Module, q: Tensor, k: Tensor, new: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-            return (whole.result if new is value else (weights @ new).transpose(1, 2)), None
-
-        unknown = torch.full_like(weights[..., :1], float("nan"))
-        keys = torch.full_like(value[..., :1], float("nan"))
-        dropout = float(getattr(module, "dropout", 0.0)) if module.training else 0.0
-        given = {"weights": weights, "dropout": dropout, "appended": whole.appended, "checked": bool(whole.compared)}
-        result, _ = route("own", own, module, unknown, keys, value, **given)
-        return output if result is whole.result else whole.put(result)
+        wholes = (whole, *whole.then)
+        results = [_routed(route, module, one, again=bool(i)) for i, one in enumerate(wholes)]
+        same = all(result is one.result for result, one in zip(results, wholes))
+        return output if same else whole.put(*results)
 
     return run
+
+
+def _routed(route: Route, module: nn.Module, whole: Joined, again: bool) -> Tensor:
+    """What the sessions make of its result."""
+    value, weights = whole.value, whole.weights
+
+    def own(module: nn.Module, q: Tensor, k: Tensor, new: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return (whole.result if new is value else (weights @ new).transpose(1, 2)), None
+
+    unknown = torch.full_like(weights[..., :1], float("nan"))
+    keys = torch.full_like(value[..., :1], float("nan"))
+    dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+    given = {
+        "weights": weights,
+        "dropout": float(dropout) if module.training and not callable(dropout) else 0.0,
+        "appended": whole.appended,
+        "again": again,
+        "checked": bool(whole.compared),
+    }
+    return route("own", own, module, unknown, keys, value, **given)[0]
 
 
 def _compare(module: nn.Module, whole: Joined) -> None:

@@ -12,18 +12,22 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..call import Unreadable
 from .joined import Joined, Kept
 
 parts = ("query", "key", "value")
 
 
+def refused(module: nn.Module) -> str:
+    """Why this module cannot be read, if it cannot."""
+    if module.use_expectation:
+        return ""
+    return (
+        f"{type(module).__name__} counts collisions of hashes that it draws at every call, so its weights are not "
+        f"known; load the model with use_expectation=True, which uses what they are on average"
+    )
+
+
 def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
-    if not module.use_expectation:
-        raise Unreadable(
-            f"{type(module).__name__} counts collisions of hashes that it draws at every call, so its weights are not "
-            f"known; load the model with use_expectation=True, which uses what they are on average"
-        )
     query, key, value = (
         kept.gave[name][0].unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for name in parts
     )
