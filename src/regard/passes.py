@@ -52,6 +52,8 @@ class _Turn:
     layer: int
     seen: int = 0  # queries so far: of a packed batch, one piece comes after the other
     stack: str = ""  # the part of its stack that it was found to belong to
+    query: weakref.ref[Tensor] | None = None  # of the last call
+    times: int = 0  # that the same positions asked before
 
 
 @dataclass
@@ -319,9 +321,14 @@ class Passes:
             return {"site": replace(site, heads=heads, kv_heads=kv_heads)}
         if (turn := entry.turns.get(module)) is None:  # not by the call that runs hooks
             turn = entry.turns[module] = _Turn(self._layer(entry, site))
+        same = turn.query is not None and turn.query() is call.query  # once more, for other values, as in DiffLlama
+        if same or call.again:
+            turn.seen, turn.times = 0, turn.times + 1
+        turn.query = weakref.ref(call.query)
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
         labels = self._labels(entry, call)
         stack = self._part(entry, module, turn, site, call, labels)
+        stack = f"{stack}.{turn.times + 1}" if turn.times else stack
         serves = module, turn.layer, heads, kv_heads, causal, stack
         if serves not in self.served:
             changes = {"layer": turn.layer, "heads": heads, "kv_heads": kv_heads, "causal": causal, "stack": stack}

@@ -43,6 +43,7 @@ class Verdict:
     unseen: list[str] = field(default_factory=list)  # classes with a softmax like a map, which no call recorded
     unreached: list[str] = field(default_factory=list)
     not_softmax: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # outputs of the model called attentions that are no whole maps
     refused: list[str] = field(default_factory=list)  # stacks that were left out, and why
     seconds: float = 0.0
 
@@ -234,10 +235,12 @@ def _check_reported(calls: list[Any], output: Any, sampled: bool, verdict: Verdi
     """
     fields = output.items() if hasattr(output, "items") else ()
     fields = [(key, value) for key, value in fields if not (sampled and key.startswith("cross"))]
-    reported = [t for key, value in fields if "attention" in key for t in _tensors(value) if t.ndim in (3, 4)]
-    for weights in reported:
+    reported = [(key, t) for key, value in fields if "attention" in key for t in _tensors(value) if t.ndim in (3, 4)]
+    for key, weights in reported:
         sums = weights.double().sum(-1)
         if not torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-3):  # scores, masks, hidden states
+            if key.endswith("attentions") and key not in verdict.others and weights.ndim == 4:
+                verdict.others.append(key)
             continue
         if _is_recorded(weights.double(), calls):
             verdict.compared += 1
@@ -251,7 +254,8 @@ def _check_rest(calls: list[Any], own: dict[str, list[Tensor]], maps: list[Tenso
         rows = found["rows"]
         if site.name in own:
             continue
-        if any(_same_numbers(rows, softmax) or _in_pieces(rows, softmax) for softmax in maps):
+        several = [part for softmax in maps if softmax.ndim == 5 for part in softmax.unbind(1)]
+        if any(_same_numbers(rows, softmax) or _in_pieces(rows, softmax) for softmax in [*maps, *several]):
             verdict.compared += 1
         else:
             verdict.unverified.append(site.name)

@@ -83,7 +83,9 @@ def _remark(verdict: Verdict) -> str:
     if verdict.inconsistent:
         return "not compared with sdpa: without Regard too, the model then gives another output"
     if verdict.unverified:
-        return f"changes its weights after the softmax in {verdict.unverified[0]}: checked by the values' product only"
+        return f"no map of the model's own to compare with in {verdict.unverified[0]}: checked by its output only"
+    if verdict.others:
+        return f"what it gives as {' and '.join(verdict.others)} is not all whole maps; the recording has those"
     return ""
 
 

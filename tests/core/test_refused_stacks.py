@@ -79,9 +79,9 @@ def want(attention, x):
 @torch.no_grad()
 def test_the_other_stacks_are_exact(model):
     plain = model(X)
-    with pytest.warns(UserWarning, match="the stack 'mixed' is not recorded: Attention puts its output together"):
-        with regard.record(model, rows) as recording:
-            got = model(X)
+    why = "the stack 'mixed' is not recorded: Attention puts its output together"
+    with pytest.warns(UserWarning, match=why), regard.record(model, rows) as recording:
+        got = model(X)
     torch.testing.assert_close(got, plain, rtol=0, atol=0)
     assert set(recording.tree.children) == {"before", "after"}
     (refused,) = recording.tree.attrs["refused"]
@@ -109,9 +109,9 @@ def test_each_run_has_the_others_and_one_warning_is_enough(model):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:the stack 'mixed'")
 def test_what_only_that_stack_could_say_raises(model):
-    with pytest.raises(regard.UnreachableAttention, match="of_mixed: nothing was seen but of stacks.* several softmaxes"):
-        with regard.record(model, "entropy", of_mixed):
-            model(X)
+    why = r"of_mixed: nothing was seen but of stacks.* several softmaxes"
+    with pytest.raises(regard.UnreachableAttention, match=why), regard.record(model, "entropy", of_mixed):
+        model(X)
 
 
 @torch.no_grad()
@@ -136,9 +136,12 @@ def test_it_cannot_be_changed(model):
 @torch.no_grad()
 def test_a_sink_that_has_taken_of_it_makes_it_an_error(model):
     taken = []
-    with pytest.raises(regard.UnreachableAttention, match="several softmaxes"):
-        with regard.record(model, "entropy", sink=lambda name, call, seen: taken.append(call.site.stack)):
-            model(X)
+
+    def sink(name, call, seen):
+        taken.append(call.site.stack)
+
+    with pytest.raises(regard.UnreachableAttention, match="softmaxes"), regard.record(model, "entropy", sink=sink):
+        model(X)
     assert "mixed" in taken
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import hooks
-from . import diffusers, longformer, longt5, multihead, pegasus_x, products
+from . import diffusers, longformer, longt5, multihead, pegasus_x, products, prophetnet, yoso
 from .joined import Family, joined
 from .products import Refuse, Route
 
@@ -36,6 +36,8 @@ _FAMILIES: dict[str, Family] = {
     "LongT5LocalAttention": longt5,
     "LongT5TransientGlobalAttention": longt5,
     "PegasusXGlobalLocalAttention": pegasus_x,
+    "ProphetNetNgramSelfAttention": prophetnet,
+    "YosoSelfAttention": yoso,
 }
 _registered: dict[type[nn.Module], Reader | None] = {}
 
@@ -63,6 +65,8 @@ def attends(module: nn.Module) -> bool:
     if any(isinstance(module, kind) for kind in _registered) or isinstance(module, nn.MultiheadAttention):
         return True
     kind = type(module)
+    if kind.__name__ in _FAMILIES:
+        return True
     if not _NAME.search(kind.__name__) or _OTHER.search(kind.__name__):
         return False
     return _computes(kind) or diffusers.attends(module)

@@ -21,7 +21,7 @@ from . import fused
 from .parallel import Share
 
 # How far the output may be from weights @ value, as a share of the largest value, before a call counts as misread.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 # Kinds of calls whose output was compared with weights @ value.
 _checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
@@ -90,7 +90,7 @@ def read(asked: Asked, site: Site) -> Call:
         mask = None if weights.dtype == torch.float16 else weights != 0
         edits = (partial(_own_rows, weights),)
         call = Call(site, query, key, value, 1.0, mask, _is_causal(weights), edits=edits)
-        return replace(call, appended=kwargs.get("appended"))
+        return replace(call, appended=kwargs.get("appended"), again=kwargs.get("again", False))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "flex_attention":
@@ -142,7 +142,7 @@ def check(asked: Asked, call: Call) -> None:
         theirs = call.own_output[:, :, at : at + 1].to(ours.dtype)
         if fused.is_flash(asked.implementation):  # of queries that are padding it computes nothing
             theirs = theirs.masked_fill(weights.sum(-1, keepdim=True) == 0, 0.0)
-        limit = _TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
+        limit = TOLERANCE[call.query.dtype] * float(value.abs().amax().nan_to_num(1.0)) + 1e-30
         by_float32 = asked.implementation == "eager" and call.query.dtype == torch.float64
         if by_float32 and theirs.isnan().any() and not (ours.isnan().any() or value.isnan().any()):
             raise Unreadable(

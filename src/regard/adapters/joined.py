@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import hooks
-from ..call import UnreachableAttention, Unreadable
+from ..call import Unreadable
 from ..functions import bound
+from .interface import TOLERANCE
 from .products import SOFTMAX, Refuse, Route, Run
 
 
@@ -39,9 +40,10 @@ class Joined:
     weights: Tensor  # [batch, head, query, key]
     value: Tensor  # [batch, head, key, dim]
     result: Tensor  # [batch, query, head, dim], as the module computed it
-    put: Callable[[Tensor], Any]  # what the module gives, with another result
+    put: Callable[..., Any]  # what the module gives with another result, and with others of `then`
     appended: int = 0  # the last keys are so many tokens of the model's own
-    follows: Tensor | None = None  # the result from the weights, where some rows have values of their own
+    compared: tuple[Tensor, Tensor] | None = None  # what follows from the weights, and what the module computed
+    then: tuple[Joined, ...] = ()  # further maps of the module, over the same positions
 
 
 class Family(Protocol):
@@ -56,39 +58,53 @@ def joined(family: Family, route: Route, refuse: Refuse) -> Run:
     """How to run a module of this family."""
 
     def run(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if why := getattr(family, "refused", lambda _: "")(module):
+            refuse(module, Unreadable(why))
+            return forward(*args, **kwargs)
         with _keeping(module, family.parts) as kept:
             output = forward(*args, **kwargs)
-        whole = family.join(module, kept, bound(module, args, kwargs), output)
-        value, weights = whole.value, whole.weights
-        if whole.follows is not None:
-            limit = 1e-4 * float(value.detach().abs().amax()) if value.dtype == torch.float32 else float("inf")
-            if float((whole.follows - whole.result).detach().abs().amax()) > limit:
-                refuse(module, Unreadable(f"the output of {type(module).__name__} does not follow from its weights"))
-                return output
-            value = torch.full_like(value, float("nan"))  # none is that of all rows
-
-        def own(module: nn.Module, q: Tensor, k: Tensor, new: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-            return (whole.result if new is value else (weights @ new).transpose(1, 2)), None
-
-        unknown = torch.full_like(weights[..., :1], float("nan"))
-        keys = torch.full_like(value[..., :1], float("nan"))
-        dropout = float(getattr(module, "dropout", 0.0)) if module.training else 0.0
-        given = {
-            "weights": weights,
-            "dropout": dropout,
-            "appended": whole.appended,
-            "checked": whole.follows is not None,
-        }
-        result, _ = route("own", own, module, unknown, keys, value, **given)
-        if result is whole.result:
+        try:
+            whole = family.join(module, kept, bound(module, args, kwargs), output)
+            _compare(module, whole)
+        except Unreadable as error:
+            refuse(module, error)
             return output
-        if whole.follows is not None:
-            raise UnreachableAttention(
-                f"{type(module).__name__} gives global tokens values of their own, so its attention cannot be changed"
-            )
-        return whole.put(result)
+        wholes = (whole, *whole.then)
+        results = [_routed(route, module, one, again=bool(i)) for i, one in enumerate(wholes)]
+        same = all(result is one.result for result, one in zip(results, wholes))
+        return output if same else whole.put(*results)
 
     return run
+
+
+def _routed(route: Route, module: nn.Module, whole: Joined, again: bool) -> Tensor:
+    """What the sessions make of its result."""
+    value, weights = whole.value, whole.weights
+
+    def own(module: nn.Module, q: Tensor, k: Tensor, new: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return (whole.result if new is value else (weights @ new).transpose(1, 2)), None
+
+    unknown = torch.full_like(weights[..., :1], float("nan"))
+    keys = torch.full_like(value[..., :1], float("nan"))
+    dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+    given = {
+        "weights": weights,
+        "dropout": float(dropout) if module.training and not callable(dropout) else 0.0,
+        "appended": whole.appended,
+        "again": again,
+        "checked": bool(whole.compared),
+    }
+    return route("own", own, module, unknown, keys, value, **given)[0]
+
+
+def _compare(module: nn.Module, whole: Joined) -> None:
+    """Raise where the module's output does not follow from the weights, if that is for the adapter to say."""
+    if whole.compared is None or module.training:
+        return
+    ours, theirs = whole.compared
+    limit = TOLERANCE[theirs.dtype] * float(theirs.detach().abs().amax()) + 1e-30
+    if not torch.allclose(ours, theirs, rtol=0.0, atol=limit, equal_nan=True):
+        raise Unreadable(f"{type(module).__name__} computes something else than follows from its weights as read")
 
 
 def laid(rows: Tensor, first: Tensor, n: int) -> Tensor:

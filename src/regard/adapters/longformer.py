@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call import UnreachableAttention
 from .joined import Joined, Kept, laid
 
 parts = ("value", "value_global")
@@ -20,7 +21,8 @@ def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> J
     n = value.shape[2]
     among = own.shape[-1] - (2 * side + 1)  # the most global tokens of a row
     weights = laid(own[..., among:], torch.arange(n, device=own.device), n + 2 * side)[..., side : side + n]
-    weights, follows = weights.to(value.dtype), None
+    weights, compared = weights.to(value.dtype), None
+    result = output[0].unflatten(-1, (heads, -1))
     if among:
         row, at = given["is_index_global_attn"].nonzero(as_tuple=True)
         number = given["is_index_global_attn"].cumsum(1)[row, at] - 1
@@ -30,13 +32,16 @@ def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> J
         weights[row, :, at] = asked[row, :, number]
         follows = (weights @ value).transpose(1, 2)
         follows[row, at] = (weights @ _heads(kept.gave["value_global"][0], heads))[row, :, at]
-    return Joined(
-        weights,
-        value,
-        output[0].unflatten(-1, (heads, -1)),
-        lambda result: (result.flatten(2), *output[1:]),
-        follows=follows,
-    )
+        value, compared = torch.full_like(value, float("nan")), (follows, result)  # there is no one value for all rows
+
+    def put(new: Tensor) -> Any:
+        if compared is not None:
+            raise UnreachableAttention(
+                f"{type(module).__name__} gives global tokens values of their own, so its attention cannot be changed"
+            )
+        return new.flatten(2), *output[1:]
+
+    return Joined(weights, value, result, put, compared=compared)
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,8 @@ Run = Callable[..., Any]  # of a module, its forward, and what that is given
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _DROPOUT = {F.dropout, torch.dropout}
+# Modules of transformers that give one output for each of their maps:
+_SEVERAL = {"LiltSelfAttention", "GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"}
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _local = threading.local()
 
@@ -125,7 +127,7 @@ class _Mode(TorchFunctionMode):
             both = both[0] + both[2] + both[1]
         weights = self._heads_apart(_ordered(known.clean, of_weights, both + query + key))
         values = self._heads_apart(_ordered(value, of_value, both + key + dim))
-        self._once()
+        again = self._once()
         if self._known((value,)):
             raise Unreadable(f"{type(self.module).__name__} multiplies one softmax with another")
         if float(weights.detach().sum(-1).amax()) > 1.01:
@@ -155,6 +157,7 @@ class _Mode(TorchFunctionMode):
             values,
             weights=weights,
             dropout=known.dropout,
+            again=again,
         )
         return _ordered(result.transpose(1, 2).reshape(back["shape"]), both + query + dim, of_result)
 
@@ -216,13 +219,15 @@ class _Mode(TorchFunctionMode):
             )
         return tensor.flatten(0, -4)
 
-    def _once(self) -> None:
+    def _once(self) -> bool:
+        """Whether it is a further map of the module; raises where its output is put together from several."""
         self.products += 1
-        if self.products > 1:
+        if self.products > 1 and type(self.module).__name__ not in _SEVERAL:
             raise Unreadable(
                 f"{type(self.module).__name__} puts its output together from several softmaxes, so no one of them is "
                 f"its weights"
             )
+        return self.products > 1
 
 
 def followed(route: Route, refuse: Refuse) -> Run:
