@@ -35,7 +35,7 @@ from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("entering", "registers", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
+_HOOKS = ("entering", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -98,7 +98,7 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     given; all three mostly [batch, query, dim]. `neurons(site, activations) -> activations`: hidden units of the
     feed-forward module after its nonlinearity (where it is gated, the product), mostly [batch, query, neuron].
 
-    `registers(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
+    `appended(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
     to stand behind `hidden` in all layers, with role "register"; what the stack gives on is without them.
 
     `guided(output, other) -> output`, what the model as a whole gives, its first tensor, and the same of another run on
@@ -248,7 +248,7 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
-        if editors := [thing for thing in session.interventions if hasattr(thing, "registers")]:
+        if editors := [thing for thing in session.interventions if hasattr(thing, "appended")]:
             for longer in _longer(session, editors):
                 longer.attach(undo)
         for hook, find in (("mlp", _mlps), ("hidden", _blocks)):
@@ -515,7 +515,7 @@ def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
 
     def made(module: nn.Module, hidden: Tensor) -> list[Tensor]:
         site = session.passes.coming(module)
-        found = [thing.registers(site, hidden) for thing in editors]
+        found = [thing.appended(site, hidden) for thing in editors]
         return [tokens for tokens in found if tokens is not None]
 
     models = [m for m in session.model.modules() if isinstance(m, PreTrainedModel)]
@@ -561,28 +561,28 @@ def _downs(session: _Session) -> dict[nn.Module, nn.Module]:
         beside = [c for c in block.children() if not any(m in session.sites for m in c.modules())]
         several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
         maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module
-        *ups, down = [(m, *_widths(m)) for m in maps] or [(None, 0, 0)]
-        if not ups or any((i, o) not in ((down[2], down[1]), (down[2], 2 * down[1])) for _, i, o in ups):
+        *ups, (taken, given) = [_widths(m) for m in maps] or [(0, 0)]
+        if not ups or any(up not in ((given, taken), (given, 2 * taken)) for up in ups):
             raise UnreachableAttention(
                 f"the layer around {session.sites[module].name} has no feed-forward network of linear maps to its "
                 f"neurons and one back, so `neurons` cannot see them; change what it gives with `mlp` instead"
             )
-        found[down[0]] = module
+        found[maps[-1]] = module
     return found
 
 
 def _maps(module: nn.Module) -> Iterator[nn.Module]:
     """Its linear maps, also of other libraries, in order."""
-    if _widths(module) is not None:
+    if all(_widths(module)):
         yield module
         return
     for child in module.children():
         yield from _maps(child)
 
 
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """How many numbers a linear map takes and gives; None of other modules."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # of transformers' Conv1D
-        if all(isinstance(getattr(module, name, None), int) for name in names):
-            return getattr(module, names[0]), getattr(module, names[1])
-    return None
+def _widths(module: Any) -> tuple[int, int]:
+    """How many numbers a linear map takes and gives; 0 of other modules. nx, nf: of transformers' Conv1D."""
+    return (
+        getattr(module, "in_features", 0) or getattr(module, "nx", 0),
+        getattr(module, "out_features", 0) or getattr(module, "nf", 0),
+    )
