@@ -35,7 +35,7 @@ from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("entering", "registers", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
+_HOOKS = ("entering", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -99,7 +99,7 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     given; all three mostly [batch, query, dim]. `neurons(site, activations) -> activations`: hidden units of the
     feed-forward module after its nonlinearity (where it is gated, the product), mostly [batch, query, neuron].
 
-    `registers(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
+    `appended(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
     to stand behind `hidden` in all layers, with role "register"; what the stack gives on is without them.
 
     `guided(output, other) -> output`, what the model as a whole gives, its first tensor, and the same of another run on
@@ -266,7 +266,7 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
-        if editors := [thing for thing in session.interventions if hasattr(thing, "registers")]:
+        if editors := [thing for thing in session.interventions if hasattr(thing, "appended")]:
             for longer in _longer(session, editors):
                 longer.attach(undo)
         for hook, find in (("mlp", sites.feed_forwards), ("hidden", sites.blocks)):
@@ -558,7 +558,7 @@ def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
 
     def made(module: nn.Module, hidden: Tensor) -> list[Tensor]:
         site = session.passes.coming(module)
-        found = [thing.registers(site, hidden) for thing in editors]
+        found = [thing.appended(site, hidden) for thing in editors]
         return [tokens for tokens in found if tokens is not None]
 
     models = [m for m in session.model.modules() if isinstance(m, PreTrainedModel)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import sites
 from ..call import Call
+from ..loading import parameters
 from ..names import vocabulary
 
 STACK = "language_model"
@@ -39,6 +41,24 @@ def layers(model: nn.Module, method: str) -> list[int]:
             f"{', '.join(stacks) or 'no attention'}"
         )
     return found
+
+
+def picture_tower(model: nn.Module, method: str) -> tuple[nn.Module, str, list[int]]:
+    """The part of a model that is given pictures alone, its stack and the stack's layers; ValueError without one."""
+    towers: dict[str, tuple[nn.Module, list[int]]] = {}
+    for site in sites.find(model).values():
+        holders = [holder for holder, _, _ in sites.links(model, site.name)]
+        taken = ((holder, parameters(holder)) for holder in reversed(holders))
+        reads = next(((h, names) for h, names in taken if {"pixel_values", "input_ids"} & set(names)), None)
+        if reads is not None and "input_ids" not in reads[1] and re.search(r"\.\d+\.", site.name):
+            towers.setdefault(site.stack, (reads[0], []))[1].append(site.layer)
+    if len(towers) != 1:
+        raise ValueError(
+            f"{method} is for a model with a tower of layers that sees pictures, such as ViT, DINOv2 or CLIP; "
+            f"{type(model).__name__} has {', '.join(towers) or 'none'}"
+        )
+    ((stack, (tower, layers)),) = towers.items()
+    return tower, stack, layers
 
 
 def require(model: nn.Module, method: str, wanted: Iterable[int], otherwise: str) -> None:
