@@ -25,7 +25,7 @@ from . import adapters, catalog, kernels, sites
 from .adapters import caches, checkpoints, generation, interface, parallel, pictures
 from .adapters.interface import READABLE, Asked
 from .call import Call
-from .functions import innermost
+from .functions import bound, innermost
 from .hooks import attach
 from .kernels import Reduction
 from .passes import Passes
@@ -34,7 +34,7 @@ from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("entering", "inputs", "weights", "output", "mlp", "hidden")
+_HOOKS = ("given", "entering", "inputs", "weights", "output", "mlp", "hidden")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -94,7 +94,8 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     dense weights [batch, head, rows, key] of a range of queries; `output(call, output) -> output`, both
     [batch, head, query, dim]; `mlp(site, output) -> output`, what the layer's feed-forward module gives, before it is
     added; `hidden(site, hidden) -> hidden`, what the layer gives on; `entering(site, hidden) -> hidden`, what it is
-    given; all three mostly [batch, query, dim].
+    given; all three mostly [batch, query, dim]; `given(inputs) -> inputs`, what the model or its `generate` is given by
+    name, to be changed to others of the same names and shapes.
 
     Beside these it may have `begin(model)`, called as the block opens, to refuse a model that it does not fit and to
     forget what it kept of another run; and `where(call) -> bool`: only there is it asked for `weights`.
@@ -212,6 +213,10 @@ def _open(session: _Session) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(_watching())
         undo.enter_context(caches.heard(passes.heard))
+        if editors := [thing for thing in session.interventions if hasattr(thing, "given")]:  # before all that reads it
+            root = getattr(session.model, "_orig_mod", session.model)
+            undo.enter_context(generation.changed(root, partial(_edit_inputs, editors)))
+            attach(undo, root.register_forward_pre_hook, partial(_edit_called, editors), with_kwargs=True)
         for name, module in session.model.named_modules():
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
@@ -427,6 +432,26 @@ def _result(thing: Any, hook: str, new: Any, old: Any) -> Any:
 
 def _edit_weights(thing: Any, call: Call, weights: Tensor, rows: range) -> Tensor:
     return _result(thing, "weights", thing.weights(call, weights, rows), weights)
+
+
+def _edit_called(
+    editors: Sequence[Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    now = generation.now()
+    if now is not None and now.model is model:  # whose inputs are changed already
+        return args, kwargs
+    return (), _edit_inputs(editors, bound(model, args, kwargs))
+
+
+def _edit_inputs(editors: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    new = inputs
+    for thing in editors:
+        old, new = new, _result(thing, "given", thing.given(dict(new)), new)
+        if new.keys() != old.keys():
+            raise TypeError(f"{thing!r}.given must return {', '.join(old)}, not {', '.join(new)}")
+        for name in (name for name in new if new[name] is not old[name]):
+            _result(thing, f"given, of {name},", new[name], old[name])
+    return new
 
 
 def _edit_states(
