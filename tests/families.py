@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as t
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 VOCAB = 99
@@ -38,6 +39,7 @@ ENCODER_DECODER = {
     "vocab_size": VOCAB,
 }
 IMAGE = 98  # id of the image token in vision-language models
+CHAT = "{% for m in messages %}<image> {{ m.content[-1].text }} {% endfor %}w90 w91"
 
 Built = tuple[nn.Module, dict[str, Any]]
 
@@ -171,6 +173,51 @@ def qwen2_vl() -> Built:
         "image_grid_thw": grid,
         "mm_token_type_ids": (tokens == IMAGE).int(),
     }
+
+
+def internvl() -> Built:
+    """Four patches are one token."""
+    vision = t.InternVLVisionConfig(**{**VISION, "image_size": [16, 16], "patch_size": [4, 4]})
+    texts = t.Qwen2Config(**GROUPED, **NO_IDS)
+    config = t.InternVLConfig(vision_config=vision, text_config=texts, image_token_id=IMAGE, vision_feature_layer=-1)
+    return t.InternVLForConditionalGeneration(config), {"input_ids": with_image(4), **pixels()}
+
+
+def paligemma() -> Built:
+    """The picture comes first, and all of the prompt sees all of it."""
+    vision, texts = t.SiglipVisionConfig(**VISION), t.GemmaConfig(**GROUPED, **NO_IDS, head_dim=8)
+    config = t.PaliGemmaConfig(vision_config=vision, text_config=texts, image_token_id=IMAGE, projection_dim=32)
+    return t.PaliGemmaForConditionalGeneration(config), {"input_ids": with_image(16, at=0), **pixels()}
+
+
+class _Pictures(t.Qwen2VLProcessor):
+    """Without its part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return None
+
+
+def processor(model: nn.Module) -> Any:
+    """Of a family that is given pictures, made for its sizes, with words `w0` to `w94`; None of any other."""
+    makers = {"llava": 4, "qwen2_vl": None, "internvl": 8, "paligemma": 4}  # pixels of a token's side
+    kind = model.config.model_type
+    if kind not in makers:
+        return None
+    marks = {"<image>": IMAGE, "<video>": 97, "<start>": 96, "<end>": 95}
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(95)} | marks, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="w0",
+        unk_token="w3",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+    if makers[kind] is None:
+        maker = t.Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=1024)
+        return _Pictures(maker, tokenizer, chat_template=CHAT.replace("<image>", "<start> <image> <end>"))
+    maker = t.CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    return t.LlavaProcessor(maker, tokenizer, patch_size=makers[kind], chat_template=CHAT)
 
 
 FAMILIES: dict[str, Callable[[], Built]] = {

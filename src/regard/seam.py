@@ -26,7 +26,7 @@ from .adapters import caches, checkpoints, generation, interface, parallel, pict
 from .adapters.interface import Asked
 from .adapters.registers import Longer
 from .call import Call, Unreadable
-from .functions import innermost
+from .functions import bound, innermost
 from .hooks import attach
 from .kernels import Reduction
 from .passes import Passes, aside
@@ -35,7 +35,7 @@ from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("entering", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
+_HOOKS = ("given", "entering", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -98,6 +98,9 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     added; `hidden(site, hidden) -> hidden`, what the layer gives on; `entering(site, hidden) -> hidden`, what it is
     given; all three mostly [batch, query, dim]. `neurons(site, activations) -> activations`: hidden units of the
     feed-forward module after its nonlinearity (where it is gated, the product), mostly [batch, query, neuron].
+
+    `given(inputs) -> inputs`, what the model or its `generate` is given by name, to be changed to others of the same
+    names and shapes.
 
     `appended(site, hidden) -> tokens`, asked of the first layer of each stack: tokens [batch, register, dim], or None,
     to stand behind `hidden` in all layers, with role "register"; what the stack gives on is without them.
@@ -239,6 +242,10 @@ def _open(session: _Session) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(_watching())
         undo.enter_context(caches.heard(passes.heard))
+        if editors := [thing for thing in session.interventions if hasattr(thing, "given")]:  # before all that reads it
+            root = getattr(session.model, "_orig_mod", session.model)
+            undo.enter_context(generation.changed(root, partial(_edit_inputs, editors)))
+            attach(undo, root.register_forward_pre_hook, partial(_edit_called, editors), with_kwargs=True)
         for name, module in session.model.named_modules():
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
@@ -490,6 +497,26 @@ def _result(thing: Any, hook: str, new: Any, old: Any) -> Any:
 
 def _edit_weights(thing: Any, call: Call, weights: Tensor, rows: range) -> Tensor:
     return _result(thing, "weights", thing.weights(call, weights, rows), weights)
+
+
+def _edit_called(
+    editors: Sequence[Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    now = generation.now()
+    if now is not None and now.model is model:  # whose inputs are changed already
+        return args, kwargs
+    return (), _edit_inputs(editors, bound(model, args, kwargs))
+
+
+def _edit_inputs(editors: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    new = inputs
+    for thing in editors:
+        old, new = new, _result(thing, "given", thing.given(dict(new)), new)
+        if new.keys() != old.keys():
+            raise TypeError(f"{thing!r}.given must return {', '.join(old)}, not {', '.join(new)}")
+        for name in (name for name in new if new[name] is not old[name]):
+            _result(thing, f"given, of {name},", new[name], old[name])
+    return new
 
 
 def _edit_states(

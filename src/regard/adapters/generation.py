@@ -16,6 +16,7 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from . import pictures
 
 _local = threading.local()
+_changes: dict[nn.Module, list[Callable[[dict[str, Any]], dict[str, Any]]]] = {}  # of what models are given
 
 
 class Follower(Protocol):
@@ -77,6 +78,33 @@ def tried() -> bool:
 
 
 @contextmanager
+def changed(model: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Change what `generate` of a model is given, which may read pictures before the model itself runs."""
+    _changes.setdefault(model, []).append(change)
+    try:
+        yield
+    finally:
+        _changes[model].remove(change)
+        if not _changes[model]:
+            del _changes[model]
+
+
+@contextmanager
+def own_positions(model: nn.Module, kept: dict[nn.Module, Any]) -> Iterator[None]:
+    """Run one of several texts that a model generates in turn: some models keep, on themselves, by how much the newest
+    text's positions are off its length. That of this text is in `kept`, empty at first; that of the others comes back.
+    """
+    others = {m: m.rope_deltas for m in model.modules() if hasattr(m, "rope_deltas")}
+    for module, own in kept.items():
+        module.rope_deltas = own
+    try:
+        yield
+    finally:
+        for module, other in others.items():
+            kept[module], module.rope_deltas = module.rope_deltas, other  # type: ignore[assignment]
+
+
+@contextmanager
 def watched() -> Iterator[None]:
     """While this is held, `now` knows."""
     with ExitStack() as undo:
@@ -96,6 +124,8 @@ def watched() -> Iterator[None]:
 def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        for change in _changes.get(model, ()):
+            kwargs = change(kwargs)
         with _begun(model), pictures.here().following(model, kwargs):  # some show pictures to parts of the model first
             return own(model, *args, **kwargs)
 

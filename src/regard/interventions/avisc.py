@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..call import Call, Site
 from ..seam import intervene
-from ._branch import Branch
+from ._branch import Branch, plausible
 from ._method import STACK, Method, image_ids, image_keys
 
 
@@ -70,8 +70,8 @@ class avisc(Method):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         blind = self.branch.logits(input_ids).to(scores)
-        likely = scores >= scores.amax(-1, keepdim=True) + torch.tensor(self.beta).log().to(scores)
-        return ((1 + self.alpha) * scores - self.alpha * blind).masked_fill(~likely, -torch.inf)
+        contrast = (1 + self.alpha) * scores - self.alpha * blind
+        return contrast.masked_fill(~plausible(scores, self.beta), -torch.inf)
 
 
 def blind_tokens(model: nn.Module, inputs: Mapping[str, Any], *, top_p: float = 0.5, deviations: float = 1.0) -> Tensor:

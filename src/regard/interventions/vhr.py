@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..call import Call
 from ..seam import intervene
 from ._method import STACK, Method, image_ids, layers
+from ._prompt import cut
 
 LAST = 14 / 32
 
@@ -144,14 +145,11 @@ def with_and_without(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
     image = torch.isin(ids, ids.new_tensor(sorted(image_ids(model, "vhr"))))
     if not image.any():
         raise ValueError("vhr: no row of the inputs holds a picture")
-    kept = mask.bool() & ~image
-    order = kept.long().argsort(dim=1, stable=True)  # what is kept stands last, in its order
-    there = kept.gather(1, order)
-    both = dict(inputs) | {"attention_mask": torch.cat([mask, there.to(mask)])}
+    bare = cut(inputs, image)
+    both = dict(inputs) | {"attention_mask": torch.cat([mask, bare["attention_mask"]])}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape and name != "attention_mask":
-            fill = value[~image][:1] if name == "input_ids" else 0
-            both[name] = torch.cat([value, torch.where(there, value.gather(1, order), fill)])
+            both[name] = torch.cat([value, bare[name]])
     return both
 
 
