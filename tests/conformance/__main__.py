@@ -64,6 +64,7 @@ def line(verdict: Verdict) -> str:
             if names
         ]
         rest += ["the model itself differs with sdpa"] if verdict.inconsistent else []
+        rest += [f"patches: {verdict.places}"] if verdict.places not in ("", "rows and columns") else []
         rest += [f"unseen in {', '.join(verdict.unseen)}"] if verdict.unseen else []
         return ", ".join([f"{verdict.calls} calls, {verdict.compared} maps compared, {verdict.fused} with sdpa", *rest])
     return verdict.detail

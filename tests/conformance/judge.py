@@ -21,6 +21,7 @@ import regard
 from regard.adapters.multihead import open_forward
 
 from .build import NotConstructible, build
+from .places import places
 
 TOLERANCE = 1e-5
 FUSED_TOLERANCE = 1e-3  # rounding differs between implementations, and grows from layer to layer
@@ -45,6 +46,7 @@ class Verdict:
     not_softmax: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # outputs of the model called attentions that are no whole maps
     refused: list[str] = field(default_factory=list)  # stacks that were left out, and why
+    places: str = ""  # of patches, in a picture that is not square: see `places`
     seconds: float = 0.0
 
 
@@ -62,7 +64,7 @@ def judge(name: str) -> Verdict:
     verdict.model = type(model).__name__
     try:
         _compare(model, inputs, verdict)
-        verdict.state = "exact"
+        verdict.state, verdict.places = "exact", places(model, inputs)
     except regard.UnreachableAttention as error:
         none = "holds no attention module" in str(error)
         verdict.state, verdict.detail = "no attention" if none else "refused", str(error)

@@ -70,6 +70,18 @@ def page(verdicts: list[Verdict]) -> str:
         "The recording lacks them; `attrs['refused']` says why, and so does a warning.\n\n"
         + _table(("architecture", "stack"), [(v.architecture, v.refused[0]) for v in partly])
     )
+    pictures = [v for v in exact if v.places]
+    parts.append(
+        "### Places of patches\n\n"
+        "Given pictures that are neither square nor of the configuration's size, these say which row and column each\n"
+        "patch is in. One patch is painted; of the tokens of the first layer, the one with its place changes most.\n\n"
+        + _names([v for v in pictures if v.places == "rows and columns"])
+        + "\nThese do not:\n\n"
+        + _table(
+            ("architecture", "because"),
+            [(v.architecture, v.places) for v in pictures if v.places != "rows and columns"],
+        )
+    )
     remarks = [(v.architecture, remark) for v in exact if (remark := _remark(v))]
     parts.append("### Remarks\n\n" + _table(("architecture", "remark"), remarks))
     for state, title in (("refused", "Refused"), ("not constructible", "Not constructible")):
