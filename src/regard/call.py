@@ -57,6 +57,7 @@ class Call:
     sinks: Tensor | None = None  # [head] or [batch, head, query, 1]: a logit that takes weight and gives no value
     query_start: int = 0  # position of the first query in the whole sequence
     key_start: int = 0
+    positions: Tensor | None = None  # [batch, key] of keys in the whole sequence, where tokens have left before
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
     earlier: Tokens | None = None  # what stood before `key_start`, and has left a sliding cache
