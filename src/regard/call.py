@@ -63,6 +63,7 @@ class Call:
     key_start: int = 0
     appended: int | None = None  # after a text that it may pad, a model adds so many tokens of its own
     again: bool = False  # the module asks once more over the same positions: another map of the same layer
+    positions: Tensor | None = None  # [batch, key] of keys in the whole sequence, where tokens have left before
     tokens: Tokens | None = None  # what each key is; index 0 is position `key_start`
     query_tokens: Tokens | None = None
     earlier: Tokens | None = None  # what stood before `key_start`, and has left a sliding cache

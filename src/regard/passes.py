@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import caches, checkpoints, generation, parallel, pictures, transforms
 from .adapters.caches import Rows
+from .adapters.dropping import Dropping, Left
 from .adapters.generation import Generation
 from .adapters.grids import NONE
 from .call import Call, Site, UnreachableAttention, Unreadable
@@ -169,6 +170,7 @@ class Passes:
         self.open: Run | None = None  # of parts that ran by themselves: what they are for may follow
         self.held: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()  # by the cache that holds it
         self.given: list[_Given] = []
+        self.dropping: dict[str, Dropping] = {}  # of stacks that tokens may leave
         self.newest: dict[str, Tensor] = {}  # kept, as copies of them may be all that a decoder is given
 
     # What the hooks tell
@@ -294,6 +296,14 @@ class Passes:
         self._refuse_unknown(entry)
         return site if entry is None else replace(site, layer=self._layer(entry, site))
 
+    def first(self, module: nn.Module) -> Site:
+        """The same where tokens may leave, which they do once: RuntimeError where it runs again for its gradient."""
+        if (entry := self._innermost()) is not None and entry.again:
+            raise RuntimeError(
+                "tokens cannot leave a model whose layers run again for their gradient: turn gradient checkpointing off"
+            )
+        return self.coming(module)
+
     @staticmethod
     def _layer(entry: _Entry, site: Site) -> int:
         """The first of its numbers that no layer of this pass has had yet; after them all, the next one."""
@@ -325,6 +335,8 @@ class Passes:
         if same or call.again:
             turn.seen, turn.times = 0, turn.times + 1
         turn.query = weakref.ref(call.query)
+        if (left := self._left(site.stack, turn.layer)) is not None:
+            return self._of_left(entry, module, turn, site, call, left)
         causal = not site.cross and (bool(getattr(module, "is_causal", False)) or _looks_causal(call))
         labels = self._labels(entry, call)
         stack = self._part(entry, module, turn, site, call, labels)
@@ -338,6 +350,29 @@ class Passes:
         if (known := entry.known.get(alike)) is None:
             known = entry.known[alike] = self._known(entry, replace(call, site=site), turn.seen, *labels)
         return {"site": site, **known}
+
+    def _left(self, stack: str, layer: int) -> Left | None:
+        """What is left of the tokens at a layer, where some have left before."""
+        left = self.dropping[stack].layers.get(layer) if stack in self.dropping else None
+        return left if left is not None and left.cut else None
+
+    def _of_left(
+        self, entry: _Entry, module: nn.Module, turn: _Turn, site: Site, call: Call, left: Left
+    ) -> dict[str, Any]:
+        """The same where tokens have left: those of the whole sequence, of which some are taken."""
+        (batch, heads, m, _), kv_heads = call.query.shape, call.key.shape[1]
+        query = call.query.new_empty(batch, heads, left.n, 0)
+        key = call.key.new_empty(batch, kv_heads, left.start + left.n, 0)
+        site = replace(site, layer=turn.layer, heads=heads, kv_heads=kv_heads, causal=True)
+        labels, _ = self._labels(entry, call)
+        if labels is not None:
+            labels = torch.full((batch, left.n), NONE).scatter(1, left.at.cpu(), labels)
+        known = self._known(entry, replace(call, site=site, query=query, key=key), turn.seen, labels)
+        at, blind = left.keys
+        tokens = known["tokens"].taken(at).marked("pad", blind)
+        queries = known["query_tokens"].taken(left.at).marked("pad", left.blind)
+        new = {"tokens": tokens.to(call.query.device), "query_tokens": queries.to(call.query.device)}
+        return {"site": site, **known, **new, "positions": at, "query_start": at.shape[1] - m, "key_start": 0}
 
     def _labels(self, entry: _Entry, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """Where in pictures and texts queries and keys come from; of keys, None where they are as the queries."""

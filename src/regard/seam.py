@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from . import adapters, catalog, kernels, sites
 from .adapters import caches, checkpoints, generation, interface, parallel, pictures
+from .adapters.dropping import Dropping
 from .adapters.interface import Asked
 from .adapters.registers import Longer
 from .call import Call, Unreadable
@@ -35,7 +36,7 @@ from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
 
-_HOOKS = ("given", "entering", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
+_HOOKS = ("given", "entering", "keeps", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -108,6 +109,11 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     `guided(output, other) -> output`, what the model as a whole gives, its first tensor, and the same of another run on
     the same inputs, under the intervention that is its attribute `aside`; `record` does not see that run. For models
     that denoise, not for those that keep a cache.
+
+    `keeps(site, hidden, positions) -> keep` says as a layer begins which of its tokens go on, boolean [batch, query],
+    or None for all: the others leave, this layer and those after it run on fewer, and so do their caches, while
+    positions stay those of the whole sequence, `positions` [batch, query]. What the model gives in the end has all
+    tokens; those that left are as they were then. A recording leaves out what layers do that some did not come to.
 
     Beside these it may have `begin(model)`, called as the block opens, to refuse a model that it does not fit and to
     forget what it kept of another run; and `where(call) -> bool`: only there is it asked for `weights`.
@@ -280,6 +286,7 @@ def _open(session: _Session) -> Iterator[None]:
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
             for part, module in find(session.model, session.sites).items() if editors else ():
                 attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
+        _drop(session, undo)
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
             for part, module in sites.blocks(session.model, session.sites).items():
                 edit = partial(_edit_given, session, editors, module)
@@ -296,6 +303,32 @@ def _open(session: _Session) -> Iterator[None]:
             yield
         finally:
             session.closed = True
+
+
+def _drop(session: _Session, undo: ExitStack) -> None:
+    """Where tokens may leave, follow them through the layers of each stack."""
+    editors = [thing for thing in session.interventions if hasattr(thing, "keeps")]
+    stacks: dict[str, dict[nn.Module, tuple[nn.Module, int]]] = {}
+    for part, module in sites.blocks(session.model, session.sites).items() if editors else ():
+        site = session.sites[module]
+        if site.cross or site.also or site.stack.endswith("decoder"):
+            continue
+        stacks.setdefault(site.stack, {})[part] = module, site.layer
+    for stack, blocks in stacks.items():
+        passes, dropping = session.passes, Dropping(editors, blocks)
+        passes.dropping[stack] = dropping
+
+        def before(part: nn.Module, args: Any, kwargs: Any, of: Any = (passes, dropping, blocks)) -> Any:
+            passes, dropping, blocks = of
+            return dropping.before(passes.first(blocks[part][0]), part, args, kwargs)
+
+        def after(part: nn.Module, args: Any, output: Any, of: Any = (passes, dropping, blocks)) -> Any:
+            passes, dropping, blocks = of
+            return dropping.after(passes.site(blocks[part][0]), part, output)
+
+        for part in blocks:
+            attach(undo, part.register_forward_pre_hook, before, with_kwargs=True)
+            attach(undo, part.register_forward_hook, after)
 
 
 def _forget(module: nn.Module, session: _Session) -> None:
@@ -469,7 +502,7 @@ def _edited(sessions: Sequence[_Session], seen: Sequence[Call], output: Tensor) 
 def _shown(sessions: Sequence[_Session], seen: Sequence[Call], module: nn.Module) -> None:
     for session, call in zip(sessions, seen):
         run = session.passes.attended(module, call)
-        if run is not None and session.recorder is not None:
+        if run is not None and session.recorder is not None and call.positions is None:
             session.see(call, run)
 
 

@@ -55,6 +55,12 @@ class Tokens:
     def __getitem__(self, at: slice) -> Tokens:
         return replace(self, roles=self.roles[:, at], ids=self.ids[:, at], places=self.places[:, at])
 
+    def taken(self, at: Tensor) -> Tokens:
+        """The same at these positions of each row, in this order. [batch, token]"""
+        at = at.to(self.roles.device)
+        places = self.places.gather(1, at[..., None].expand(-1, -1, 4))
+        return replace(self, roles=self.roles.gather(1, at), ids=self.ids.gather(1, at), places=places)
+
     def of_rows(self, rows: Tensor) -> Tokens:
         """The same of these rows of the batch."""
         return replace(self, roles=self.roles[rows], ids=self.ids[rows], places=self.places[rows])

@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import sites
 from ..call import Call
+from ..kernels import Factor
 from ..loading import parameters
 from ..names import vocabulary
 
@@ -79,6 +82,51 @@ def known(call: Call, heads: Collection[int], method: str) -> None:
         raise ValueError(f"{method}: {call.site} has {n} heads, and no head {missing[0]}")
 
 
+def padded_left(inputs: Mapping[str, Any], method: str) -> None:
+    """ValueError, which names the method, where a row of a batch does not end with its last word."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(f"{method}: rows are padded on the right; pad them on the left, as for generate")
+
+
+def at_prompt(call: Call, values: Tensor, method: str) -> Tensor:
+    """What is known of the tokens of a prompt, [batch, token], of the keys of a call; 0 of others. [batch, key]"""
+    if len(values) not in (1, len(call.key)):
+        raise ValueError(f"{method} was fitted to a batch of {len(values)}, and the model reads {len(call.key)} rows")
+    n_key = call.key.shape[2]
+    if call.positions is not None:
+        values = functional.pad(
+            values.to(call.key.device), (0, max(0, int(call.positions.max()) + 1 - values.shape[1]))
+        )
+        return values.expand(len(call.key), -1).gather(1, call.positions)
+    values = values[:, call.key_start : call.key_start + n_key].to(call.key.device)
+    return functional.pad(values, (0, n_key - values.shape[1]))
+
+
+def at_last(call: Call, keys: Tensor) -> Call:
+    """The call with the weights of its last query times exp(keys), [batch|1, head|1, key]; they sum to one again."""
+    last = functional.one_hot(torch.tensor(call.query.shape[2] - 1), call.query.shape[2])
+    return call.scaled(Factor(last.to(keys)[None, None], keys))
+
+
+def scores(call: Call, query: int, method: str) -> Tensor:
+    """Scores of one query before softmax, masks apart. [batch, head, key]; ValueError where there are none."""
+    if call.edits:
+        raise ValueError(
+            f"{method} reads scores, and of {call.site} there are weights only: the module computes them by itself, or "
+            f"a method that edits them comes before; put {method} first"
+        )
+    n_key, groups = call.key.shape[2], call.query.shape[1] // call.key.shape[1]
+    key = call.key.float().repeat_interleave(groups, dim=1)
+    found = call.scale * (key @ call.query[:, :, query, :, None].float())[..., 0]
+    if call.softcap is not None:
+        found = call.softcap * (found / call.softcap).tanh()
+    bias = [factor.bias(query, query + 1, n_key) for factor in call.factors]
+    if call.bias is not None:
+        bias.append(call.bias[..., query : query + 1, :] if call.bias.shape[-2] > 1 else call.bias)
+    return found + sum(some[..., 0, :].float() for some in bias)
+
+
 def image_ids(model: nn.Module, method: str) -> set[int]:
     """Ids that stand for patches of a picture among the words; ValueError, which names the method, where none do."""
     found = vocabulary(model, None)["image"]
@@ -87,6 +135,11 @@ def image_ids(model: nn.Module, method: str) -> set[int]:
             f"{method} is for models that read image tokens among words, such as LLaVA; {type(model).__name__} has none"
         )
     return found
+
+
+def image_tokens(model: nn.Module, ids: Tensor, method: str) -> Tensor:
+    """Which of these ids stand for patches of a picture. [batch, token] boolean; ValueError as `image_ids`"""
+    return torch.isin(ids, ids.new_tensor(sorted(image_ids(model, method))))
 
 
 def image_keys(call: Call) -> Tensor | None:

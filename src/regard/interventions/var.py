@@ -97,6 +97,8 @@ class var(Method):
             return call
         if call.query_start and call.site.layer not in self._sinks:
             raise ValueError("var: the picture was read before the block opened; open it around the whole of generate")
+        if call.positions is not None:
+            raise ValueError(f"var: tokens have left before {call.site}, and which are sinks there is not known")
         image = image_keys(call)
         return call if image is None else self.moved(call, image, self.sinks(call))
 
