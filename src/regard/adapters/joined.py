@@ -49,9 +49,10 @@ class Joined:
 class Family(Protocol):
     """How the modules of a family are joined."""
 
-    parts: tuple[str, ...]
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
-    def join(self, module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined: ...
+    def join(self, module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined: ...
 
 
 def joined(family: Family, route: Route, refuse: Refuse) -> Run:

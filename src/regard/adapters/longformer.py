@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..call import UnreachableAttention
 from .joined import Joined, Kept, laid
@@ -13,7 +13,7 @@ from .joined import Joined, Kept, laid
 parts = ("value", "value_global")
 
 
-def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
+def join(module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
     """Global tokens stand before the band in its softmax; as queries they have a softmax, and values, of their own."""
     heads, side = module.num_heads, module.one_sided_attn_window_size
     own = kept.softmaxes[0].masked_fill(given["is_index_masked"][:, :, None, None], 0.0).transpose(1, 2)

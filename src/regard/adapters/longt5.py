@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from .joined import Joined, Kept, laid
 
 parts = ("v", "o")
 
 
-def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
+def join(module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
     """Means of blocks are keys after those of the text. A key before its first or after its last token has value 0."""
     block, heads = module.block_len, module.n_heads
     own, states = kept.softmaxes[0].transpose(1, 2), kept.took["o"][0]  # [batch, head, block, query, key]

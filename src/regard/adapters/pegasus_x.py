@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .joined import Joined, Kept, laid
 
 parts = ("v_proj", "out_proj")
 
 
-def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
+def join(module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
     """Global tokens, in the module's softmaxes the first keys, stand after the text, as keys and as queries.
 
     In every other layer blocks are shifted by half a block: its text begins after as much padding.

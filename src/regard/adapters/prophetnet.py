@@ -15,7 +15,7 @@ from .joined import Joined, Kept
 parts = ("value_proj", "out_proj")
 
 
-def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
+def join(module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
     heads, streams = module.num_attn_heads, 1 + module.ngram
     main, foretold = kept.softmaxes  # [batch, head, query, key], [batch, stream, head, query, key]
     n, n_key = main.shape[2:]

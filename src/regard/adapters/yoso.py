@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from .joined import Joined, Kept
@@ -17,7 +17,7 @@ from .joined import Joined, Kept
 parts = ("query", "key", "value")
 
 
-def refused(module: nn.Module) -> str:
+def refused(module: Any) -> str:
     """Why this module cannot be read, if it cannot."""
     if module.use_expectation:
         return ""
@@ -27,7 +27,7 @@ def refused(module: nn.Module) -> str:
     )
 
 
-def join(module: nn.Module, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
+def join(module: Any, kept: Kept, given: dict[str, Any], output: Any) -> Joined:
     query, key, value = (
         kept.gave[name][0].unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for name in parts
     )
