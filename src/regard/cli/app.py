@@ -264,6 +264,56 @@ def atlas(
     out.print(f"\nrecording  {recording}\nreport     {page}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def circuits(
+    model: Model = "reader",
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            "-t",
+            help="ioi, greater_than, docstring or induction; or a JSONL file of prompts, each with the texts clean, "
+            "corrupted (of as many tokens), answer and wrong (what follows, with the blank before it).",
+        ),
+    ] = "ioi",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="What ranks heads, of the room circuits; patching each head's output unless given.",
+            autocompletion=_of("circuits"),
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", "-n", min=2, help="Prompts to draw, of a named task.")] = 16,
+    heads: Annotated[int, typer.Option(min=1, help="Heads that the pictures show.")] = 8,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures and circuit.json.")] = Path(
+        "regard-circuits"
+    ),
+    seed: int = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Find the heads of MODEL that do a task: a graph, faithfulness against size, where each acts."""
+    from . import circuits as work
+
+    _model(model, trust_remote_code)
+    with _plainly():
+        printed, paths = work.run(
+            model,
+            task=task,
+            method=method,
+            prompts=prompts,
+            heads=heads,
+            out=folder,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            console=out,
+        )
+    printed.to(out)
+    for path in paths:
+        out.print(f"{path.stem:<14}{path}", highlight=False, soft_wrap=True)
+
+
 @app.command(epilog=f"Methods: {', '.join(catalog.methods('attribution'))}.")
 def explain(
     model: Model,

@@ -1,11 +1,12 @@
 """Prompts whose answer and whose telling words are known: clean and corrupted pairs for finding circuits.
 
 Each task is a generator, `task(n, *, seed, ...) -> list[Prompt]`; prompt i of a seed is the same for every n. A
-`Prompt` names its telling words. `encode` finds their tokens with a real tokenizer; `batch` gives each word one id, for
-small models. In-context regression has no words: `regression` gives tensors.
+`Prompt` names its telling words. `encode` finds their tokens with a real tokenizer, and `ask` makes tensors of many;
+`batch` gives each word one id, for small models. In-context regression has no words: `regression` gives tensors.
 """
 
 from .arguments import docstring
+from .asked import Asked, ask, stacked
 from .copying import induction, passkey
 from .names import ioi
 from .objects import coloured_objects
@@ -14,10 +15,12 @@ from .regression import Regression, regression
 from .years import greater_than
 
 __all__ = [
+    "Asked",
     "Batch",
     "Encoded",
     "Prompt",
     "Regression",
+    "ask",
     "batch",
     "coloured_objects",
     "docstring",
@@ -29,5 +32,6 @@ __all__ = [
     "pieces",
     "regression",
     "single",
+    "stacked",
     "vocabulary",
 ]
