@@ -8,6 +8,8 @@ expectation, and not theirs.
 
 Scenes hold two objects, of two sizes; a picture's name is the shape of the large one. The known pictures are biased:
 the small object's shape goes with a name that is another, and the bias is turned round in those that are asked.
+With 100 of them, on the seed that is reported, the gain was 10.0 ± 5.4 points, which says nothing; so there are 800. No
+other setting was tried.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from ...data.scenes import SHAPES, Dials, Object, Scene, render, sample
 from ...zoo.recipes import viewer
 from .._measure import mean
 
-KNOWN, ASKED, MASKS = 200, 100, 200
+KNOWN, ASKED, MASKS = 200, 800, 200
 NAMES = SHAPES[:4]
 BIAS = 0.9  # how often the small object's shape goes with the name of a known picture
 HELD = 10**6  # added to the seed of pictures that are asked
@@ -37,8 +39,8 @@ DIALS = Dials(objects=(2, 2), textures=("plain", "grain"))
 EXPECTED = (
     "with random masks, predictions and votes are those of the arithmetic done anew in each of 200 cases; a mask of "
     "the object that gives the name raises accuracy by 10 percentage points or more over the default attention, by "
-    "two standard errors; masks of as many patches at random, the control, gain less than half of that, by two standard "
-    "errors"
+    "two standard errors; masks of as many patches at random, the control, gain less than half of that, by two "
+    "standard errors"
 )
 
 
