@@ -4,6 +4,7 @@ What a model's prediction is, its output says, and not its name:
 
     one row of logits a sample          a class
     logits at every position            the next token, where the model writes; otherwise what stands at one position
+    logits of boxes                     the class of one box
     `logits_per_*`                      how alike the two sides of a pair are, among all that were given
     hidden states or embeddings alone   how alike they are to those of something else (a cosine)
 
@@ -27,10 +28,11 @@ from .loading import parameters
 
 Index = int | Sequence[int] | Tensor | None
 Pool = Literal["mean", "cls", "last"]
-Kind = Literal["class", "token", "pair", "likeness"]
+Kind = Literal["class", "token", "object", "pair", "likeness"]
 
 WORDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # the side of a pair that is text
 WHERE = {"flattened_patches": 2}  # values of a patch that say its row and column, before those of its pixels
+BOXES = "pred_boxes"  # of a detector's output: centre and size of each box
 FORCED = 16  # tokens at most that `generate` puts before the first that the model chooses
 
 
@@ -40,12 +42,11 @@ class Question:
 
     target: a class or token id, one for each sample or one for all; of a pair, which of the other side; None takes what
     the model predicts. against: another one, whose logit is taken away: why this and not that.
-    at: of logits at every position, the one that is read. mask: of which token id that one is, where `at` is None.
-    over: the name of the input that is scored; None takes the first of the model's own.
-    beside: inputs whose embedding, or the embedding [batch, dim], that this one's is compared with. pool: how states
-    become an embedding: of the first position, of the last, or their mean; None takes what the model has pooled of
-    pictures, and the mean of anything else.
-    output: the name of the output that holds the logits.
+    at: of logits at every position, or of boxes, the one that is read; None takes the box that is likeliest. mask: of
+    which token id that one is, where `at` is None. over: the name of the input that is scored; None takes the first of
+    the model's own. beside: inputs whose embedding, or the embedding [batch, dim], that this one's is compared with.
+    pool: how states become an embedding: of the first position, of the last, or their mean; None takes what the model
+    has pooled of pictures, and the mean of anything else. output: the name of the output that holds the logits.
     """
 
     target: Index = None
@@ -146,11 +147,15 @@ class Prediction:
         Of two, where there is `against`; a sigmoid's where labels do not exclude each other or there is one; of a
         likeness from -1 to 1, from 0 to 1.
         """
-        logits = self.logits(given)
+        return self._probability(self.logits(given))
+
+    def _probability(self, logits: Tensor) -> Tensor:
         if self.question.against is not None:
             return (self._of(logits, self.target) - self._of(logits, self.question.against)).sigmoid()
         if self.kind == "likeness":
             return (1 + logits[:, 0]) / 2
+        if self.kind == "object":
+            return self._of(_likely(self.model, logits), self.target)
         several = getattr(getattr(self.model, "config", None), "problem_type", None) == "multi_label_classification"
         return self._of(logits.sigmoid() if several or logits.shape[1] == 1 else logits.softmax(-1), self.target)
 
@@ -160,6 +165,24 @@ class Prediction:
 
     def logits(self, given: Tensor | None = None) -> Tensor:
         """[n * batch, class], for `given` of n batches one after the other."""
+        output = self._output(given)
+        return _read(
+            self.question, self.kind, output, self._attended(1 if given is None else len(given) // len(self.given))
+        )
+
+    def boxes(self, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Boxes of a detector [n * batch, box, 4], and the probabilities of their classes [n * batch, box, class].
+
+        A box is left, top, right and bottom, as shares of the picture.
+        """
+        if self.kind != "object":
+            raise ValueError(f"{type(self.model).__name__} gives no boxes with classes")
+        found = _fields(self._output(given))
+        centre, size = found[BOXES].split(2, -1)
+        likely = _likely(self.model, found[cast(str, self.question.output)])
+        return torch.cat([centre - size / 2, centre + size / 2], -1), likely
+
+    def _output(self, given: Tensor | None) -> Any:
         given = (self.given if given is None else given).clone()  # models may change what they are given
         n = len(given) // len(self.given)
         repeated = {k: v if self._beside(k) else _repeat(v, n, len(self.given)) for k, v in self.inputs.items()}
@@ -171,7 +194,7 @@ class Prediction:
                 undo.enter_context(_put(self.place, self.within, new))
                 if self.again is not None:
                     undo.enter_context(_put(self.again.place, self.again.within, new, later=True))
-            return _read(self.question, self.kind, _run(self.model, repeated), self._attended(n))
+            return _run(self.model, repeated)
 
     def _beside(self, name: str) -> bool:
         """Whether this input is the other side of a pair, of which there may be another number."""
@@ -347,6 +370,7 @@ def _prediction(model: nn.Module, inputs: dict[str, Any], question: Question) ->
     if rows != len(given):
         raise ValueError(f"{type(model).__name__} predicts {rows} times of {len(given)} samples of {over}")
     own = torch.arange(rows, device=logits.device) if kind == "pair" and rows == classes else logits.argmax(-1)
+    own = _likely(model, logits).argmax(-1) if kind == "object" else own
     target = question.target if question.target is not None else own if said is None else said
     chosen = {"target": _chosen(target, logits, "target")}
     if question.against is not None:
@@ -589,7 +613,9 @@ def _asked(
             hint = ", but embeddings: give a second input that they may be like (beside=; --text or --image twice)"
         raise ValueError(f"{name} gives no logits of classes or tokens (it gives {_listed(found)}){hint}")
     logits = found[question.output]
-    if logits.ndim == 3:
+    if logits.ndim == 3 and BOXES in found:
+        question, kind = replace(question, at=_box(model, question, logits)), "object"
+    elif logits.ndim == 3:
         kind = "token" if speaks(model) else "class"
         question = replace(question, at=_position(model, question, logits, inputs))
     elif logits.ndim != 2:
@@ -646,6 +672,29 @@ def _position(model: nn.Module, question: Question, logits: Tensor, inputs: Mapp
         counts = ", ".join(map(str, masked.sum(-1).tolist()))
         raise ValueError(f"{name} is asked for masked tokens, and there are {counts} of them: mask one, or say at=")
     return masked.int().argmax(-1).to(logits.device)
+
+
+def _likely(model: Any, logits: Tensor) -> Tensor:
+    """Probabilities of the classes of boxes. [..., class]
+
+    Detectors of a fixed list of labels may hold that there is no object for one more class, the last, which is left
+    out. Others hold each class for likely or not by itself; those of words do.
+    """
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if "input_ids" not in parameters(_bare(model)) and logits.shape[-1] - 1 == labels:
+        return logits.softmax(-1)[..., :-1]
+    return logits.sigmoid()
+
+
+def _box(model: nn.Module, question: Question, logits: Tensor) -> Tensor:
+    """The box whose class is read: the likeliest of the target, or of any. [batch]"""
+    if question.at is not None:
+        return _chosen(question.at, logits[..., 0], "at")
+    likely = _likely(model, logits)
+    if question.target is None:
+        return likely.amax(-1).argmax(-1)
+    target = _chosen(question.target, likely[:, 0], "target")
+    return likely.gather(-1, target[:, None, None].expand(-1, likely.shape[1], 1))[..., 0].argmax(-1)
 
 
 def _chosen(target: Index, logits: Tensor, what: str) -> Tensor:

@@ -79,6 +79,7 @@ def test_contract(models, method, name):
         "weights": copy.deepcopy(model.state_dict()),
     }
     knobs = {"integrated_gradients": {"steps": {"viewer": 20}.get(name, 100)}, "salient_relevance": {"longest": 64}}
+    knobs["visual_precision_search"] = {"steps": 1}
     knobs = knobs.get(method, {})
     refusal = ""
     try:

@@ -231,3 +231,12 @@ def test_a_map_in_words(tmp_path, scene):
     assert "is most important for the prediction." in out.read_text()
     done = run("viewer", "-i", scene, "--target", "blue fork", "--in-words", "-m", "grad-cam", "-o", out)
     assert "right << is most important" in " ".join(done.output.split())
+
+
+def test_steps_are_for_methods_that_take_some(tmp_path):
+    out = tmp_path / "a.html"
+    done = run("namer", "-t", "a heavy heart .", "-m", "visual-precision-search", "--steps", 2, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[2].split()[1] in ("'heavy'", "'heart'")
+    done = run("namer", "-t", "a heavy heart .", "-m", "rollout", "--steps", 2, "-o", out)
+    assert "--steps 2: rollout takes no steps" in done.output

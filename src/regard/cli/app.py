@@ -337,6 +337,9 @@ def explain(
     method: Annotated[
         str, typer.Option("--method", "-m", help="How to find out.", autocompletion=_of("attribution"))
     ] = "integrated_gradients",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a method that takes some: fewer are faster, and coarser.")
+    ] = None,
     words: Annotated[bool, typer.Option("--words", "-w", help="Join sub-words, and add their scores.")] = False,
     in_words: Annotated[
         bool, typer.Option("--in-words", help="Say in sentences what matters; joins sub-words.")
@@ -365,6 +368,7 @@ def explain(
             target=target,
             against=against,
             method=method,
+            steps=steps,
             words=words,
             in_words=in_words,
             judged=judge,

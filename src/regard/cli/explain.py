@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .. import catalog
 from ..attribution import attribute
 from ..evaluation.judgement import judge
 from ..evaluation.saliency_verbalization import saliency_verbalization, summary
@@ -92,6 +94,7 @@ def explain(
     target: str | None = None,
     against: str | None = None,
     method: str = "integrated_gradients",
+    steps: int | None = None,
     words: bool = False,
     in_words: bool = False,
     judged: bool = False,
@@ -109,6 +112,11 @@ def explain(
     read = [read_text(text, file) for text in texts] or [read_text(None, file)]
     pictures = [open_picture(image, console) for image in images] or [None]
     heard = sound.read(audio) if audio is not None else None
+    explained_by = catalog.method("attribution", method.replace("-", "_"))
+    knobs: dict[str, Any] = {} if steps is None else {"steps": steps}
+    takes = signature(explained_by).parameters
+    if knobs and "steps" not in takes:
+        raise InputError(f"--steps {steps}: {method} takes no steps")
     judgements: list[Judged] = []
     sentences: list[str] = []
     page_of = partial(_page, judgements=judgements, sentences=sentences)
@@ -128,16 +136,20 @@ def explain(
         inputs: Mapping[str, Any], *, words: bool = False, sample: int = 0, which: str = "", **asked: Any
     ) -> xr.DataArray:
         """The scores of one sample, which are judged before words are joined."""
-        made = partial(attribute, model, inputs, method=method, processor=loaded.processor, **asked)
+        made = partial(attribute, model, inputs, method=method, processor=loaded.processor, **asked, **knobs)
         found = made()
         if judged:
             heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], "picture")
-            judgements.append(Judged(which + heading, judge(model, inputs, found).isel(batch=sample)))
+            judgements.append(
+                Judged(which + heading, judge(model, inputs, found, partial(explained_by, **knobs)).isel(batch=sample))
+            )
         return (made(words=True) if words or (in_words and "text" in found.coords) else found)[sample]
 
     chosen = {"target": _index(target, read), "against": _index(against, read)}
     told = ""
-    with console.status(f"asking {method}"), warnings.catch_warnings(record=True) as warned:
+    with console.status(f"asking {method}") as status, warnings.catch_warnings(record=True) as warned:
+        if "progress" in takes:
+            knobs["progress"] = lambda done, of: status.update(f"asking {method}: step {done} of {of}")
         if heard is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
             loud = _spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
