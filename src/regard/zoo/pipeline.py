@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
@@ -58,12 +59,13 @@ class PainterPipeline(DiffusionPipeline):
         *,
         num_inference_steps: int = 12,
         guidance_scale: float = 3.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> ImagePipelineOutput:
         """Paint a picture for each prompt.
 
+        generator: of the noise; a list has one for each prompt, so that a picture does not depend on those beside it.
         guidance_scale: 1 paints by the words alone; above, the transformer runs on twice the batch, first without
         words, then with them, and goes on from the one beyond the other.
         output_type: "pil", "np" (0 to 1) or "pt" (0 to 1, [batch, 3, row, column]).
@@ -74,10 +76,8 @@ class PainterPipeline(DiffusionPipeline):
         guided = guidance_scale > 1
         states, mask = self.encode_prompt([""] * len(texts) * guided + texts)
         config = self.transformer.config
-        pixels = torch.randn(
-            len(texts), config.in_channels, config.sample_size, config.sample_size, generator=generator
-        )
-        pixels = pixels.to(self._execution_device, self.transformer.dtype)
+        shape = (len(texts), config.in_channels, config.sample_size, config.sample_size)
+        pixels = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=pixels.device)
         for step, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             picture = self.transformer(
