@@ -55,10 +55,10 @@ def known(key: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(key.replace("_", "-"), every, n=3, cutoff=0.5)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         name = key.replace("_", "-")
-        if name.replace("-", "_") in operators():
-            hint = f": model.set_attn_implementation('regard:{name}') runs it without new weights"
+        operator = f"; model.set_attn_implementation('regard:{name}') runs {name} without new weights"
         raise KeyError(
             f"{shortened(key)!r} has no conversion of trained models{hint}; there are those to {', '.join(every)}"
+            f"{operator if name.replace('-', '_') in operators() else ''}"
         )
     return function
 
