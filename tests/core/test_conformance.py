@@ -7,6 +7,7 @@ import torch
 from conformance import judge as judging
 from conformance.build import architectures, build
 from conformance.judge import Wrong, judge
+from conformance.places import FOLLOWED, places
 from conformance.workers import each
 
 EXACT = {
@@ -19,10 +20,13 @@ EXACT = {
     "torch's MultiheadAttention": ("siglip",),
     "detection": ("detr", "rt_detr"),
     "sound": ("wav2vec2",),
+    "pieces": ("longformer", "led", "longt5", "pegasus_x"),
+    "several maps": ("diffllama", "lilt", "prophetnet"),
+    "as a part of a whole": ("sam_mask_decoder", "blip_2_qformer"),
 }
 OTHERS = {
-    "longformer": ("refused", "LongformerSelfAttention"),
-    "yoso": ("refused", "YosoSelfAttention"),
+    "mobilevitv2": ("refused", "MobileViTV2LinearSelfAttention"),
+    "mra": ("refused", "MraSelfAttention"),
     "mamba": ("no attention", "MambaMixer"),
     "resnet": ("no attention", "that Regard knows"),
     "layoutlmv2": ("not constructible", "detectron2"),
@@ -64,6 +68,34 @@ def test_shrunk_models_keep_their_kind():
     assert sum(p.numel() for p in model.parameters()) < 20e6
     with torch.no_grad():
         assert model(**inputs).last_hidden_state.shape[:2] == (2, 12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_is_given_what_its_whole_gives_it():
+    """It has no way to be run by itself that its name would tell: it is no model, and takes embeddings."""
+    part, inputs = build("sam_mask_decoder")
+    assert type(part).__name__ == "SamMaskDecoder"
+    assert {"image_embeddings", "sparse_prompt_embeddings"} <= set(inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["hiera", "levit", "pvt_v2", "swin", "vit"])
+def test_patches_are_where_they_are_said_to_be(name):
+    model, inputs = build(name)
+    square = name == "levit"  # of its own size only
+    assert places(model, inputs) == ("only in square pictures" if square else FOLLOWED)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_place_is_found(monkeypatch):
+    model, inputs = build("vit")
+    at = judging.regard.Tokens.at
+
+    def turned(self, places, grids, after=0):
+        return at(self, places[..., [0, 2, 1, 3]], [grid[::-1] for grid in grids], after)
+
+    monkeypatch.setattr(judging.regard.Tokens, "at", turned)
+    assert "is said to be in" in places(model, inputs)
 
 
 def test_the_registry_is_walked():

@@ -153,9 +153,9 @@ def test_part_of_a_model_can_be_recorded():
 
 
 def test_a_model_without_attention_that_can_be_seen_is_refused():
-    model = t.YosoModel(t.YosoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32))
+    model = t.MraModel(t.MraConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32))
     with (
-        pytest.raises(regard.UnreachableAttention, match=r"YosoSelfAttention does not call .*adapters\.register"),
+        pytest.raises(regard.UnreachableAttention, match=r"MraSelfAttention does not call .*adapters\.register"),
         regard.record(model, "entropy"),
     ):
         pass
