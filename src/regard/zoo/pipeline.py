@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, PixArtTransformer2DModel, UniPCMultistepScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
@@ -58,7 +59,7 @@ class PainterPipeline(DiffusionPipeline):
         *,
         num_inference_steps: int = 12,
         guidance_scale: float = 3.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> ImagePipelineOutput:
@@ -66,6 +67,7 @@ class PainterPipeline(DiffusionPipeline):
 
         guidance_scale: 1 paints by the words alone; above, the transformer runs on twice the batch, first without
         words, then with them, and goes on from the one beyond the other.
+        generator: of the noise that pictures are painted from; a list has one for each prompt.
         output_type: "pil", "np" (0 to 1) or "pt" (0 to 1, [batch, 3, row, column]).
         callback_on_step_end: given (pipeline, step, timestep, {"latents": pixels from -1 to 1, as noisy as they still
         are}) after each step; gives back a dict, and "latents" in it are gone on with.
@@ -74,10 +76,8 @@ class PainterPipeline(DiffusionPipeline):
         guided = guidance_scale > 1
         states, mask = self.encode_prompt([""] * len(texts) * guided + texts)
         config = self.transformer.config
-        pixels = torch.randn(
-            len(texts), config.in_channels, config.sample_size, config.sample_size, generator=generator
-        )
-        pixels = pixels.to(self._execution_device, self.transformer.dtype)
+        shape = len(texts), config.in_channels, config.sample_size, config.sample_size
+        pixels = randn_tensor(shape, generator=generator).to(self._execution_device, self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=pixels.device)
         for step, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             picture = self.transformer(
