@@ -123,7 +123,11 @@ def _painted(
 
     with console.status("painting"):
         took, pictures = [], []
-        for around, options in ((nullcontext(), {}), (intervene(model, *made), {"callback_on_step_end": after_step})):
+        ways: list[tuple[Any, dict[str, Any]]] = [
+            (nullcontext(), {}),
+            (intervene(model, *made), {"callback_on_step_end": after_step}),
+        ]
+        for around, options in ways:
             start = time.process_time()
             with torch.inference_mode(), around:
                 pictures.append(painted(pipeline, inputs, **options))

@@ -30,8 +30,8 @@ def attention(model: nn.Module, method: str) -> dict[str, tuple[bool, int]]:
 
 def prompts(inputs: Mapping[str, Any], method: str) -> list[str]:
     """What a pipeline is told to paint; ValueError, which names the method, where it is told nothing."""
-    said = inputs.get("prompt")
-    said = [said] if isinstance(said, str) else list(said or ())
+    given: Any = inputs.get("prompt")
+    said: list[str] = [given] if isinstance(given, str) else list(given or ())
     if not said:
         raise ValueError(f"{method}: inputs are what the pipeline is called with, and have no prompt")
     return said

@@ -62,7 +62,7 @@ class headhunter(Method):
         inputs: Mapping[str, Any],
         processor: Any = None,
         *,
-        score: Callable[[NDArray[np.float32]], Sequence[float]] | None = None,
+        score: Callable[[NDArray[np.float32]], Any] | None = None,
         k: int | None = None,
         rounds: int = 1,
         seed: int = 0,
@@ -136,8 +136,9 @@ def alone(call: Call, heads: Sequence[int]) -> Tensor:
 
     ValueError where which tokens are of the picture is not known, or queries are not the keys.
     """
-    query, key = (t and t.role("image") for t in (call.query_tokens, call.tokens))
-    if query is None or key is None or not bool(query.any(1).all()) or call.query.shape[2] != call.key.shape[2]:
+    known = call.query_tokens is not None and call.tokens is not None and call.query.shape[2] == call.key.shape[2]
+    query, key = (t.role("image") for t in (call.query_tokens, call.tokens)) if known else (None, None)  # type: ignore
+    if query is None or key is None or not bool(query.any(1).all()):
         raise ValueError(f"headhunter: which tokens of {call.site} are of the picture is not known")
     every = list(heads)
     of = [head // (call.query.shape[1] // call.key.shape[1]) for head in every]
@@ -165,7 +166,7 @@ def self_attention(model: nn.Module) -> list[Head]:
 
 def hunt(
     make: Callable[[Sequence[Head]], Any],
-    score: Callable[[Any], Sequence[float]],
+    score: Callable[[Any], Any],
     heads: Sequence[Head],
     *,
     k: int = 24,

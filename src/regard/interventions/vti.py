@@ -162,7 +162,7 @@ def visual_direction(
             f"vti: pictures are [batch, channel, row, column], all of one size; {type(model).__name__} is given "
             f"{list(pictures.shape)}"
         )
-    size = tower.config.patch_size  # type: ignore[union-attr]
+    config: Any = tower.config
     chance = torch.Generator().manual_seed(seed)
 
     def states(pixels: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def visual_direction(
         return torch.stack(reader.found, 1).float()
 
     def mean(picture: Tensor) -> Tensor:
-        masked = torch.stack([_masked(picture, size, ratio, chance) for _ in range(trials)])
+        masked = torch.stack([_masked(picture, config.patch_size, ratio, chance) for _ in range(trials)])
         return states(masked).mean(0)
 
     return of_pictures(torch.stack([mean(picture) for picture in pictures]), states(pictures), group=group)

@@ -74,7 +74,7 @@ def _unsteady(model: nn.Module, pictures: Tensor, direction: Tensor | None, seed
     """Mean distance of a tower's last states from those of masked copies, over their length. [picture]"""
     tower, stack, _ = picture_tower(model, "vti")
     chance = torch.Generator().manual_seed(seed)
-    size = tower.config.patch_size  # type: ignore[union-attr]
+    config: Any = tower.config
 
     def states(pixels: Tensor) -> Tensor:
         reader = _States(stack)
@@ -85,7 +85,7 @@ def _unsteady(model: nn.Module, pictures: Tensor, direction: Tensor | None, seed
 
     clean = states(pictures)
     apart = [
-        (states(torch.stack([_masked(p, size, MASKED, chance) for p in pictures])) - clean).norm(dim=-1)
+        (states(torch.stack([_masked(p, config.patch_size, MASKED, chance) for p in pictures])) - clean).norm(dim=-1)
         for _ in range(COPIES)
     ]
     return (torch.stack(apart).mean(0) / clean.norm(dim=-1)).mean(1)
