@@ -3,7 +3,7 @@
 On Ahn et al., Fine-Grained Perturbation Guidance via Attention Head Selection (arXiv:2506.10978). A picture of two
 objects is scored by the mean log-probability that the viewer gives the pairs in its caption, or by its chroma. Five of
 the 25 heads are hunted, as many as a layer has, and judged on other captions, beside the layer that hunting would
-choose and as many random heads. Pictures are painted beside classifier-free guidance, at the paper's w of 3.
+choose and as many random heads. As in the paper's table there is no other guidance, and w is 3; in eight steps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ...seam import intervene
 from .. import _painted
 from .._measure import Mean, mean
 
-CAPTIONS = {"small": (8, 40), "large": (40, 200)}  # to hunt on, and to judge on
-HEADS, SPREAD, RANDOM = 5, 3.0, 3
+CAPTIONS = {"small": (8, 32), "large": (40, 200)}  # to hunt on, and to judge on
+HEADS, SPREAD, RANDOM, STEPS = 5, 3.0, 2, 8
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 EXPECTED = (
     "on other captions, the five heads hunted for the pairs raise their log-probability more than random ones do, and "
@@ -45,8 +45,12 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     few, many = drawn[: CAPTIONS[scale][0]], drawn[CAPTIONS[scale][0] :]
 
     def paint(scenes: Sequence[Any], heads: Sequence[Head], u: float = 1.0) -> NDArray[np.float32]:
-        inputs = {"prompt": [caption(scene) for scene in scenes]}
-        with intervene(model, headhunter(heads=heads, u=u)):
+        inputs = {
+            "prompt": [caption(scene) for scene in scenes],
+            "guidance_scale": 1.0,
+            "num_inference_steps": STEPS,
+        }
+        with intervene(model, headhunter(heads=heads, u=u, halved=False)):
             return painted(pipeline, inputs, seed=seed)
 
     scores: dict[str, Callable[[Any, Any], torch.Tensor]] = {

@@ -28,7 +28,7 @@ from ...zoo.recipes.painter import shown
 from .. import _painted
 from .._measure import Mean, mean
 
-SCENES = {"small": 60, "large": 300}
+SCENES = {"small": 32, "large": 300}
 LEAST, MOST = 0.3, 0.8  # overlap of raw masks, between which there is something to smooth
 EXPECTED = (
     "smoothed masks overlap the edited object by 0.05 more than raw ones, and than with the graph's places shuffled, "
