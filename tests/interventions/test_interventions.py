@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
+from importlib.util import find_spec
 
 import families
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import regard
 from regard import catalog
 from regard.cli import app
 from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
+from regard.interventions._pictures import painted
 
 METHODS = catalog.methods("interventions")
 STRONG = {  # knobs that change a tiny random model, and what would be found anew for each batch
     "act": {"heads": [(1, 0), (1, 3)], "threshold": 0.02, "beta": 0.0},
     "focus_directions": {"directions": {(1, 0): torch.ones(8), (1, 3): -torch.ones(8)}, "strength": 2.0},
+    "headhunter": {"heads": [("transformer_blocks.1.attn1", 2), ("transformer_blocks.3.attn1", 0)]},
     "hicd": {"heads": [(0, 1), (1, 2)]},
+    "locatedit": {"words": [[1, 2], [1]]},
     "test_time_registers": {"chosen": {0: [3, 17], 1: [5]}},
+    "vti": {"textual": torch.linspace(-1, 1, 192).view(6, 32).sin()},
     "var": {"p": 1.0, "tau": 2.3, "rho": 0.0, "least": 0.0},
 }
 STEPS, PADDED = 4, 3
@@ -39,7 +45,16 @@ def models():
             model, inputs = families.build(name)
         if "decoder_input_ids" not in inputs:
             found[name] = model, padded(inputs), [row(inputs, i) for i in range(2)]
+    if find_spec("diffusers"):
+        model, _ = painter()
+        found["painter"] = model, {"prompt": ["a red ring and a star", "a blue fork"], "num_inference_steps": 2}, []
     return found
+
+
+@cache
+def painter():
+    """A model that paints, and its pipeline; a row of texts is not alone where one is edited to fit another."""
+    return regard.load("painter")
 
 
 def padded(inputs):
@@ -92,7 +107,7 @@ def refusal(method, model, inputs, **knobs):
 
 
 def made(method, model, inputs, **knobs):
-    return method.fit(model, inputs, None, **knobs)
+    return method.fit(model, inputs, painter().processor if "prompt" in inputs else None, **knobs)
 
 
 def around(model, thing):
@@ -103,6 +118,10 @@ def around(model, thing):
 def said(model, inputs, thing=None):
     """Ids that are generated, and the scores of each step; of a classifier, its class and scores."""
     with nullcontext() if thing is None else around(model, thing):
+        if "prompt" in inputs:
+            steps = {"callback_on_step_end": thing.on_step_end} if hasattr(thing, "on_step_end") else {}
+            pictures = torch.from_numpy(painted(painter().processor, inputs, **steps))
+            return pictures.round(), pictures
         if "input_ids" not in inputs:
             scores = model(**inputs).logits
             return scores.argmax(-1), scores
@@ -193,6 +212,22 @@ def test_steer_shows_before_and_after(folders, picture):
     assert (" times, over " in said) != ("cannot be told" in said)
 
 
+def test_steer_writes_the_pictures_of_a_model_that_paints(tmp_path):
+    text = tmp_path / "texts.txt"
+    text.write_text("a red circle and a blue star\na red circle and a green star\n")
+    out = tmp_path / "pictures"
+    done = steer("painter", "--with", "locatedit", "--file", text, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "fitting took" in done.output or "s of processor time before" in done.output
+    files = {f"{i}-{when}.png": out / f"{i}-{when}.png" for i in (1, 2) for when in ("before", "after")}
+    assert {path.name for path in out.iterdir()} == set(files)
+    pixels = {name: np.asarray(Image.open(path)) for name, path in files.items()}
+    assert np.array_equal(pixels["1-before.png"], pixels["1-after.png"])
+    assert not np.array_equal(pixels["2-before.png"], pixels["2-after.png"])
+    off = steer("painter", "--with", "locatedit", "--knob", "cut=-1", "--file", text, "--out", out)
+    assert "nothing changed" in off.output
+
+
 class Clock:
     """Moves on by what is done, a little unevenly, and slows down while it does."""
 
@@ -260,11 +295,16 @@ def test_knobs_go_to_the_methods_that_have_them():
         ("llava", ["--with", "vhr", "--knob", "heads=2"], "it can be given from Python only"),
         ("gpt2", ["--with", "attention-buckets", "--knob", "times=1,x"], "give a number, or several with commas"),
         ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification does not generate"),
+        ("gpt2", ["--with", "var", "--text", "it", "--out", "here"], "GPT2LMHeadModel does not"),
+        ("painter", ["--with", "locatedit", "--text", "a ring"], "name a folder for them with --out"),
+        ("painter", ["--with", "locatedit", "--out", "here"], "what --text or --file says, one picture a line"),
+        ("painter", ["--with", "locatedit", "--text", "a ring", "--out", "here"], "give two texts or more, not 1"),
+        ("painter", ["--with", "var", "--text", "a ring", "--out", "here"], "PixArtTransformer2DModel has none"),
         ("gpt2", ["--with", "var", "--text", " "], "the text is empty"),
         ("gpt2", ["--with", "var", "--text", "it", "--image", "PICTURE"], "reads text only"),
     ],
 )
 def test_what_steer_cannot_do_it_says(folders, picture, kind, arguments, message):
-    done = steer(folders[kind], *[picture if a == "PICTURE" else a for a in arguments])
+    done = steer(folders.get(kind, kind), *[picture if a == "PICTURE" else a for a in arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())

@@ -141,9 +141,15 @@ def steer(
     image: Picture = None,
     generate: Annotated[int, typer.Option("--generate", "-g", min=1, help="Tokens to generate at most.")] = 32,
     truncate: Truncate = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Of a model that paints: where its pictures are written.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """What MODEL says without and with interventions, side by side, and the time that a token takes."""
+    """What MODEL says without and with interventions, side by side, and the time that a token takes.
+
+    Of a model that paints, such as painter: a picture of each line of the text, before and after, in a folder.
+    """
     from . import steer as work
 
     _model(model, trust_remote_code)
@@ -157,6 +163,7 @@ def steer(
             image=image,
             generate=generate,
             truncate=truncate,
+            out=folder,
             trust_remote_code=trust_remote_code,
             console=out,
         )

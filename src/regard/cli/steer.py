@@ -1,4 +1,4 @@
-"""`regard steer`: what a model says, and what it says under interventions."""
+"""`regard steer`: what a model says or paints, and what it does under interventions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from .. import catalog
+from ..files import written_aside
+from ..interventions._pictures import painted
 from ..loading import Loaded, load
 from ..prediction import writes
 from ..seam import intervene
-from .inputs import InputError, generated, open_picture, prepare, read_text
+from .inputs import InputError, generated, open_picture, png, prepare, read_text, writable
 
 TIMED = 8  # tokens of a round of measuring
 ROUNDS = (10, 50)  # at least and at most
@@ -39,10 +42,14 @@ def steer(
     image: Path | None = None,
     generate: int = 32,
     truncate: bool = False,
+    out: Path | None = None,
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Group:
-    """What a model says before and after, the words that differ marked, and the time that a token takes."""
+    """What a model says before and after, the words that differ marked, and the time that a token takes.
+
+    Of a model that paints: the pictures that it paints of each line of the text, written to `out`, and how they differ.
+    """
     console = console or Console(quiet=True)
     chosen = {method: catalog.method("interventions", method.replace("-", "_")) for method in methods}
     turned = parsed(chosen, knobs)
@@ -50,6 +57,16 @@ def steer(
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     model = loaded.model
+    if hasattr(loaded.processor, "scheduler"):
+        if picture is not None:
+            raise InputError(f"--image: {type(model).__name__} paints pictures, and is given words only")
+        if out is None:
+            raise InputError(f"{type(model).__name__} paints pictures: name a folder for them with --out")
+        if text is None:
+            raise InputError(f"{type(model).__name__} paints what --text or --file says, one picture a line")
+        return _painted(loaded, chosen, turned, text, out, console)
+    if out is not None:
+        raise InputError(f"--out is for models that paint, and {type(model).__name__} does not")
     if not writes(model):
         raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
     inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
@@ -73,6 +90,62 @@ def steer(
             ),
         )
     return shown(plain, steered, costs / generate, fitted)
+
+
+def _painted(
+    loaded: Loaded,
+    chosen: dict[str, Any],
+    turned: dict[str, dict[str, Any]],
+    text: str,
+    out: Path,
+    console: Console,
+) -> Group:
+    """Pictures before and after in a folder, from the same noise, and how far they are apart."""
+    model, pipeline = loaded
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    names = {when: [f"{i}-{when}.png" for i in range(1, len(said) + 1)] for when in ("before", "after")}
+    writable(out, *(name for some in names.values() for name in some))
+    inputs = {"prompt": said}
+    began = time.process_time()
+    with console.status("fitting"):
+        made = [method.fit(model, inputs, pipeline, **turned[key]) for key, method in chosen.items()]
+    fitted = time.process_time() - began
+    if says := [key for key, thing in zip(chosen, made) if callable(thing)]:
+        raise InputError(f"{says[0]} changes words that are said, and {type(model).__name__} paints")
+    with intervene(model, *made):
+        pass
+
+    def after_step(pipe: Any, step: int, when: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        for thing in made:
+            if hasattr(thing, "on_step_end"):
+                kept = thing.on_step_end(pipe, step, when, kept)
+        return kept
+
+    with console.status("painting"):
+        took, pictures = [], []
+        ways: list[tuple[Any, dict[str, Any]]] = [
+            (nullcontext(), {}),
+            (intervene(model, *made), {"callback_on_step_end": after_step}),
+        ]
+        for around, options in ways:
+            start = time.process_time()
+            with torch.inference_mode(), around:
+                pictures.append(painted(pipeline, inputs, **options))
+            took.append(time.process_time() - start)
+    out.mkdir(parents=True, exist_ok=True)
+    for some, files in zip(pictures, names.values()):
+        for picture, name in zip(some, files):
+            with written_aside(out / name) as draft:
+                draft.write_bytes(png(Image.fromarray((255 * picture).round().astype(np.uint8))))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("text", "before", "after", "change"):
+        table.add_column(name)
+    apart = abs(pictures[1] - pictures[0]).mean((1, 2, 3))
+    for line, before, after, much in zip(said, *names.values(), apart):
+        table.add_row(Text(line), before, after, f"{much:.1%}" if much else "none")
+    cost = f"written to {out}; {took[0]:.1f} s of processor time before, {took[1]:.1f} s after"
+    cost += f"; fitting took {fitted:.1f} s" if fitted > 0.01 else ""
+    return Group(table, Text(), Text(cost if apart.any() else f"nothing changed; {cost}"))
 
 
 def parsed(methods: dict[str, Any], knobs: Sequence[str]) -> dict[str, dict[str, Any]]:
