@@ -173,6 +173,36 @@ def qwen2_vl() -> Built:
     }
 
 
+def internvl() -> Built:
+    """A tower with a class token, of which each image token holds four patches."""
+    config = t.InternVLConfig(
+        vision_config=t.InternVLVisionConfig(**{**VISION, "image_size": [16, 16], "patch_size": [4, 4]}),
+        text_config=t.Qwen2Config(**GROUPED, **NO_IDS),
+        image_token_id=IMAGE,
+        downsample_ratio=0.5,
+    )
+    return t.InternVLForConditionalGeneration(config), {"input_ids": with_image(4), **pixels()}
+
+
+def paligemma() -> Built:
+    """A tower without a class token, and a prompt that sees itself both ways."""
+    vision = {**VISION, "vision_use_head": False, "projection_dim": 32}
+    config = t.PaliGemmaConfig(
+        vision_config=t.SiglipVisionConfig(**vision),
+        text_config=t.GemmaConfig(**GROUPED, head_dim=8, **NO_IDS),
+        image_token_id=IMAGE,
+        projection_dim=32,
+    )
+    tokens = with_image(16)
+    return t.PaliGemmaForConditionalGeneration(config), {
+        "input_ids": tokens,
+        "token_type_ids": torch.zeros_like(tokens),
+        **pixels(),
+    }
+
+
+PICTURED = {f.__name__: f for f in (llava, qwen2_vl, internvl, paligemma)}  # read image tokens among words
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (
