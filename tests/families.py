@@ -220,6 +220,8 @@ def processor(model: nn.Module) -> Any:
     return t.LlavaProcessor(maker, tokenizer, patch_size=makers[kind], chat_template=CHAT)
 
 
+PICTURED = {f.__name__: f for f in (llava, qwen2_vl, internvl, paligemma)}  # read image tokens among words
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (
