@@ -94,7 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
+        "indexer_head_dim": 64,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
         "ngram_vocab_size_base": 300,
@@ -196,7 +196,6 @@ INPUTS: dict[str, dict[str, Callable[[Maker, dict[str, Any]], Any]]] = {
     "mimi_decoder": {"latents": _noise(2, 64, 8)},
     "minicpmv4_7": {"pixel_values": _nothing},
     "molmo2": {"pixel_values": _nothing},
-    "molmo2_vision": {"pixel_values": _noise(2, 729, 588)},
     "moshi_depth": {
         "input_ids": _ids(4),
         "last_hidden_state": lambda make, _: make.noise(2, 4, make.config.input_size),

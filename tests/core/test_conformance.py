@@ -22,6 +22,9 @@ EXACT = {
     "sound": ("wav2vec2",),
     "pieces": ("longformer", "led", "longt5", "pegasus_x"),
     "several maps": ("diffllama", "lilt", "prophetnet"),
+    "one row of queries for all rows of keys": ("granite_speech",),
+    "cycles over one text": ("hrm_text",),
+    "values first": ("janus_vqgan",),
     "as a part of a whole": ("sam_mask_decoder", "blip_2_qformer"),
 }
 OTHERS = {
