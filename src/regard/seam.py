@@ -585,13 +585,13 @@ class _Guide:
         self.other: Tensor | None = None
 
     def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.other = None
         if not aside.on():
+            self.other = None
             with aside(), intervene(self.model, self.thing.aside):
                 self.other = _first_tensor(model(*args, **kwargs))
 
     def combine(self, model: nn.Module, args: Any, output: Any) -> Any:
-        if self.other is None:
+        if aside.on() or self.other is None:
             return output
         own, other, self.other = _first_tensor(output), self.other, None
         new = _result(self.thing, "guided", self.thing.guided(own, other), own)

@@ -34,10 +34,15 @@ class Longer:
 
     def _lengthen(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        more = self.made(hidden) if hidden.ndim == 3 else []
+        more = self.made(hidden)
         self.length, self.more = hidden.shape[1], sum(tokens.shape[1] for tokens in more)
         if not self.more:
             return args, kwargs
+        if hidden.ndim != 3:
+            raise UnreachableAttention(
+                f"no tokens can be appended to {self.name}: its layers are given states of shape {list(hidden.shape)}, "
+                f"not [batch, token, dim]"
+            )
         others = next(_tensors((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})), None)
         if others is not None:
             raise UnreachableAttention(
