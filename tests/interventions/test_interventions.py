@@ -19,12 +19,14 @@ from regard import catalog
 from regard.cli import app
 from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
 from regard.interventions import Method
+from regard.interventions._picture import Box
 
 METHODS = catalog.methods("interventions")
 STRONG = {  # knobs that change a tiny random model, and what would be found anew for each batch
     "agla": {"steps": 2},
     "attention_prompting": {"steps": 2},
     "carve": {"steps": 2},
+    "dyfo": {"budget": 1, "expert": lambda image, text: [Box(0.25, 0.25, 0.5, 0.5)]},
     "act": {"heads": [(1, 0), (1, 3)], "threshold": 0.02, "beta": 0.0},
     "focus_directions": {"directions": {(1, 0): torch.ones(8), (1, 3): -torch.ones(8)}, "strength": 2.0},
     "hicd": {"heads": [(0, 1), (1, 2)]},
