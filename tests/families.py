@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as t
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -220,7 +222,25 @@ def processor(model: nn.Module) -> Any:
     return t.LlavaProcessor(maker, tokenizer, patch_size=makers[kind], chat_template=CHAT)
 
 
-PICTURED = {f.__name__: f for f in (llava, qwen2_vl, internvl, paligemma)}  # read image tokens among words
+SEEING: dict[str, Callable[[], Built]] = {f.__name__: f for f in (llava, qwen2_vl, internvl, paligemma)}
+
+
+def asked(
+    name: str, texts: Sequence[str] = ("w4 w5 w6", "w7"), seed: int = 0
+) -> tuple[nn.Module, Any, dict[str, Any], list[Image.Image]]:
+    """A model of `SEEING`, its processor, inputs that ask these texts, padded on the left, and the rows' pictures."""
+    model, _ = made(SEEING[name], "sdpa")
+    size = (16, 24, 3) if name == "qwen2_vl" else (16, 16, 3)
+    rng = np.random.default_rng(seed)
+    images = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for _ in texts]
+    return model, processor(model), asking(processor(model), texts, images), images
+
+
+def asking(processor: Any, texts: Sequence[str], images: Sequence[Image.Image]) -> dict[str, Any]:
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    prompts = [processor.apply_chat_template(chat) for chat in chats]
+    return dict(processor(text=prompts, images=list(images), padding=True, return_tensors="pt"))
+
 
 FAMILIES: dict[str, Callable[[], Built]] = {
     f.__name__: f

@@ -9,14 +9,14 @@ import torch
 import regard
 from regard import Call, Site, Tokens
 
-KINDS = tuple(families.PICTURED)
+KINDS = tuple(families.SEEING)
 
 
 def deep(kind, layers=6):
     """A model with so many layers, and inputs of two rows, the first of which is padded by one token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.GROUPED, "num_hidden_layers", layers)
-        model, inputs = families.made(families.PICTURED[kind], "sdpa")
+        model, inputs = families.made(families.SEEING[kind], "sdpa")
     ids = inputs["input_ids"]
     more = {name: value for name, value in inputs.items() if value.shape == ids.shape}
     first = {"input_ids": torch.tensor([[0], [5]])}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import families
 import numpy as np
@@ -18,10 +19,16 @@ import regard
 from regard import catalog
 from regard.cli import app
 from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
+from regard.interventions import Method
+from regard.interventions._picture import Box
 from regard.interventions._pictures import painted
 
 METHODS = catalog.methods("interventions")
 STRONG = {  # knobs that change a tiny random model, and what would be found anew for each batch
+    "agla": {"steps": 2},
+    "attention_prompting": {"steps": 2},
+    "carve": {"steps": 2},
+    "dyfo": {"budget": 1, "expert": lambda image, text: [Box(0.25, 0.25, 0.5, 0.5)]},
     "act": {"heads": [(1, 0), (1, 3)], "threshold": 0.02, "beta": 0.0},
     "focus_directions": {"directions": {(1, 0): torch.ones(8), (1, 3): -torch.ones(8)}, "strength": 2.0},
     "headhunter": {"heads": [("transformer_blocks.1.attn1", 2), ("transformer_blocks.3.attn1", 0)]},
@@ -29,6 +36,7 @@ STRONG = {  # knobs that change a tiny random model, and what would be found ane
     "locatedit": {"words": [[1, 2], [1]]},
     "test_time_registers": {"chosen": {0: [3, 17], 1: [5]}},
     "vti": {"textual": torch.linspace(-1, 1, 192).view(6, 32).sin()},
+    "inter": {"tail": 2, "threshold": 0.0, "beta": 0.0},
     "var": {"p": 1.0, "tau": 2.3, "rho": 0.0, "least": 0.0},
 }
 STEPS, PADDED = 4, 3
@@ -107,7 +115,7 @@ def refusal(method, model, inputs, **knobs):
 
 
 def made(method, model, inputs, **knobs):
-    return method.fit(model, inputs, painter().processor if "prompt" in inputs else None, **knobs)
+    return method.fit(model, inputs, painter().processor if "prompt" in inputs else families.processor(model), **knobs)
 
 
 def around(model, thing):
@@ -267,19 +275,39 @@ def test_times_are_taken_in_turns_and_told_where_they_can_be():
 
 
 def test_knobs_go_to_the_methods_that_have_them():
-    class One:
+    class One(Method):
         def __init__(self, *, alpha: float | None = None, n: int = 2, times: Sequence[float] = ()): ...
 
-    class Other:
+    class Other(Method):
         def __init__(self, model, *, alpha: float = 1.0): ...
 
+        @classmethod
+        def fit(cls, model, inputs, processor=None, *, text: str = "", way: Literal["up", "down"] = "up", **knobs): ...
+
     methods = {"one": One, "other": Other}
-    assert parsed(methods, ["alpha=0.5", "one.n=3", "times=1,2.5", "other.alpha=2"]) == {
+    assert parsed(methods, ["alpha=0.5", "one.n=3", "times=1,2.5", "other.alpha=2", "text=a b", "way=down"]) == {
         "one": {"alpha": 0.5, "n": 3, "times": (1.0, 2.5)},
-        "other": {"alpha": 2.0},
+        "other": {"alpha": 2.0, "text": "a b", "way": "down"},
     }
     with pytest.raises(ValueError, match="give a whole number"):
         parsed(methods, ["n=2.5"])
+    with pytest.raises(ValueError, match="give up or down"):
+        parsed(methods, ["way=left"])
+
+
+@pytest.mark.parametrize("name", ["carve", "attention-prompting"])
+def test_steer_hands_over_the_picture_as_it_is(folders, tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    large = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "large.png")
+    arguments = ["--image", tmp_path / "large.png", "--text", "it was", "--knob", "steps=1", "--generate", 2]
+    done = steer(folders["llava"], "--with", name, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "after" in done.output
+    large.crop((0, 0, 64, 32)).save(tmp_path / "large.png")  # the model is given the middle
+    done = steer(folders["llava"], "--with", name, *arguments)
+    assert done.exit_code == 2
+    assert f"{name}: image 0, 64 x 32, is another than the model is given, or cut" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

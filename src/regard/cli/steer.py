@@ -73,7 +73,10 @@ def steer(
 
     began = time.process_time()
     with console.status("fitting"):
-        made = [method.fit(model, inputs, loaded.processor, **turned[key]) for key, method in chosen.items()]
+        made = [
+            method.fit(model, inputs, loaded.processor, **_finer(method, picture), **turned[key])
+            for key, method in chosen.items()
+        ]
     fitted = time.process_time() - began
     inside = [thing for thing in made if not callable(thing)]
     after: dict[str, Any] = {"logits_processor": [thing for thing in made if callable(thing)]}
@@ -148,6 +151,12 @@ def _painted(
     return Group(table, Text(), Text(cost if apart.any() else f"nothing changed; {cost}"))
 
 
+def _finer(method: Any, picture: Image.Image | None) -> dict[str, Any]:
+    """The picture as it is, for a method that can look at it more closely than the model does."""
+    wanted = picture is not None and "images" in inspect.signature(method.fit).parameters
+    return {"images": [picture]} if wanted else {}
+
+
 def parsed(methods: dict[str, Any], knobs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The knobs of each method, from `name=value` for all that have one of this name or `method.name=value`."""
     found: dict[str, dict[str, Any]] = {key: {} for key in methods}
@@ -170,17 +179,24 @@ def parsed(methods: dict[str, Any], knobs: Sequence[str]) -> dict[str, dict[str,
 
 def _knobs(method: Any) -> dict[str, Any]:
     """Keyword-only parameters of what makes a method, and their types."""
-    hints = get_type_hints(method.__init__)
-    parameters = inspect.signature(method).parameters.values()
-    return {p.name: hints.get(p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {
+        p.name: get_type_hints(maker).get(p.name)
+        for maker in (method.__init__, method.fit)
+        for p in inspect.signature(maker).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
 
 
-def _value(knob: str, text: str, kind: Any) -> float | tuple[float, ...]:
+def _value(knob: str, text: str, kind: Any) -> str | float | tuple[float, ...]:
     several = get_origin(kind) in (Collection, Sequence)
     kinds = get_args(kind) or (kind,)
     number = next((n for n in (int, float) if n in kinds), None)
+    words = [word for word in kinds if isinstance(word, str)]
+    if str in kinds or text in words:
+        return text
     if number is None:
-        raise InputError(f"--knob {knob}: it can be given from Python only")
+        what = f"give {' or '.join(words)}" if words else "it can be given from Python only"
+        raise InputError(f"--knob {knob}: {what}")
     try:
         numbers = tuple(number(part) for part in (text.split(",") if several else [text]))
     except ValueError:

@@ -4,7 +4,8 @@ Each file holds one method, a class of the same name as the file, with keyword-o
 
 - one that changes a model while it runs is made by its knobs, and goes to `regard.intervene(model, var(...))`;
 - one that changes the next-token logits is made by model, inputs and knobs, and goes to
-  `model.generate(**inputs, logits_processor=[avisc(model, inputs, ...)])`.
+  `model.generate(**inputs, logits_processor=[avisc(model, inputs, ...)])`;
+- one that shows the model another picture is made by `fit`, and goes to `regard.intervene`.
 
 What has to be found out on a model is found by a plain function of the same file, and is a knob. A method that needs
 it says so in `fit`, by which `regard steer` makes every method: `vhr.fit(model, inputs)` is

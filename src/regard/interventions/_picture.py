@@ -187,6 +187,15 @@ def asking(
     return found | {"pixel_values": inputs["pixel_values"]}
 
 
+def row_of(inputs: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The inputs of one row alone, its padding kept."""
+    found = {
+        name: value[i : i + 1] if isinstance(value, Tensor) and len(value) == len(inputs["input_ids"]) else value
+        for name, value in inputs.items()
+    }
+    return found | {"pixel_values": _split(inputs["pixel_values"], inputs)[i]}
+
+
 def chat(processor: Any, text: str) -> str:
     """What a text and a picture are to the processor."""
     if getattr(processor, "chat_template", None):
@@ -221,7 +230,7 @@ def cropped(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Imag
 def spread(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
     """A map of patches [row, column] laid over a picture of this width and height, bilinearly. [row, column]"""
     drawn = Image.fromarray(np.ascontiguousarray(values, np.float32))
-    return np.asarray(drawn.resize(size, Image.Resampling.BILINEAR))
+    return np.array(drawn.resize(size, Image.Resampling.BILINEAR))
 
 
 class Redrawn(Method):

@@ -25,7 +25,7 @@ def cut(inputs: Mapping[str, Any], gone: Tensor) -> dict[str, Any]:
     found = dict(inputs) | {"attention_mask": there.to(mask)}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == ids.shape and name != "attention_mask":
-            fill = value[kept][:1] if name == "input_ids" else 0
+            fill = value[kept][-1:] if name == "input_ids" else 0  # the end of a prompt is no image token
             found[name] = torch.where(there, value.gather(1, order), fill)
     return found
 
@@ -44,28 +44,32 @@ def instruction(inputs: Mapping[str, Any], image: Tensor, processor: Any, method
 
     ValueError, which names the method, where that is not known, or there is none.
     """
-    ids = inputs["input_ids"]
+    ids, lead = inputs["input_ids"], 0
     if tail is None:
         if processor is None:
             raise ValueError(f"{method}: where the instruction ends is not known; give the model's processor, or tail=")
-        end = _ending(processor)
+        lead, end = _around(processor, int(ids[image][0]))
         tail = len(end)
         if tail and bool((ids[:, -tail:] != ids.new_tensor(end)).any()):
             raise ValueError(
                 f"{method}: a prompt does not end as the processor's chat template does, so that its instruction is "
                 f"not known; give tail=, the number of tokens that follow on it"
             )
-    last = (image * torch.arange(ids.shape[1], device=ids.device)).amax(1, keepdim=True)
     at = torch.arange(ids.shape[1], device=ids.device)
+    last = (image * at).amax(1, keepdim=True) + lead
     found = (at > last) & (at < ids.shape[1] - tail)
     if not bool(found.any(1).all()):
         raise ValueError(f"{method}: a row has no instruction between its picture and the last {tail} tokens")
     return found
 
 
-def _ending(processor: Any) -> list[int]:
-    """Ids that the processor's chat template puts after what is asked."""
-    tokenizer = processor.tokenizer
-    one, other = (tokenizer(chat(processor, text), add_special_tokens=False)["input_ids"] for text in ("", "?"))
+def _around(processor: Any, image: int) -> tuple[int, list[int]]:
+    """What the processor's chat template puts around what is asked: how many tokens between it and the picture, whose
+    id is given, and the ids behind it.
+    """
+    one, other = (
+        processor.tokenizer(chat(processor, text), add_special_tokens=False)["input_ids"] for text in ("", "?")
+    )
     n = next((n for n, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b), 0)
-    return other[len(other) - n :]
+    after = one[len(one) - one[::-1].index(image) :] if image in one else one[len(one) - n :]
+    return max(0, len(after) - n), one[len(one) - n :]
