@@ -249,11 +249,11 @@ def _open(session: _Session) -> Iterator[None]:
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
             for part, module in find(session).items() if editors else ():
                 attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
-        _drop(session, undo)
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
             for part, module in _blocks(session).items():
                 edit = partial(_edit_given, session, editors, module)
                 attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
+        _drop(session, undo)
         try:
             yield
         finally:
