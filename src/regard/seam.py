@@ -286,11 +286,11 @@ def _open(session: _Session) -> Iterator[None]:
             editors = [thing for thing in session.interventions if hasattr(thing, hook)]
             for part, module in find(session.model, session.sites).items() if editors else ():
                 attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
-        _drop(session, undo)
         if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
             for part, module in sites.blocks(session.model, session.sites).items():
                 edit = partial(_edit_given, session, editors, module)
                 attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
+        _drop(session, undo)
         if editors := [thing for thing in session.interventions if hasattr(thing, "neurons")]:
             for part, module in sites.downs(session.model, session.sites).items():
                 attach(undo, part.register_forward_pre_hook, partial(_edit_neurons, session, editors, module))
