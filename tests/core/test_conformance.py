@@ -14,7 +14,7 @@ EXACT = {
     "interface": ("albert", "bart", "bert", "gemma3_text", "gpt_oss", "llama", "qwen3_moe", "t5", "whisper"),
     "latent keys, layers of several kinds": ("deepseek_v3", "jamba", "qwen3_next"),
     "several towers": ("clip", "idefics3", "llava", "qwen2_vl"),
-    "own softmax": ("bloom", "deberta", "deberta-v2", "gptj", "mpt", "xlnet", "funnel", "fsmt"),
+    "own softmax": ("bloom", "convbert", "deberta", "deberta-v2", "gptj", "mpt", "xlnet", "funnel", "fsmt"),
     "fused call": ("falcon", "sam_vision_model", "data2vec-vision"),
     "windows of a picture": ("swin", "swinv2", "sam2_vision_model", "hiera"),
     "torch's MultiheadAttention": ("siglip",),

@@ -80,7 +80,8 @@ class _Mode(TorchFunctionMode):
         if func in _PRODUCTS and (known := self._known(args[:1])):
             letters = "".join(chr(ord("A") + i) for i in range(args[0].ndim - 2))
             return self._product(func, known, args[1], (f"{letters}qk", f"{letters}kd", f"{letters}qd"))
-        if func in _PRODUCTS and len(args) > 1 and (known := self._known(args[1:2])):  # values first, as in pictures
+        # Values first, as of pictures [dim, key]; not the kernel of a convolution, which is one column:
+        if func in _PRODUCTS and (known := self._known(args[1:2])) and args[1].shape[-1] > 1:
             letters = "".join(chr(ord("A") + i) for i in range(args[1].ndim - 2))
             swapped = (f"{letters}kq", f"{letters}dk", f"{letters}dq")
             return self._product(lambda weights, value: func(value, weights), known, args[0], swapped)
