@@ -3,6 +3,8 @@
 Each file holds one method, a class of the same name as the file, with keyword-only knobs at the paper's default:
 
 - one that changes a model while it runs is made by its knobs, and goes to `regard.intervene(model, var(...))`;
+- one for models that paint may also have `on_step_end`, which goes to a pipeline of diffusers as
+  `callback_on_step_end`; its `fit` is given what the pipeline is called with;
 - one that changes the next-token logits is made by model, inputs and knobs, and goes to
   `model.generate(**inputs, logits_processor=[avisc(model, inputs, ...)])`;
 - one that shows the model another picture is made by `fit`, and goes to `regard.intervene`.

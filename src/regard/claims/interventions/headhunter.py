@@ -26,7 +26,7 @@ from ...seam import intervene
 from .. import _painted
 from .._measure import Mean, mean
 
-CAPTIONS = {"small": (8, 32), "large": (40, 200)}  # to hunt on, and to judge on
+CAPTIONS = {"small": (6, 24), "large": (40, 200)}  # to hunt on, and to judge on
 HEADS, SPREAD, RANDOM, STEPS = 5, 3.0, 2, 8
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 EXPECTED = (
