@@ -103,12 +103,14 @@ def headroom(model: str, which: str, n: int, seed: int) -> dict[str, Any]:
 
 
 def once(scenes: Shown, method: Any, pace: dict[str, float] | None) -> Any:
-    """The method, fitted once to captions of other scenes where fitting it takes as long as `SLOW` captions do."""
+    """The method, fitted once to captions of other scenes where fitting it takes as long as `SLOW` captions do, and what
+    it finds is not of its pictures alone.
+    """
     if pace is None or pace["fit"] < SLOW * WORDS * pace["greedy"]:
         return method
     others = describer.pictures(describer.tempting(32, seed=10**6))
     made = method(scenes.model, describer.asked(scenes.processor, others, [describer.PROMPTS[0]] * len(others)))
-    return method if callable(made) else lambda model, inputs: made
+    return method if callable(made) or hasattr(made, "given") else lambda model, inputs: made
 
 
 def row(found: dict[str, Any], greedy: dict[str, Any] | None) -> list[str]:
