@@ -80,8 +80,7 @@ def refam(
     >>> found.dims, bool(found[0].argmax(("row", "column"))["column"] > 16)
     (('batch', 'row', 'column'), True)
     """
-    expressions = texts(inputs, "refam")
-    model = denoiser(pipeline, "refam")
+    model, expressions = denoiser(pipeline, "refam"), texts(inputs, "refam")
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(expressions):
         raise ValueError(

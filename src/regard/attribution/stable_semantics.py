@@ -107,6 +107,7 @@ def stable_semantics(
     >>> maps.dims, maps.text.values[0].tolist()
     (('batch', 'chunk', 'row', 'column'), ['red circle', 'blue star'])
     """
+    denoiser(pipeline, "stable_semantics")  # refused before its texts are
     given = texts(inputs, "stable_semantics")
     generators = [torch.Generator().manual_seed(seed) for _ in given]
     return painted(pipeline, given, generators, layers=layers, steps=steps, size=size, nlp=nlp, **options)[1]
