@@ -185,7 +185,7 @@ def test_numbers_by_hand():
     per_key = torch.tensor([[[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.2, 0.6]]], [[[1.0, 0, 9], [0.5, 0.5, 9], [9, 9, 9]]]])
     numbers("qk", call, per_key)
     numbers("h", call, torch.tensor([[3.0], [nan]]))
-    numbers("r", call, torch.arange(2.0 * 3 * 11).reshape(2, 1, 3, 11))
+    numbers("r", call, torch.arange(2.0 * 3 * 12).reshape(2, 1, 3, 12))
     seen = Seen.from_bytes(numbers.take().to_bytes())
     values = {name: v[:, 0, 0].tolist() for (_, name), v in seen.values.items()}
     places = {name: p[:, :, 0, 0].tolist() for (_, name), p in seen.places.items()}
@@ -197,8 +197,8 @@ def test_numbers_by_hand():
     assert places["k"] == [[0, 1], [0, 1]]
     np.testing.assert_allclose(values["qk"], [(1 + 0.5 + 0.6) / 3, (1 + 0.5) / 2], rtol=1e-6)
     by_role = dict(zip(regard.tokens.ROLES, seen.values["language_model", "r"][:, 0, 0].T.tolist()))
-    assert by_role["text"] == [11.0, 38.5]  # 0, 11, 22; 33, 44
-    assert by_role["bos"][0] == 12.0
+    assert by_role["text"] == [12.0, 42.0]  # 0, 12, 24; 36, 48
+    assert by_role["bos"][0] == 13.0
     assert np.isnan([by_role["bos"][1], *by_role["image"], *by_role["pad"]]).all()
     assert values["h"][0] == 3.0
     assert np.isnan(values["h"][1])

@@ -260,7 +260,7 @@ def test_axes_of_different_lengths_are_filled():
         ("batch head query", lambda c: c.weights.entropy()[:1, :, 2:], r"gave \[1, 4, 10\] at language_model layer 0"),
         ("batch head key", lambda c: c.weights.received()[:, :3], r"key=12\], but gave \[2, 3, 12\]"),
         ("batch head query", lambda c: c.weights.entropy().transpose(1, 2), r"gave \[2, 12, 4\]"),
-        ("batch head role", lambda c: torch.ones(2, 4, 3), "role=11"),
+        ("batch head role", lambda c: torch.ones(2, 4, 3), "role=12"),
         ("batch head", lambda c: torch.ones(2, 4, dtype=torch.complex64), "gave torch.complex64"),
         ("batch head", lambda c: torch.ones(2, 4, dtype=torch.uint64), "gave torch.uint64"),
         ("batch head", lambda c: 3.0, "gave a float"),
