@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,22 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from . import adapters, catalog, kernels, sites
+from . import adapters, catalog, editing, kernels, sites
 from .adapters import caches, checkpoints, generation, interface, parallel, pictures
-from .adapters.dropping import Dropping
 from .adapters.interface import Asked
-from .adapters.registers import Longer
 from .call import Call, Unreadable
-from .functions import bound, innermost
+from .functions import innermost
 from .hooks import attach
 from .kernels import Reduction
-from .passes import Passes, aside
+from .passes import Passes
 from .recording import Recorder, Run, Sink
 from .shared import shared
 from .sites import UnreachableAttention
 from .weights import union
-
-_HOOKS = ("given", "entering", "keeps", "appended", "inputs", "weights", "output", "neurons", "mlp", "hidden", "guided")
 
 _sessions: dict[nn.Module, list[_Session]] = {}  # open ones by attention module, outermost first
 _watches: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}  # of those that an adapter reads
@@ -119,8 +115,8 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     forget what it kept of another run; and `where(call) -> bool`: only there is it asked for `weights`.
     """
     for thing in interventions:
-        if not any(callable(getattr(thing, hook, None)) for hook in _HOOKS):
-            raise TypeError(f"{thing!r} is not an intervention: it has none of {', '.join(_HOOKS)}")
+        if not any(callable(getattr(thing, hook, None)) for hook in editing.HOOKS):
+            raise TypeError(f"{thing!r} is not an intervention: it has none of {', '.join(editing.HOOKS)}")
         if hasattr(thing, "begin"):
             thing.begin(model)
     with _open(_Session(model, interventions=interventions)):
@@ -178,6 +174,7 @@ class _Session:
             recorder.attributes.setdefault("unreached", missed)
             recorder.attributes.setdefault("not_softmax", other)
         self.passes = Passes(model, self.sites, recorder, roles, changes=bool(interventions))
+        self.editing = editing.Editing(model, self.sites, self.passes, interventions, intervene)
         self.closed = False
         statistics = () if recorder is None else recorder.statistics
         self.does = ", ".join([*(type(thing).__name__ for thing in interventions), *statistics])
@@ -213,7 +210,7 @@ class _Session:
     def change(self, call: Call) -> Call:
         for thing in self.interventions:
             if hasattr(thing, "inputs"):
-                call = _result(thing, "inputs", thing.inputs(call), call)
+                call = editing.result(thing, "inputs", thing.inputs(call), call)
             if hasattr(thing, "weights") and (not hasattr(thing, "where") or thing.where(call)):
                 call = call.but(edits=(*call.edits, partial(_edit_weights, thing, call)))
         return call
@@ -248,10 +245,7 @@ def _open(session: _Session) -> Iterator[None]:
     with ExitStack() as undo:
         undo.enter_context(_watching())
         undo.enter_context(caches.heard(passes.heard))
-        if editors := [thing for thing in session.interventions if hasattr(thing, "given")]:  # before all that reads it
-            root = getattr(session.model, "_orig_mod", session.model)
-            undo.enter_context(generation.changed(root, partial(_edit_inputs, editors)))
-            attach(undo, root.register_forward_pre_hook, partial(_edit_called, editors), with_kwargs=True)
+        session.editing.attach_first(undo)
         for name, module in session.model.named_modules():
             if module is session.model or isinstance(module, PreTrainedModel):
                 attach(undo, module.register_forward_pre_hook, partial(passes.enter, name), with_kwargs=True)
@@ -279,56 +273,11 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
-        if editors := [thing for thing in session.interventions if hasattr(thing, "appended")]:
-            for longer in _longer(session, editors):
-                longer.attach(undo)
-        for hook, find in (("mlp", sites.feed_forwards), ("hidden", sites.blocks)):
-            editors = [thing for thing in session.interventions if hasattr(thing, hook)]
-            for part, module in find(session.model, session.sites).items() if editors else ():
-                attach(undo, part.register_forward_hook, partial(_edit_states, session, hook, editors, module))
-        if editors := [thing for thing in session.interventions if hasattr(thing, "entering")]:
-            for part, module in sites.blocks(session.model, session.sites).items():
-                edit = partial(_edit_given, session, editors, module)
-                attach(undo, part.register_forward_pre_hook, edit, with_kwargs=True)
-        _drop(session, undo)
-        if editors := [thing for thing in session.interventions if hasattr(thing, "neurons")]:
-            for part, module in sites.downs(session.model, session.sites).items():
-                attach(undo, part.register_forward_pre_hook, partial(_edit_neurons, session, editors, module))
-        for thing in session.interventions:
-            if hasattr(thing, "guided"):
-                guide = _Guide(session.model, thing)
-                attach(undo, session.model.register_forward_pre_hook, guide.run_aside, with_kwargs=True, prepend=True)
-                attach(undo, session.model.register_forward_hook, guide.combine)
+        session.editing.attach(undo)
         try:
             yield
         finally:
             session.closed = True
-
-
-def _drop(session: _Session, undo: ExitStack) -> None:
-    """Where tokens may leave, follow them through the layers of each stack."""
-    editors = [thing for thing in session.interventions if hasattr(thing, "keeps")]
-    stacks: dict[str, dict[nn.Module, tuple[nn.Module, int]]] = {}
-    for part, module in sites.blocks(session.model, session.sites).items() if editors else ():
-        site = session.sites[module]
-        if site.cross or site.also or site.stack.endswith("decoder"):
-            continue
-        stacks.setdefault(site.stack, {})[part] = module, site.layer
-    for stack, blocks in stacks.items():
-        passes, dropping = session.passes, Dropping(editors, blocks)
-        passes.dropping[stack] = dropping
-
-        def before(part: nn.Module, args: Any, kwargs: Any, of: Any = (passes, dropping, blocks)) -> Any:
-            passes, dropping, blocks = of
-            return dropping.before(passes.first(blocks[part][0]), part, args, kwargs)
-
-        def after(part: nn.Module, args: Any, output: Any, of: Any = (passes, dropping, blocks)) -> Any:
-            passes, dropping, blocks = of
-            return dropping.after(passes.site(blocks[part][0]), part, output)
-
-        for part in blocks:
-            attach(undo, part.register_forward_pre_hook, before, with_kwargs=True)
-            attach(undo, part.register_forward_hook, after)
 
 
 def _forget(module: nn.Module, session: _Session) -> None:
@@ -495,7 +444,7 @@ def _edited(sessions: Sequence[_Session], seen: Sequence[Call], output: Tensor) 
     for session, call in zip(sessions, seen):
         for thing in session.interventions:
             if hasattr(thing, "output"):
-                output = _result(thing, "output", thing.output(call, output), output)
+                output = editing.result(thing, "output", thing.output(call, output), output)
     return output
 
 
@@ -520,109 +469,5 @@ def _with_output(seen: Sequence[Call], sessions: Sequence[_Session]) -> list[Cal
     return [call if i == first else call.but(own_output=output) for i, call in enumerate(seen)]
 
 
-def _result(thing: Any, hook: str, new: Any, old: Any) -> Any:
-    if type(new) is not type(old) or (isinstance(old, Tensor) and new.shape != old.shape):
-        kind = f"a {type(old).__name__}" + (f" {list(old.shape)}" if isinstance(old, Tensor) else "")
-        got = f"{type(new).__name__}" + (f" {list(new.shape)}" if isinstance(new, Tensor) else "")
-        raise TypeError(f"{thing!r}.{hook} must return {kind}, not {got}")
-    return new
-
-
 def _edit_weights(thing: Any, call: Call, weights: Tensor, rows: range) -> Tensor:
-    return _result(thing, "weights", thing.weights(call, weights, rows), weights)
-
-
-def _edit_called(
-    editors: Sequence[Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    now = generation.now()
-    if now is not None and now.model is model:  # whose inputs are changed already
-        return args, kwargs
-    return (), _edit_inputs(editors, bound(model, args, kwargs))
-
-
-def _edit_inputs(editors: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    new = inputs
-    for thing in editors:
-        old, new = new, _result(thing, "given", thing.given(dict(new)), new)
-        if new.keys() != old.keys():
-            raise TypeError(f"{thing!r}.given must return {', '.join(old)}, not {', '.join(new)}")
-        for name in (name for name in new if new[name] is not old[name]):
-            _result(thing, f"given, of {name},", new[name], old[name])
-    return new
-
-
-def _edit_states(
-    session: _Session, hook: str, editors: Sequence[Any], module: nn.Module, part: nn.Module, args: Any, output: Any
-) -> Any:
-    states = new = output[0] if isinstance(output, tuple) else output
-    for thing in editors:
-        new = _result(thing, hook, getattr(thing, hook)(session.passes.site(module), new), states)
-    return (new, *output[1:]) if isinstance(output, tuple) else new
-
-
-def _edit_given(
-    session: _Session, editors: Sequence[Any], module: nn.Module, part: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    states = new = args[0] if args else kwargs["hidden_states"]
-    for thing in editors:
-        new = _result(thing, "entering", thing.entering(session.passes.coming(module), new), states)
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-
-def _edit_neurons(session: _Session, editors: Sequence[Any], module: nn.Module, part: nn.Module, args: Any) -> Any:
-    new = args[0]
-    for thing in editors:
-        new = _result(thing, "neurons", thing.neurons(session.passes.site(module), new), args[0])
-    return (new, *args[1:])
-
-
-class _Guide:
-    """Runs a model once more before each of its passes, and lets an intervention bring both outputs together."""
-
-    def __init__(self, model: nn.Module, thing: Any) -> None:
-        self.model, self.thing = model, thing
-        self.other: Tensor | None = None
-
-    def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not aside.on():
-            self.other = None
-            with aside(), intervene(self.model, self.thing.aside):
-                self.other = _first_tensor(model(*args, **kwargs))
-
-    def combine(self, model: nn.Module, args: Any, output: Any) -> Any:
-        if aside.on() or self.other is None:
-            return output
-        own, other, self.other = _first_tensor(output), self.other, None
-        new = _result(self.thing, "guided", self.thing.guided(own, other), own)
-        if isinstance(output, MutableMapping):
-            output[next(name for name, value in output.items() if value is own)] = new
-            return output
-        return new if isinstance(output, Tensor) else (new, *output[1:])
-
-
-def _first_tensor(output: Any) -> Tensor:
-    first = next(iter(output.values())) if isinstance(output, Mapping) else output
-    first = first[0] if isinstance(first, tuple) else first
-    if not isinstance(first, Tensor):
-        raise TypeError(f"a model that gives {type(output).__name__}, not first a tensor, cannot be guided")
-    return first
-
-
-def _longer(session: _Session, editors: Sequence[Any]) -> Iterator[Longer]:
-    """Of each stack, what makes it longer."""
-    stacks: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
-    blocks = sites.blocks(session.model, session.sites)
-    for block, module in blocks.items():
-        stacks.setdefault(session.sites[module].stack, []).append((block, module))
-
-    def made(module: nn.Module, hidden: Tensor) -> list[Tensor]:
-        site = session.passes.coming(module)
-        found = [thing.appended(site, hidden) for thing in editors]
-        return [tokens for tokens in found if tokens is not None]
-
-    models = [m for m in session.model.modules() if isinstance(m, PreTrainedModel)]
-    for stack, layers in stacks.items():
-        own = {block for block, _ in layers}
-        towers = [m for m in models if blocks.keys() & set(m.modules()) == own]
-        yield Longer(stack, [block for block, _ in layers], towers, partial(made, layers[0][1]))
+    return editing.result(thing, "weights", thing.weights(call, weights, rows), weights)
