@@ -64,12 +64,12 @@ def page(verdicts: list[Verdict]) -> str:
         "over keys. The recording names them in `attrs['not_softmax']`.\n\n"
         + _table(("architecture", "for example"), [(v.architecture, v.not_softmax[0]) for v in named])
     )
-    partly = [v for v in exact if v.refused]
-    parts.append(
-        "### Exact but for stacks that are refused\n\n"
-        "The recording lacks them; `attrs['refused']` says why, and so does a warning.\n\n"
-        + _table(("architecture", "stack"), [(v.architecture, v.refused[0]) for v in partly])
-    )
+    if partly := [v for v in exact if v.refused]:
+        parts.append(
+            "### Exact but for stacks that are refused\n\n"
+            "The recording lacks them; `attrs['refused']` says why, and so does a warning.\n\n"
+            + _table(("architecture", "stack"), [(v.architecture, v.refused[0]) for v in partly])
+        )
     pictures = [v for v in exact if v.places]
     parts.append(
         "### Places of patches\n\n"

@@ -70,6 +70,8 @@ def _judged(model: nn.Module, inputs: dict[str, Any]) -> str:
         found = call.tokens.places.flatten(0, 1)[moved.argmax()].tolist()
         if found[1:3] == [row, column]:
             return SQUARE if height == width else FOLLOWED
+    if max(abs(found[1] - row), abs(found[2] - column)) < 2:
+        return "patches overlap: one beside the painted one changes more"
     return f"a patch in row {row}, column {column} of {rows} x {columns} is said to be in {found[1:3]}"
 
 
