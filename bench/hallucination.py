@@ -103,8 +103,8 @@ def headroom(model: str, which: str, n: int, seed: int) -> dict[str, Any]:
 
 
 def once(scenes: Shown, method: Any, pace: dict[str, float] | None) -> Any:
-    """The method, fitted once to captions of other scenes where fitting it takes as long as `SLOW` captions do, and what
-    it finds is not of its pictures alone.
+    """The method, fitted once to captions of other scenes where fitting it takes as long as `SLOW` captions do, unless
+    what it finds is of its pictures alone.
     """
     if pace is None or pace["fit"] < SLOW * WORDS * pace["greedy"]:
         return method

@@ -147,8 +147,11 @@ def given(
             continue
         made = maker(images=[picture], return_tensors="pt")
         new, grid = made["pixel_values"], made.get("image_grid_thw")
-        same = grid is None or torch.equal(grid[0].cpu(), inputs["image_grid_thw"][i].cpu())
-        if new.flatten(0, -4).shape != parts[i].flatten(0, -4).shape if grid is None else not same:
+        if grid is None:
+            same = new.flatten(0, -4).shape == parts[i].flatten(0, -4).shape
+        else:
+            same = torch.equal(grid[0].cpu(), inputs["image_grid_thw"][i].cpu())
+        if not same:
             raise ValueError(
                 f"{method}: the processor makes pixels {list(new.shape)} of a picture of {picture.width} x "
                 f"{picture.height}, and {type(model).__name__} was given {list(parts[i].shape)}; give it pictures that "
@@ -159,32 +162,16 @@ def given(
 
 
 def asking(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    processor: Any,
-    texts: Sequence[str],
-    method: str,
-    pictures: Sequence[Image.Image] | None = None,
+    model: nn.Module, inputs: Mapping[str, Any], processor: Any, texts: Sequence[str], method: str
 ) -> dict[str, Any]:
-    """Inputs that ask each row's picture another text, by the processor's chat template where it has one.
-
-    pictures: to be asked in place of the inputs' own, of any number.
-    """
-    own = seen(model, inputs, processor, method)
+    """Inputs that ask each row's picture another text, by the processor's chat template where it has one."""
+    pictures = seen(model, inputs, processor, method)
     prompts = [chat(processor, text) for text in texts]
-    made = processor(
-        text=prompts,
-        images=own if pictures is None else list(pictures),
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-    found = {
-        name: made[name].to(inputs["input_ids"].device) for name in made if name in inputs or name == "attention_mask"
+    made = processor(text=prompts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    names = [name for name in made if name in inputs or name == "attention_mask"]
+    return {name: made[name].to(inputs["input_ids"].device) for name in names} | {
+        "pixel_values": inputs["pixel_values"]
     }
-    if pictures is not None:
-        return found | {"pixel_values": found["pixel_values"].to(inputs["pixel_values"].dtype)}
-    return found | {"pixel_values": inputs["pixel_values"]}
 
 
 def row_of(inputs: Mapping[str, Any], i: int) -> dict[str, Any]:
