@@ -83,6 +83,23 @@ def test_a_search_that_stops_early_begins_as_the_whole_does():
     assert (along[0], along[-1]) == (1, 0)
 
 
+def test_a_part_without_weight_is_seen_of_what_was_chosen_alone():
+    asked = []
+
+    def counted(shown):
+        asked.append(len(shown))
+        return additive(shown)
+
+    for weights in ({"consistency": 0}, {"collaboration": 0}):
+        asked.clear()
+        found = search(counted, 3, **weights)
+        assert found.insertion == pytest.approx([0.5, 0.8, 0.9])
+        assert found.deletion == pytest.approx([0.4, 0.1, 0])
+        assert sum(asked) == 2 + 6 + 3
+    with pytest.raises(ValueError, match="weights from 0"):
+        search(additive, 3, consistency=0, collaboration=0)
+
+
 def test_overlap_of_boxes():
     box = torch.tensor([0.0, 0, 2, 2])
     boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 4, 4], [1, 1, 0, 0]])

@@ -119,6 +119,8 @@ def search(
     >>> search(lambda shown: shown @ parts, 3).order.tolist()
     [1, 2, 0]
     """
+    if min(consistency, collaboration) < 0 or not consistency + collaboration:
+        raise ValueError(f"consistency={consistency}, collaboration={collaboration}: weights from 0, and one above it")
     steps = regions if steps is None else steps
     shown, chosen = np.zeros(regions, bool), []
     whole, none = score(np.stack([~shown, shown]))
@@ -128,10 +130,16 @@ def search(
     for step in range(min(steps, regions)):
         left = np.flatnonzero(~shown)
         with_each = shown | (np.arange(regions) == left[:, None])
-        both = score(np.concatenate([with_each, ~with_each]))
-        inserted, deleted = both[: len(left)], both[len(left) :]
+        parts = [with_each] * bool(consistency) + [~with_each] * bool(collaboration)  # what has no weight costs nothing
+        both = score(np.concatenate(parts))
+        inserted = both[: len(left)] if consistency else np.zeros(len(left))
+        deleted = both[-len(left) :] if collaboration else np.zeros(len(left))
         values = consistency * inserted + collaboration * (1 - deleted)
         best = int(values.argmax())
+        if not consistency:
+            inserted = np.repeat(score(with_each[best : best + 1]), len(left))
+        if not collaboration:
+            deleted = np.repeat(score(~with_each[best : best + 1]), len(left))
         curves.append((float(inserted[best]), float(deleted[best]), float(values[best])))
         chosen.append(int(left[best]))
         shown[left[best]] = True
