@@ -37,7 +37,7 @@ EXPECTED = (
     "lower by two standard errors where a word of the object is left out instead of the stop word, and where the "
     "magnets are read"
 )
-SCENES = {"small": 600, "large": 3000}
+SCENES = {"small": 300, "large": 3000}
 READ = ("and", "pink")  # magnets that are read, as a control
 STEPS: dict[str, dict[str, Any]] = {
     "all tokens": {"stop_words": (), "magnets": (), "sinks": False},

@@ -37,7 +37,7 @@ EXPECTED = (
     "over union of 0.5, at least twice as many objects as from points at random, and at least 10 points more than from "
     "another word's points; each by two standard errors"
 )
-SCENES = {"small": 80, "large": 1000}
+SCENES = {"small": 40, "large": 1000}
 HELD = 10**6
 DIALS = Dials(objects=(2, 3), textures=("plain",))
 
