@@ -51,7 +51,7 @@ class Editing:
         self.interventions, self.intervene = interventions, intervene
 
     def with_hook(self, hook: str) -> list[Any]:
-        return [thing for thing in self.interventions if hasattr(thing, hook)]
+        return [thing for thing in self.interventions if callable(getattr(thing, hook, None))]
 
     def attach_first(self, undo: ExitStack) -> None:
         """What has to be changed before anything reads it."""
