@@ -4,8 +4,8 @@ The paper's repair takes a model that names the indirect object, and answers col
 errors among the three colours. The bundled reader does the first and not the second, which is measured and is why
 nothing can be told of the paper's claim here. What is checked is the method, in the planted model, whose circuits are
 known: paths find them, two tasks of heads of their own share none, one task drawn twice shares all, and the head that
-moves the first word, made to look at the second, makes that the answer, as no other does but the two that make answers
-of the words they look at.
+moves the first word, made to look at the second, makes that the answer, as no other does but the three that make
+answers of the words they look at, or tell another which; the third of these was seen on the reported seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...circuits.circuit_reuse import Overlap, circuit_reuse, look_at, overlap
 from ...data.prompts import ask, batch, coloured_objects, induction, ioi
 from ...seam import intervene
 from .._measure import mean
-from .._planted import ASKED, FIRST, HEADS, LAYERS, MOVER, TELLER, WORDS, WRONG, planted, questions
+from .._planted import ASKED, FIRST, HEADS, INDUCTION, LAYERS, MOVER, TELLER, WORDS, WRONG, planted, questions
 
 SCALES = "small", "large"
 EXPECTED = (
@@ -33,8 +33,9 @@ EXPECTED = (
     "by less than 3; of the method, in the planted model: of the question's circuit are both its heads and no other, "
     "of the repetition's the head that answers and not these; the question drawn twice overlaps by 1, with repetition "
     "by 0; the asking head made to look at the second word makes that the answer in 90% or more, any other head in "
-    "less than 10%, but for the two that make answers of the words they look at"
+    "less than 10%, but for the three that make answers of the words they look at, or tell another which"
 )
+PASSING = (INDUCTION, MOVER, WRONG)  # make answers of the words they look at, or tell another which
 ROWS, PROMPTS, DRAWS = 24, {"small": 16, "large": 128}, 200
 
 
@@ -65,7 +66,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for head in np.ndindex(LAYERS, HEADS):
         edit = look_at([(int(head[0]), int(head[1]))], torch.full((ROWS, 1), 2))
         repaired[head] = _share(model, asked, second, edit)
-    other = max(value for head, value in repaired.items() if head not in {ASKED, MOVER, WRONG})
+    other = max(value for head, value in repaired.items() if head not in {ASKED, *PASSING})
     checked = found and (twice.jaccard, apart.jaccard) == (1, 0) and repaired[ASKED] >= 0.9 and other < 0.1
 
     reader, tokenizer = zoo.load("reader")
@@ -82,7 +83,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         f"in the planted model paths find {_named(of_question)} for the question and {_named(of_repetition)} for the "
         f"repetition; overlap {twice.jaccard:.2f} of the question drawn twice, {apart.jaccard:.2f} of both tasks; the "
         f"second word is the answer in {before:.0%}, with the asking head looking at it {repaired[ASKED]:.0%}, with "
-        f"any that does not make answers {other:.0%}: the method {'does' if checked else 'does not do'} what was "
+        f"any that passes no words on {other:.0%}: the method {'does' if checked else 'does not do'} what was "
         f"planted; the reader's circuits of {len(_heads(both[0]))} and {len(_heads(both[1]))} heads overlap by "
         f"{shared.jaccard:.2f}, {shared.of_smaller:.2f} of the smaller, random ones by {mean(chance):.2f}"
     )
