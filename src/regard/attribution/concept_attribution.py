@@ -49,7 +49,8 @@ class Dictionary:
         if self.method == "nmf":
             with needs("concepts", "claims"):
                 from sklearn.decomposition import non_negative_factorization
-            codes = non_negative_factorization(rows, H=self.atoms, n_components=len(self.atoms), update_H=False)[0]
+            n: Any = len(self.atoms)
+            codes = non_negative_factorization(rows, H=self.atoms, n_components=n, update_H=False)[0]
         elif self.method == "pca":
             codes = rows @ self.atoms.T
         else:
