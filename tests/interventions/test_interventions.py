@@ -19,9 +19,8 @@ import regard
 from regard import catalog
 from regard.cli import app
 from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
-from regard.interventions import Method
+from regard.interventions import Method, painted
 from regard.interventions._picture import Box
-from regard.interventions._pictures import painted
 
 METHODS = catalog.methods("interventions")
 STRONG = {  # knobs that change a tiny random model, and what would be found anew for each batch

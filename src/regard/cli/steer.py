@@ -20,7 +20,7 @@ from rich.text import Text
 
 from .. import catalog
 from ..files import written_aside
-from ..interventions._pictures import painted
+from ..interventions import painted
 from ..loading import Loaded, load
 from ..prediction import writes
 from ..seam import intervene

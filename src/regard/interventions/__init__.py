@@ -16,5 +16,6 @@ every method passes.
 """
 
 from ._method import Method
+from ._painting import painted
 
-__all__ = ["Method"]
+__all__ = ["Method", "painted"]

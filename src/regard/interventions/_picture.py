@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ._method import Method, image_ids
+from ._method import Method, image_tokens
 
 ALIKE = 8.0  # of 255: how far a picture may be, on average, from what the model sees of it
 
@@ -48,16 +48,15 @@ class Box(NamedTuple):
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
-def image_tokens(model: nn.Module, inputs: Mapping[str, Any], method: str) -> Tensor:
+def one_picture(model: nn.Module, inputs: Mapping[str, Any], method: str) -> Tensor:
     """Which tokens of the prompts are of its picture. [batch, token] boolean
 
     ValueError, which names the method, unless each row has one picture, in one part, and is not padded on the right.
     """
-    ids = image_ids(model, method)
     pixels, tokens = inputs.get("pixel_values"), inputs.get("input_ids")
     if pixels is None or tokens is None:
         raise ValueError(f"{method} looks at a picture, and {type(model).__name__} is given none here")
-    image = torch.isin(tokens, tokens.new_tensor(sorted(ids)))
+    image = image_tokens(model, tokens, method)
     parts = _n_pictures(inputs)
     if parts != len(tokens) or not bool(image.any(1).all()):
         raise ValueError(
@@ -80,10 +79,10 @@ def _n_pictures(inputs: Mapping[str, Any]) -> int:
 def seen(model: nn.Module, inputs: Mapping[str, Any], processor: Any, method: str) -> list[Image.Image]:
     """The picture of each row as the model is given it: cut, and scaled to its resolution.
 
-    ValueError, which names the method, where `image_tokens` raises, or there is no processor that says how colours
+    ValueError, which names the method, where `one_picture` raises, or there is no processor that says how colours
     became numbers.
     """
-    image_tokens(model, inputs, method)
+    one_picture(model, inputs, method)
     maker = maker_of(processor, method, model)
     pixels = inputs["pixel_values"].detach().cpu().double()
     if (grid := inputs.get("image_grid_thw")) is not None:

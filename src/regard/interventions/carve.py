@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..extras import needs
 from ._look import looks
 from ._method import layers
-from ._picture import Box, Redrawn, asking, cropped, finer, given, image_tokens, seen, spread
+from ._picture import Box, Redrawn, asking, cropped, finer, given, one_picture, seen, spread
 
 Strategy = Literal["attention_sum", "size", "remove_small"]
 Steps = Literal["all", "first", "equal"]
@@ -115,7 +115,7 @@ def relevance(
     Of each row of the inputs, summed over steps (later ones count more) and layers. general: None for the weights of
     the prompt alone. method: that errors name. The rest as in `carve`.
     """
-    image_tokens(model, inputs, method)
+    one_picture(model, inputs, method)
     among = depth(layers(model, method)) if among is None else sorted(among)
     task = looks(model, inputs, method, steps=steps, among=among)
     if general is None:

@@ -26,7 +26,7 @@ from ..call import Call, Site
 from ..seam import intervene
 from ._branch import Branch, plausible
 from ._method import STACK, Method
-from ._picture import image_tokens
+from ._picture import one_picture
 
 Heads = Literal["joint", "mean"]
 
@@ -89,7 +89,7 @@ def outliers(model: nn.Module, inputs: Mapping[str, Any], *, topk: int | None = 
 
     Numbers count the patches as they are read, from 0. See `damro`.
     """
-    image = image_tokens(model, inputs, "damro")
+    image = one_picture(model, inputs, "damro")
     looking = _Looking(_fed(model))
     with intervene(model, looking):
         model(**inputs)
@@ -122,7 +122,7 @@ def first_row(query: Tensor, key: Tensor, scale: float, *, heads: Heads = "joint
 
 def only(model: nn.Module, inputs: Mapping[str, Any], kept: Tensor) -> Branch:
     """A run whose pictures are these patches of each row, in this order. [batch, patch]"""
-    image = image_tokens(model, inputs, "damro")
+    image = one_picture(model, inputs, "damro")
     rank = image.long().cumsum(1) - 1  # of each image token
     hidden = image & (rank >= kept.shape[1])
     mask = inputs.get("attention_mask")

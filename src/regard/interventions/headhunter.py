@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..call import Call
 from ..seam import intervene
 from ._method import Method
-from ._pictures import attention, painted, prompts
+from ._painting import attention, painted, prompts
 
 Head = tuple[str, int]  # the name of an attention module, and the number of a head in it
 SHARE = 24 / 576  # of the heads of SD3-medium, that the paper takes for quality

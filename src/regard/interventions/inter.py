@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._branch import Branch, plausible
 from ._look import lengths
 from ._method import Method
-from ._picture import image_tokens
+from ._picture import one_picture
 from ._prompt import cut, instruction, narrowed
 
 STEPS = 32  # of a plain answer, at most, that tells which variances are large
@@ -66,7 +66,7 @@ class inter(Method):
         beta: float = 0.1,
     ) -> None:
         self.strength, self.threshold, self.beta = strength, threshold, beta
-        image = image_tokens(model, inputs, "inter")
+        image = one_picture(model, inputs, "inter")
         text = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.shape == image.shape}
         prompts = cut(inputs, instruction), narrowed(cut(text, image)), narrowed(cut(text, image | instruction))
         self.picture, self.text, self.none = (Branch(model, inputs, prompt=prompt) for prompt in prompts)
@@ -83,7 +83,7 @@ class inter(Method):
         **knobs: Any,
     ) -> Self:
         """tail: how many tokens of a prompt follow on its instruction; None asks the processor's chat template."""
-        asked = instruction(inputs, image_tokens(model, inputs, "inter"), processor, "inter", tail)
+        asked = instruction(inputs, one_picture(model, inputs, "inter"), processor, "inter", tail)
         made = cls(model, inputs, instruction=asked, **knobs)
         made.threshold = usual(model, inputs, made) if threshold is None else threshold
         return made

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 
 from ..call import Call
 from ._method import Method
-from ._pictures import attention, prompts
+from ._painting import attention, prompts
 
 SELF, CROSS = 32 * 32, 16 * 16  # tokens of a map, at most
 Map = tuple[Tensor, tuple[int, int]]  # [text, token, ...], and the rows and columns of tokens

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ...catalog import Finding, Premise
 from ...data.scenes import caption
-from ...interventions._pictures import painted
+from ...interventions import painted
 from ...interventions.headhunter import Head, chroma, headhunter, self_attention
 from ...loading import load
 from ...seam import intervene

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ...catalog import Finding, Premise
 from ...data.scenes import COLOURS
 from ...evaluation.hallucination import SHAPE_WORDS
-from ...interventions._picture import image_tokens
+from ...interventions._picture import one_picture
 from ...interventions._prompt import cut, narrowed
 from ...interventions.inter import inter, variances
 from ...zoo.recipes import describer
@@ -104,7 +104,7 @@ def _varies(shown: Shown) -> tuple[float, tuple[int, int]]:
 def _losses(shown: Shown) -> tuple[float, float]:
     """Of true captions after the prompt without its picture, and by how often each word is in captions. Nats a word"""
     tokenizer, inputs = shown.processor.tokenizer, _describing(shown)
-    image = image_tokens(shown.model, inputs, "inter")
+    image = one_picture(shown.model, inputs, "inter")
     text = narrowed(cut({name: v for name, v in inputs.items() if v.shape == image.shape}, image))
     captions = [tokenizer(shown.recipe.said(scene), add_special_tokens=False)["input_ids"] for scene in shown.scenes]
     counts = Counter(i for ids in captions for i in ids)

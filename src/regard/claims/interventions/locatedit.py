@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...catalog import Finding, Premise
 from ...data.scenes import COLOURS, Scene, caption
-from ...interventions._pictures import painted
+from ...interventions import painted
 from ...interventions.locatedit import Map, locatedit
 from ...loading import load
 from ...seam import intervene
