@@ -29,6 +29,8 @@ COMMANDS = {  # of a room, beside `regard reproduce`
     "attribution": 'regard explain MODEL --text "..." --method {name}',
     "interventions": "regard steer MODEL --with {name} --image picture.png",
 }
+PAINTS = {"interventions": 'regard steer painter --with {name} --text "..." --out folder'}  # of models that paint
+BY_CODE = {"prompt-cam"}  # of a model of its own, which no command loads
 INDEX = """---
 hide:
   - toc
@@ -197,7 +199,7 @@ def _imports(code: str, here: dict[str, Any], known: set[str]) -> list[str]:
 
 def _commands(row: Row) -> str:
     name = row.object.partition(":")[0].rpartition(".")[2]
-    own = COMMANDS.get(row.room)
+    own = None if row.key in BY_CODE else (PAINTS if "generation" in row.tags else COMMANDS).get(row.room)
     scales = [f"regard reproduce {row.key}{'' if scale == 'small' else f' --scale {scale}'}" for scale in row.scales]
     return "\n".join([*([own.format(name=name)] if own else []), *scales])
 
