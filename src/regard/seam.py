@@ -279,6 +279,7 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
+        _refuse_lengths(session)
         if editors := [thing for thing in session.interventions if hasattr(thing, "appended")]:
             for longer in _longer(session, editors):
                 longer.attach(undo)
@@ -305,15 +306,35 @@ def _open(session: _Session) -> Iterator[None]:
             session.closed = True
 
 
+def _refuse_lengths(session: _Session) -> None:
+    """Raise where tokens may leave a model, or come to it, by two blocks: neither follows the other's."""
+    others = {other: None for module in session.sites for other in _sessions[module] if other is not session}
+    for hook, theirs in (("keeps", "keeps"), ("keeps", "appended"), ("appended", "keeps")):
+        mine = next((thing for thing in session.interventions if hasattr(thing, hook)), None)
+        other = next((thing for o in others for thing in o.interventions if hasattr(thing, theirs)), None)
+        if mine is not None and other is not None:
+            raise RuntimeError(
+                f"{mine!r} has `{hook}`, and {other!r} of another open block has `{theirs}`: give both to one block, "
+                f"as in intervene(model, one, other)"
+            )
+
+
 def _drop(session: _Session, undo: ExitStack) -> None:
     """Where tokens may leave, follow them through the layers of each stack."""
     editors = [thing for thing in session.interventions if hasattr(thing, "keeps")]
+    if not editors:
+        return
     stacks: dict[str, dict[nn.Module, tuple[nn.Module, int]]] = {}
-    for part, module in sites.blocks(session.model, session.sites).items() if editors else ():
+    for part, module in sites.blocks(session.model, session.sites).items():
         site = session.sites[module]
-        if site.cross or site.also or site.stack.endswith("decoder"):
+        if site.also or any(m in session.sites and session.sites[m].cross for m in part.modules()):
             continue
         stacks.setdefault(site.stack, {})[part] = module, site.layer
+    if not stacks:
+        raise UnreachableAttention(
+            f"{type(session.model).__name__} has no layers that tokens can leave: they are shared, or attend to "
+            f"another sequence too"
+        )
     for stack, blocks in stacks.items():
         passes, dropping = session.passes, Dropping(editors, blocks)
         passes.dropping[stack] = dropping
@@ -571,10 +592,12 @@ def _edit_given(
 
 
 def _edit_neurons(session: _Session, editors: Sequence[Any], module: nn.Module, part: nn.Module, args: Any) -> Any:
-    new = args[0]
+    n, dim = args[0].shape[-1], args[0].ndim - 1
+    share = parallel.share_of_neurons(part, n)
+    old = new = args[0] if share is None else share.joined(args[0], dim)
     for thing in editors:
-        new = _result(thing, "neurons", thing.neurons(session.passes.site(module), new), args[0])
-    return (new, *args[1:])
+        new = _result(thing, "neurons", thing.neurons(session.passes.site(module), new), old)
+    return (new if share is None else share.mine(new, n, dim), *args[1:])
 
 
 class _Guide:
@@ -587,6 +610,11 @@ class _Guide:
     def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.other = None
         if not aside.on():
+            if any(caches.of(value) is not None for value in (*args, *kwargs.values())):
+                raise ValueError(
+                    f"{type(model).__name__} is given a cache, in which both runs of {self.thing!r} would write; "
+                    f"run it with use_cache=False"
+                )
             with aside(), intervene(self.model, self.thing.aside):
                 self.other = _first_tensor(model(*args, **kwargs))
 
