@@ -608,18 +608,19 @@ class _Guide:
         self.other: Tensor | None = None
 
     def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if aside.on():  # of another guide: what was run for this one is kept
+            return
         self.other = None
-        if not aside.on():
-            if any(caches.of(value) is not None for value in (*args, *kwargs.values())):
-                raise ValueError(
-                    f"{type(model).__name__} is given a cache, in which both runs of {self.thing!r} would write; "
-                    f"run it with use_cache=False"
-                )
-            with aside(), intervene(self.model, self.thing.aside):
-                self.other = _first_tensor(model(*args, **kwargs))
+        if any(caches.of(value) is not None for value in (*args, *kwargs.values())):
+            raise ValueError(
+                f"{type(model).__name__} is given a cache, in which both runs of {self.thing!r} would write; "
+                f"run it with use_cache=False"
+            )
+        with aside(), intervene(self.model, self.thing.aside):
+            self.other = _first_tensor(model(*args, **kwargs))
 
     def combine(self, model: nn.Module, args: Any, output: Any) -> Any:
-        if self.other is None:
+        if aside.on() or self.other is None:
             return output
         own, other, self.other = _first_tensor(output), self.other, None
         new = _result(self.thing, "guided", self.thing.guided(own, other), own)

@@ -26,11 +26,17 @@ class Given:
         return inputs | ({"input_ids": inputs["input_ids"] + 1} if "input_ids" in inputs else {})
 
 
+class Quieter:
+    def __init__(self, by):
+        self.by = by
+
+    def output(self, call, output):
+        return output * self.by
+
+
 class Guide:
-    class aside:
-        @staticmethod
-        def output(call, output):
-            return output * 0.0
+    def __init__(self, by=0.0):
+        self.aside = Quieter(by)
 
     def guided(self, output, other):
         return output + 0.5 * (output - other)
@@ -99,6 +105,40 @@ def test_a_guided_model_shares_no_cache_with_its_other_run():
         steps = model.generate(ids, use_cache=False, **options)
         assert torch.equal(model(steps[:, :-1]).logits[:, -1].argmax(-1), steps[:, -1])
     assert is_clean(model)
+
+
+@torch.no_grad()
+def test_two_guides_each_have_their_own_other_run():
+    model, inputs = build("llama")
+    expected = model(**inputs).logits
+    for by in (0.2, 0.7):
+        with regard.intervene(model, Quieter(by)):
+            expected = Guide().guided(expected, model(**inputs).logits)
+    with regard.intervene(model, Guide(0.2), Guide(0.7)):
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    outer, inner = regard.intervene(model, Guide(0.2)), regard.intervene(model, Guide(0.7))
+    with outer, regard.record(model, "entropy") as recording, inner:
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+    assert len(recording) == 1
+
+
+@torch.no_grad()
+def test_a_tower_in_a_model_can_be_appended_to():
+    """Its layers are handed numbers that are meant for others."""
+    vision = t.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)
+    text = t.LlamaConfig(**SIZES, vocab_size=99)
+    config = t.LlavaConfig(text_config=text, vision_config=vision, image_token_id=98)
+    model = t.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 98, 98, 98, 98, 5, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 16, 16)}
+    plain = model(**inputs).logits
+    append = Append(2)
+    append.appended = lambda site, hidden: (
+        Append.appended(append, site, hidden) if site.stack == "vision_tower" else None
+    )
+    with regard.intervene(model, append), regard.record(model, "entropy") as recording:
+        assert not torch.allclose(model(**inputs).logits, plain)
+    assert recording.tree["vision_tower"].sizes["key"] == 7
 
 
 def test_neurons_of_chunks_of_a_sequence_are_refused():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import UnreachableAttention
+from ..functions import arguments
 from ..hooks import attach
 from . import pictures
 
@@ -39,7 +40,8 @@ class Longer:
         if not (n := sum(tokens.shape[1] for tokens in more)):
             return args, kwargs
         given = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        if hidden.ndim != 3 or _sizes(given):
+        named = arguments(type(block).forward)  # towers hand on to their layers what was meant for others
+        if hidden.ndim != 3 or _sizes((args[1:], {k: v for k, v in given[1].items() if k in named})):
             raise UnreachableAttention(
                 f"no tokens can be appended to {self.name}: its layers lay out what they are given, "
                 f"{list(hidden.shape)}, over the picture"
