@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import sites
-from .adapters import generation
+from .adapters import caches, generation, parallel
 from .adapters.dropping import Dropping
 from .adapters.registers import Longer
-from .call import Site
+from .call import Site, UnreachableAttention
 from .functions import bound
 from .hooks import attach
 from .passes import Passes, aside
@@ -59,6 +59,16 @@ class Editing:
             root = getattr(self.model, "_orig_mod", self.model)
             undo.enter_context(generation.changed(root, self._given))
             attach(undo, root.register_forward_pre_hook, self._called, with_kwargs=True)
+
+    def refuse_beside(self, others: Sequence[Editing]) -> None:
+        """Raise where tokens may leave a model, or come to it, by two blocks: neither follows the other's."""
+        for hook, theirs in (("keeps", "keeps"), ("keeps", "appended"), ("appended", "keeps")):
+            other = next((thing for one in others for thing in one.with_hook(theirs)), None)
+            if other is not None and (mine := self.with_hook(hook)):
+                raise RuntimeError(
+                    f"{mine[0]!r} has `{hook}`, and {other!r} of another open block has `{theirs}`: give both to one "
+                    f"block, as in intervene(model, one, other)"
+                )
 
     def attach(self, undo: ExitStack) -> None:
         """The rest."""
@@ -115,10 +125,12 @@ class Editing:
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     def _neurons(self, module: nn.Module, part: nn.Module, args: Any) -> Any:
-        new = args[0]
+        n, dim = args[0].shape[-1], args[0].ndim - 1
+        share = parallel.share_of_neurons(part, n)
+        old = new = args[0] if share is None else share.joined(args[0], dim)
         for thing in self.with_hook("neurons"):
-            new = result(thing, "neurons", thing.neurons(self.passes.site(module), new), args[0])
-        return (new, *args[1:])
+            new = result(thing, "neurons", thing.neurons(self.passes.site(module), new), old)
+        return (new if share is None else share.mine(new, n, dim), *args[1:])
 
     # Which tokens there are
 
@@ -145,8 +157,13 @@ class Editing:
         stacks: dict[str, dict[nn.Module, tuple[nn.Module, int]]] = {}
         for part, module in self._parts("keeps", sites.blocks):
             site = self.sites[module]
-            if not (site.cross or site.also or site.stack.endswith("decoder")):
+            if not (site.also or any(self.sites[m].cross for m in part.modules() if m in self.sites)):
                 stacks.setdefault(site.stack, {})[part] = module, site.layer
+        if self.with_hook("keeps") and not stacks:
+            raise UnreachableAttention(
+                f"{type(self.model).__name__} has no layers that tokens can leave: they are shared, or attend to "
+                f"another sequence too"
+            )
         for stack, blocks in stacks.items():
             dropping = self.passes.dropping[stack] = Dropping(self.with_hook("keeps"), blocks)
             for part, (module, _) in blocks.items():
@@ -168,10 +185,16 @@ class _Guide:
         self.other: Tensor | None = None
 
     def run_aside(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not aside.on():
-            self.other = None
-            with aside(), self.under(self.thing.aside):
-                self.other = _first_tensor(model(*args, **kwargs))
+        if aside.on():  # of another guide: what was run for this one is kept
+            return
+        self.other = None
+        if any(caches.of(value) is not None for value in (*args, *kwargs.values())):
+            raise ValueError(
+                f"{type(model).__name__} is given a cache, in which both runs of {self.thing!r} would write; "
+                f"run it with use_cache=False"
+            )
+        with aside(), self.under(self.thing.aside):
+            self.other = _first_tensor(model(*args, **kwargs))
 
     def combine(self, model: nn.Module, args: Any, output: Any) -> Any:
         if aside.on() or self.other is None:

@@ -273,6 +273,8 @@ def _open(session: _Session) -> Iterator[None]:
                 undo.enter_context(watch())
             _sessions.setdefault(module, []).append(session)
             undo.callback(_forget, module, session)
+        others = {other: None for module in session.sites for other in _sessions[module] if other is not session}
+        session.editing.refuse_beside([other.editing for other in others])
         session.editing.attach(undo)
         try:
             yield

@@ -132,6 +132,11 @@ def downs(model: nn.Module, sites: Mapping[nn.Module, Site]) -> dict[nn.Module, 
     """The linear map that each layer's feed-forward network ends with, and the layer's first site."""
     found: dict[nn.Module, nn.Module] = {}
     for block, module in blocks(model, sites).items():
+        if getattr(block, "chunk_size_feed_forward", 0):
+            raise UnreachableAttention(
+                f"the feed-forward network beside {sites[module].name} runs on chunks of a sequence, so its neurons "
+                f"cannot be told by position; set chunk_size_feed_forward=0 in the configuration"
+            )
         beside = [c for c in block.children() if not any(m in sites for m in c.modules())]
         several = [maps for c in beside if len(maps := list(_maps(c))) > 1]
         maps = several[0] if len(several) == 1 else [m for c in beside for m in _maps(c)]  # BERT: one map a module

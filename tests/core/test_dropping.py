@@ -5,12 +5,14 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+import transformers as t
 from ways import is_clean
 
 import regard
 from regard.adapters.dropping import Shortened
 
 LAYER = 1
+STACKS = ("language_model", "decoder", "encoder")  # OPT's layers are called a decoder, though nothing else is there
 
 
 class Drop:
@@ -20,7 +22,7 @@ class Drop:
         self.gone, self.layer = gone, layer
 
     def keeps(self, site, hidden, positions):
-        if site.stack != "language_model" or site.layer != self.layer or hidden.shape[1] == 1:
+        if site.stack not in STACKS or site.layer != self.layer or hidden.shape[1] == 1:
             return None
         gone = torch.nn.functional.pad(self.gone, (0, max(0, int(positions.max()) + 1 - self.gone.shape[1])))
         return ~gone.repeat_interleave(len(hidden) // len(gone), 0).gather(1, positions)
@@ -30,7 +32,7 @@ class Hide(Drop):
     """Nothing sees these positions from a layer on, but they themselves."""
 
     def weights(self, call, weights, rows):
-        if call.site.stack != "language_model" or call.site.layer < self.layer:
+        if call.site.stack not in STACKS or call.site.layer < self.layer:
             return weights
         n = call.key.shape[2]
         gone = torch.nn.functional.pad(self.gone, (0, max(0, n - self.gone.shape[1])))[:, :n]
@@ -51,6 +53,12 @@ def gone(inputs, *spans):
 
 
 def deep(name, implementation="sdpa"):
+    if name == "opt":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 48}
+        config = t.OPTConfig(**sizes, vocab_size=99, word_embed_proj_dim=32, max_position_embeddings=64)
+        config._attn_implementation = implementation
+        return t.OPTForCausalLM(config).eval(), {"input_ids": torch.arange(24).reshape(2, 12) + 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.GROUPED, "num_hidden_layers", 4)
         return families.build(name, implementation)
@@ -64,7 +72,7 @@ def padded(inputs, by):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llama", "gpt2", "qwen3", "opt"])
 @pytest.mark.parametrize("layer", [0, 1])
 @torch.no_grad()
 def test_the_others_are_as_if_they_did_not_see_those_that_left(family, implementation, layer):
@@ -86,7 +94,7 @@ def test_the_others_are_as_if_they_did_not_see_those_that_left(family, implement
     assert is_clean(model)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gpt2"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gpt2", "opt"])
 @pytest.mark.parametrize("uneven", [False, True])
 @torch.no_grad()
 def test_it_generates_as_each_row_alone_without_a_cache(family, uneven):
@@ -168,3 +176,19 @@ def test_what_cannot_be_done_is_refused_and_the_model_left():
 def run(model, inputs, thing):
     with torch.no_grad(), regard.intervene(model, thing):
         return model(**inputs)
+
+
+def test_tokens_that_could_not_leave_are_refused():
+    model, _ = deep("llama")
+    drop = Drop(torch.zeros(2, 12, dtype=torch.bool))
+    for inner in (Drop(drop.gone), type("More", (), {"appended": lambda *_: None})()):
+        match = "give both to one block"
+        with regard.intervene(model, drop), pytest.raises(RuntimeError, match=match), regard.intervene(model, inner):
+            pass
+    assert is_clean(model)
+    shared, inputs = families.build("albert")
+    for layer in (0, 1):
+        drop, match = Drop(gone(inputs, [4], [4]), layer), "one module, run several times"
+        with regard.intervene(shared, drop), pytest.raises(regard.UnreachableAttention, match=match), torch.no_grad():
+            shared(**inputs)
+    assert is_clean(shared)

@@ -507,14 +507,14 @@ def test_what_the_feed_forward_module_gives_can_be_seen_and_changed(family):
 
     class Read:
         def __init__(self):
-            self.mlps, self.given = {}, {}
+            self.mlps, self.states = {}, {}
 
         def mlp(self, site, output):
             self.mlps[site.layer] = output
             return output
 
         def hidden(self, site, hidden):
-            self.given[site.layer] = hidden
+            self.states[site.layer] = hidden
             return hidden
 
     class Drop:
@@ -528,9 +528,9 @@ def test_what_the_feed_forward_module_gives_can_be_seen_and_changed(family):
             assert torch.equal(model(**inputs).logits, plain)
         with regard.intervene(model, Drop(), without):
             assert not torch.allclose(model(**inputs).logits, plain)
-    assert sorted(read.mlps) == sorted(read.given) == [0, 1]
+    assert sorted(read.mlps) == sorted(read.states) == [0, 1]
     # In the first layer nothing else changes: what it gives on is less by what the module gave.
-    torch.testing.assert_close(read.given[0] - read.mlps[0], without.given[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read.states[0] - read.mlps[0], without.states[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_layer_without_one_feed_forward_module_is_refused():

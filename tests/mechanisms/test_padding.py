@@ -213,6 +213,18 @@ def test_a_padded_row_gets_what_the_text_alone_gets(name, pattern):
             assert torch.equal(model.generate(text[None], **more)[0, -3:], tokens)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pattern"), [(n, p) for n, p in CASES if p != "cross"])
+def test_so_it_gets_by_the_name_alone(name, pattern):
+    """Also where blocks are as large as the length says."""
+    model = decoder() if pattern == "causal" else encoder()
+    model.set_attn_implementation(f"regard:{name}")
+    ids, there = padded(left=False)
+    found = model(input_ids=ids, attention_mask=there)[0]
+    for of, mask, text in zip(found, there.bool(), IDS):
+        torch.testing.assert_close(of[mask], model(input_ids=text[None])[0][0], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "knobs"), [("seerattention", {"block": 4, "width": 8, "ratio": 0.4}), ("routing", {"clusters": 3})]
 )

@@ -126,6 +126,8 @@ class Dropping:
         self, site: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A layer is about to run: what it is to be given."""
+        if site.layer not in (layer for _, layer in self.blocks.values()):
+            raise UnreachableAttention(f"{site}: tokens cannot leave layers that are one module, run several times")
         names = arguments(type(module).forward)[1:]
         given = dict(zip(names, args)) | kwargs
         name = next(iter(given)) if args else "hidden_states"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteriaList
 
+from ..functions import arguments
 from . import pictures
 
 _local = threading.local()
@@ -124,12 +125,23 @@ def watched() -> Iterator[None]:
 def _generating(own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        for change in _changes.get(model, ()):
-            kwargs = change(kwargs)
+        if changes := _changes.get(model):
+            kwargs, args = _named(model, dict(zip(arguments(own)[1:], args)) | kwargs), ()
+            for change in changes:
+                kwargs = change(kwargs)
         with _begun(model), pictures.here().following(model, kwargs):  # some show pictures to parts of the model first
             return own(model, *args, **kwargs)
 
     return generate
+
+
+def _named(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The same with `inputs` under the name that the model has for them."""
+    reader = getattr(model, "encoder", model) if getattr(model.config, "is_encoder_decoder", False) else model
+    name = getattr(reader, "main_input_name", model.main_input_name)
+    if given.get("inputs") is None or given.get(name) is not None:
+        return given
+    return {**{old: value for old, value in given.items() if old not in ("inputs", name)}, name: given["inputs"]}
 
 
 def _sampling(own: Callable[..., Any]) -> Callable[..., Any]:

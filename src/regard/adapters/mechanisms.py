@@ -146,7 +146,8 @@ def _forward(
     if _placed(mechanism):
         output = run(query, key, value, mask=attention_mask)
     else:
-        output = alone(run, [query], [key, value], attention_mask, itself=itself, ahead=spec.ahead)
+        ahead = spec.ahead or spec.whole  # what runs on all queries at once may be made for as many as there are
+        output = alone(run, [query], [key, value], attention_mask, itself=itself, ahead=ahead)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -27,12 +27,12 @@ _agreements: dict[str, int] = {}  # of each group of ranks, so far
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """This rank's part of the heads of one module: of `size` ranks alike, the one numbered `rank`."""
+    """This rank's part of the heads, or neurons, of one module: of `size` ranks alike, the one numbered `rank`."""
 
     group: Any
     rank: int
     size: int
-    of_keys: bool  # whether heads of keys and values are shared out too; otherwise each rank has them all
+    of_keys: bool = False  # whether heads of keys and values are shared out too; otherwise each rank has them all
 
     def whole(self, call: Call) -> Call:
         """The call of all ranks' heads."""
@@ -56,9 +56,9 @@ class Share:
         """What all ranks have, one after the other along an axis."""
         return _Joined.apply(tensor, dim, self)
 
-    def mine(self, tensor: Tensor, heads: int) -> Tensor:
-        """Of all ranks' heads, the `heads` that are this one's."""
-        return tensor if tensor.shape[1] == heads else _Mine.apply(tensor, heads, self)
+    def mine(self, tensor: Tensor, n: int, dim: int = 1) -> Tensor:
+        """Of what all ranks have along an axis, the `n` that are this one's."""
+        return tensor if tensor.shape[dim] == n else _Mine.apply(tensor, n, dim, self)
 
 
 # What is whole is the same on all ranks, and so is its gradient.
@@ -77,13 +77,13 @@ class _Joined(torch.autograd.Function):
 
 class _Mine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, heads: int, share: Share) -> Tensor:
-        ctx.share = share
-        return tensor.narrow(1, share.rank * heads, heads).clone()
+    def forward(ctx: Any, tensor: Tensor, n: int, dim: int, share: Share) -> Tensor:
+        ctx.dim, ctx.share = dim, share
+        return tensor.narrow(dim, share.rank * n, n).clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _gathered(gradients[0], 1, ctx.share), None, None
+        return _gathered(gradients[0], ctx.dim, ctx.share), None, None, None
 
 
 def _gathered(tensor: Tensor, dim: int, share: Share) -> Tensor:
@@ -120,6 +120,19 @@ def share(module: nn.Module, call: Call, function: Any) -> Share | None:
         f"{call.site} runs in parallel with {heads} heads of {total} on this process, and {kv_heads} heads of keys, of "
         f"which Regard cannot tell which are whose; share out heads of queries and of keys alike"
     )
+
+
+def share_of_neurons(down: nn.Module, n: int) -> Share | None:
+    """Which part of what a linear map takes this rank has, which is given `n` numbers; None where it has them all."""
+    group, rank, size, widths = _sharded(down) if several() else (None, 0, 1, set())
+    if size == 1 or n in widths:
+        return None
+    if n * size not in widths:
+        raise UnreachableAttention(
+            f"a {type(down).__name__} whose parameters are shared out over {size} processes is given {n} neurons on "
+            f"this one, of which Regard cannot tell which they are; share them out evenly"
+        )
+    return Share(group, rank, size)
 
 
 def _sharded(module: nn.Module) -> tuple[Any, int, int, set[int]]:

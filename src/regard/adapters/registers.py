@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..call import UnreachableAttention
+from ..functions import arguments
 from ..hooks import attach
 from . import pictures
 
@@ -28,27 +29,30 @@ class Longer:
 
     def attach(self, undo: ExitStack) -> None:
         attach(undo, self.blocks[0].register_forward_pre_hook, self._lengthen, with_kwargs=True)
-        attach(undo, self.blocks[-1].register_forward_hook, self._shorten)
+        # What was appended last, in an inner block, goes first.
+        attach(undo, self.blocks[-1].register_forward_hook, self._shorten, prepend=True)
         for tower in self.towers:  # their captured states are those of the layers
-            attach(undo, tower.register_forward_hook, self._shorten)
+            attach(undo, tower.register_forward_hook, self._shorten, prepend=True)
 
     def _lengthen(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        more = self.made(hidden)
-        self.length, self.more = hidden.shape[1], sum(tokens.shape[1] for tokens in more)
-        if not self.more:
+        more, self.more = self.made(hidden), 0
+        if not (n := sum(tokens.shape[1] for tokens in more)):
             return args, kwargs
-        if hidden.ndim != 3:
+        given = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+        named = arguments(type(block).forward)  # towers hand on to their layers what was meant for others
+        if hidden.ndim != 3 or _sizes((args[1:], {k: v for k, v in given[1].items() if k in named})):
             raise UnreachableAttention(
-                f"no tokens can be appended to {self.name}: its layers are given states of shape {list(hidden.shape)}, "
-                f"not [batch, token, dim]"
+                f"no tokens can be appended to {self.name}: its layers lay out what they are given, states of shape "
+                f"{list(hidden.shape)}, over the picture"
             )
-        others = next(_tensors((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})), None)
+        others = next(_tensors(given), None)
         if others is not None:
             raise UnreachableAttention(
                 f"no tokens can be appended to {self.name}: its layers are also given a mask or positions, of shape "
                 f"{list(others.shape)}, made for as many tokens as there were"
             )
+        self.length, self.more = hidden.shape[1], n
         for tokens in more:
             pictures.here().add_registers(tokens)
         longer = torch.cat([hidden, *more], dim=1)
@@ -69,6 +73,13 @@ class Longer:
         if type(value) in (tuple, list):
             return type(value)(self._cut(part) for part in value)
         return value
+
+
+def _sizes(value: Any) -> bool:
+    """Whether there are whole numbers among what is given, such as those of a grid."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(map(_sizes, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

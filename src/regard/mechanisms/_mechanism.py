@@ -52,7 +52,7 @@ class Spec:
     sized: Callable[[tuple[int, ...]], dict[str, Any]] | None = None  # knobs for a short input, (key,) or (row, column)
     apart: bool = False  # keys and values may have other numbers of heads
     ahead: bool = False  # causal as to values only: which keys a query meets depends on later tokens too
-    whole: bool = False  # causal only with all queries at once: earlier ones count too, and a cache of keys has none
+    whole: bool = False  # only with all queries at once: others count too, or how many, and a cache of keys has none
     peeks: bool = False  # keys that a mask hides may count in a choice of others, as far as they are numbers
 
 

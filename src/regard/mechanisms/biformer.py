@@ -131,7 +131,7 @@ def _cost(
     return Cost(4 * dim * n_query * taken + routing, 2 * dim * (n_query + number * taken))
 
 
-@mechanism("full", mask="keys", weights=_weights, cost=_cost)
+@mechanism("full", mask="keys", weights=_weights, cost=_cost, whole=True)
 def biformer(
     query: Tensor,
     key: Tensor,
