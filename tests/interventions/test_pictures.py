@@ -91,7 +91,7 @@ def test_a_branch_with_another_prompt_says_what_the_model_says_to_it(name):
     """With another picture, a longer text and none of the picture; and the model's own answer is not disturbed."""
     model, processor, inputs, images = asked(name)
     bare = {k: v for k, v in inputs.items() if v.shape == inputs["input_ids"].shape}
-    image = picture.image_tokens(model, inputs, "test")
+    image = picture.one_picture(model, inputs, "test")
     prompts = [
         inputs | {"pixel_values": inputs["pixel_values"].flip(0)},
         asking(processor, ["w9 w8 w7 w6 w5", "w4 w3"], images),
@@ -146,7 +146,7 @@ def test_what_is_cut_leaves_the_rest_in_order():
 @pytest.mark.parametrize("name", SEEING)
 def test_an_instruction_lies_between_the_picture_and_the_templates_end(name):
     model, processor, inputs, _ = asked(name)
-    image = picture.image_tokens(model, inputs, "test")
+    image = picture.one_picture(model, inputs, "test")
     found = instruction(inputs, image, processor, "test", None)
     words = [row[at].tolist() for row, at in zip(inputs["input_ids"], found)]
     assert words == [[4, 5, 6], [7]]  # without a mark that the picture ends
@@ -195,11 +195,11 @@ def test_pictures_of_several_resolutions():
 def test_rows_need_one_picture_and_its_processor():
     model, processor, inputs, images = asked("llava")
     with pytest.raises(ValueError, match="test takes one picture a row"):
-        picture.image_tokens(model, inputs | {"pixel_values": inputs["pixel_values"][:1]}, "test")
+        picture.one_picture(model, inputs | {"pixel_values": inputs["pixel_values"][:1]}, "test")
     with pytest.raises(ValueError, match="test looks at a picture, and LlavaForConditionalGeneration is given none"):
-        picture.image_tokens(model, {"input_ids": inputs["input_ids"]}, "test")
+        picture.one_picture(model, {"input_ids": inputs["input_ids"]}, "test")
     with pytest.raises(ValueError, match="test: rows are padded on the right"):
-        picture.image_tokens(model, inputs | {"attention_mask": inputs["attention_mask"].flip(1)}, "test")
+        picture.one_picture(model, inputs | {"attention_mask": inputs["attention_mask"].flip(1)}, "test")
     with pytest.raises(ValueError, match="needs the processor of LlavaForConditionalGeneration"):
         picture.seen(model, inputs, None, "test")
     with pytest.raises(ValueError, match="1 images for 2 rows"):
