@@ -122,7 +122,7 @@ def test_tokens_of_several_stand_in_order_behind_the_rest():
     ("name", "stack", "said"),
     [
         ("llama", "language_model", "its layers are also given a mask or positions"),
-        ("qwen2_vl", "visual", r"states of shape \[48, 32\], not \[batch, token, dim\]"),
+        ("qwen2_vl", "visual", r"states of shape \[48, 32\], over the picture"),
     ],
 )
 def test_tokens_are_refused_where_they_do_not_fit(name, stack, said):
