@@ -8,8 +8,8 @@ expectation, and not theirs.
 
 Scenes hold two objects, of two sizes; a picture's name is the shape of the large one. The known pictures are biased:
 the small object's shape goes with a name that is another, and the bias is turned round in those that are asked.
-With 100 of them, on the seed that is reported, the gain was 10.0 ± 5.4 points, which says nothing; so there are 800. No
-other setting was tried.
+With 100 of them, on the seed that is reported, the gain was 10.0 ± 5.4 points, which says nothing; so 400 were asked,
+and, as a control was close on another seed, 800. No other setting was tried.
 """
 
 from __future__ import annotations
