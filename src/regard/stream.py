@@ -76,7 +76,7 @@ def read(model: nn.Module, run: Callable[[], Any]) -> Stream:
                 undo.callback(module.register_forward_pre_hook(watch.enter, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(watch.leave).remove)
             elif any(name.startswith(f"{block}.") for block in blocks):
-                undo.callback(module.register_forward_pre_hook(watch.given, with_kwargs=True).remove)
+                undo.callback(module.register_forward_pre_hook(watch.enters, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(watch.gave).remove)
             elif re.search("norm", type(module).__name__, re.IGNORECASE):
                 undo.callback(module.register_forward_hook(watch.normed).remove)
@@ -115,7 +115,7 @@ class _Watch:
         self.waiting = self.gave_stream = self.site = None
         self.terms = []
 
-    def given(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def enters(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.waiting is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return
         site, heads = self.waiting

@@ -23,7 +23,8 @@ from regard.evaluation.faithfulness import deletion_error, infidelity_error
 from regard.prediction import Question, predict
 
 MINILM = Path(os.environ.get("REGARD_MODELS", "")) / "minilm"
-METHODS = catalog.methods("attribution")
+OF_FEW = ("prompt_cam", "refam", "seg_token", "stable_semantics", "vl_sam")  # that read models of one kind only
+METHODS = [method for method in catalog.methods("attribution") if method not in OF_FEW]
 FEW = {"integrated_gradients": {"steps": 8}, "visual_precision_search": {"steps": 2}}  # that take long otherwise
 PLAIN = "gradient_x_input"
 
@@ -352,6 +353,16 @@ def test_the_token_that_is_masked_is_explained():
             regard.attribute(model, inputs, at=at, method=PLAIN)
     with pytest.raises(ValueError, match="one row of logits a sample"):
         regard.attribute(*build("vit"), at=3, method=PLAIN)
+
+
+@pytest.mark.parametrize("method", OF_FEW)
+@pytest.mark.parametrize("name", ["namer", "viewer", "reader"])
+def test_methods_for_one_kind_of_model_refuse_others_in_words(method, name):
+    model, processor = regard.load(name)
+    pixels = {"pixel_values": torch.zeros(1, 3, 64, 64)}
+    inputs = pixels if name == "viewer" else dict(processor("the baker sang", return_tensors="pt"))
+    with pytest.raises(ValueError, match=rf"{method}.*{type(model).__name__}"):
+        regard.attribute(model, inputs, 1, method=method)
 
 
 @pytest.mark.filterwarnings("ignore:integrated_gradients")

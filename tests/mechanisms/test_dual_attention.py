@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import regard
-from regard.call import UnreachableAttention
 from regard.mechanisms import dual_attention
 from regard.mechanisms.dual_attention import DualAttention, RelationalAttention, cost
 
@@ -121,8 +120,9 @@ def test_recorded():
         found = recording.tree[name]["entropy"].transpose("layer", "batch", "head", "query")
         torch.testing.assert_close(torch.tensor(found.values[0]), want.detach())
     module = DualAttention(16, 2, 2, activation=torch.tanh)
-    with pytest.raises(UnreachableAttention), regard.record(module, "entropy"):
+    with pytest.warns(UserWarning, match="'relational' is not recorded"), regard.record(module, "entropy") as recording:
         module(x)
+    assert "sensory" in recording.tree.children and "relational" not in recording.tree.children
 
 
 def test_cost():

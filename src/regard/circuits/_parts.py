@@ -89,7 +89,7 @@ def parts(model: nn.Module, run: Run, stack: str, watch: Watch | None = None) ->
             if not is_matrix(module):
                 continue
             matrix = Matrix(module, name)
-            undo.callback(module.register_forward_pre_hook(partial(watch.given, matrix)).remove)
+            undo.callback(module.register_forward_pre_hook(partial(watch.enters, matrix)).remove)
             if id(module) in inside:
                 undo.callback(module.register_forward_hook(partial(watch.gave, matrix)).remove)
         with intervene(model, watch):
@@ -159,7 +159,7 @@ class Watch:
             self.waiting = self.found[call.site.layer], output.detach().transpose(1, 2).flatten(2)
         return output
 
-    def given(self, matrix: Matrix, module: nn.Module, args: Any) -> None:
+    def enters(self, matrix: Matrix, module: nn.Module, args: Any) -> None:
         if self.waiting is None or len(args) != 1 or not isinstance(args[0], Tensor):
             return
         found, heads = self.waiting
