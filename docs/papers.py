@@ -83,6 +83,8 @@ def page(row: Row) -> str:
     link = f"[{row.link.removeprefix('https://')}]({row.link})" if row.link else "No link could be established"
     parts = [f"# {row.title}", row.about, f"{link} · {row.room} · {', '.join(row.tags)}"]
     parts += ["## How to call it", _call(row, method), f"```console\n{_commands(row)}\n```"]
+    if row.key in catalog.taxonomies():
+        parts += ["## Taxonomy", _taxonomy(row.key)]
     parts.append(f"**Parity.** {row.parity[:1].upper()}{row.parity[1:]}.")
     if not runs:
         parts.append("Its claim has not been run for this page yet.")
@@ -92,6 +94,17 @@ def page(row: Row) -> str:
     experiment = inspect.getdoc(sys.modules[row.claim] if row.claim in sys.modules else _module(row.claim)) or ""
     parts.append(_plain(experiment))
     return "\n\n".join(parts) + "\n"
+
+
+def _taxonomy(survey: str) -> str:
+    """Its tags under their headings: what each means, and the papers that carry it, linked where they have a page."""
+    lines = ["| heading | tag | meaning | papers |", "|---|---|---|---|"]
+    for heading, tagging in catalog.taxonomy(survey).items():
+        lines += [] if tagging else [f"| {heading} | | | none here |"]
+        for tag, of in tagging.items():
+            linked = ", ".join(f"[{row.key}]({row.key}.md)" if row.object else row.key for row in of)
+            lines.append(f"| {heading} | {tag} | {_plain(catalog.tags()[tag])} | {len(of)}: {linked} |")
+    return "\n".join(lines)
 
 
 def index() -> str:

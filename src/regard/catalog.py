@@ -156,11 +156,39 @@ class Run:
 def rows() -> dict[str, Row]:
     """All rows by key."""
     found: dict[str, Row] = {}
+    placed = [of for headings in taxonomies().values() for tagging in headings.values() for of in tagging.items()]
     for path in sorted(_FOLDER.glob("*.toml")):
-        if path.stem not in ("tags", "parity"):
+        if path.stem not in ("tags", "taxonomies", "parity"):
             for key, entry in tomllib.loads(path.read_text()).items():
-                found[key] = Row(key, path.stem, **{**entry, "tags": tuple(entry["tags"])})
+                # In this order, and none twice: a taxonomy may take up a tag that rows carry anyway.
+                carried = dict.fromkeys([*entry["tags"], *(tag for tag, keys in placed if key in keys)])
+                found[key] = Row(key, path.stem, **{**entry, "tags": tuple(carried)})
     return found
+
+
+@cache
+def taxonomies() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Survey, heading, tag: the papers that are placed there, beside those whose own row has the tag."""
+    return tomllib.loads((_FOLDER / "taxonomies.toml").read_text())
+
+
+def taxonomy(survey: str) -> dict[str, dict[str, list[Row]]]:
+    """The taxonomy of a survey: by heading and tag, the papers here that carry the tag.
+
+    A heading without tags is one that no paper here belongs under. KeyError for what is no survey with a taxonomy.
+
+    >>> positions = taxonomy("attention-survey")["positions"]
+    >>> list(positions)
+    ['soft-positions', 'hard-positions', 'local-positions']
+    >>> "halonet" in [row.key for row in positions["local-positions"]]
+    True
+    """
+    if survey not in taxonomies():
+        raise KeyError(f"no taxonomy of {_near(survey, taxonomies())}; there are those of {', '.join(taxonomies())}")
+    return {
+        heading: {tag: [row for row in tagged(tag) if row.key != survey] for tag in tagging}
+        for heading, tagging in taxonomies()[survey].items()
+    }
 
 
 @cache

@@ -37,6 +37,18 @@ def test_every_built_paper_has_a_row_and_a_page(papers):
         assert f"regard reproduce {row.key}" in papers.page(row)
 
 
+def test_a_survey_s_page_shows_its_taxonomy(papers):
+    """Every tag with its count and its papers, linked where they have a page; headings without a paper too."""
+    page = papers.page(catalog.row("attention-survey"))
+    local = catalog.taxonomy("attention-survey")["positions"]["local-positions"]
+    (line,) = [line for line in page.splitlines() if line.startswith("| positions | local-positions |")]
+    assert f"| {len(local)}: " in line
+    assert line.count(".md)") == sum(bool(row.object) for row in local)
+    assert "[halonet](halonet.md)" in line
+    assert "| medicine | | | none here |" in papers.page(catalog.row("human-attention-survey"))
+    assert "## Taxonomy" not in papers.page(catalog.row("halonet"))
+
+
 def test_other_times_alone_are_no_change(papers, monkeypatch, tmp_path):
     monkeypatch.setenv("REGARD_CACHE", str(tmp_path))
     monkeypatch.setattr(catalog, "SHIPPED", tmp_path / "found.json")

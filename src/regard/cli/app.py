@@ -498,6 +498,10 @@ def papers_show(key: Annotated[str, typer.Argument(autocompletion=_paper)]) -> N
     for name in ("title", "link", "room", "about", "works", "expects"):
         table.add_row(f"[bold]{name}", escape(getattr(row, name)) or "not established")
     table.add_row("[bold]tags", ", ".join(row.tags))
+    if key in catalog.taxonomies():
+        for heading, tagging in catalog.taxonomy(key).items():
+            counts = ", ".join(f"{tag} ({len(of)})" for tag, of in tagging.items())
+            table.add_row("", f"{heading}: {counts or 'no paper here'}")
     table.add_row("[bold]object", row.object or "not built")
     table.add_row("[bold]status", row.status)
     table.add_row("[bold]parity", escape(row.parity))
