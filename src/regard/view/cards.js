@@ -14,7 +14,7 @@ import { saveButtons } from "./save.js";
 import { text } from "./text.js";
 
 const UNREAD = "It was generated last, and the model was never run on it: the row of the token before chose it.";
-const MUTE = new Set(["bos", "special", "pad"]);
+const MUTE = new Set(["bos", "special", "register", "pad"]);
 
 function card(name, title, ...children) {
   const heading = make("h2", {}, title), head = make("div", { class: "card-head" }, heading);
