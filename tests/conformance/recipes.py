@@ -222,6 +222,10 @@ INPUTS: dict[str, dict[str, Callable[[Maker, dict[str, Any]], Any]]] = {
     },
     "qwen2_5_omni_bigvgan": {"mel_spectrogram": _noise(2, 80, 8)},
     "qwen2_audio": {"attention_mask": lambda _, inputs: torch.ones_like(inputs["input_ids"])},
+    "qwen3_asr_encoder": {
+        "input_features": lambda make, _: make.noise(2, make.config.num_mel_bins, 200),
+        "input_features_mask": _ones(2, 200),
+    },
     "qwen3_omni_moe_audio_encoder": {
         "input_features": _noise(128, 200),
         "feature_lens": lambda *_: torch.tensor([100, 100]),
