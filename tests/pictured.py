@@ -18,6 +18,8 @@ def deep(kind, layers=6):
         patch.setitem(families.GROUPED, "num_hidden_layers", layers)
         model, inputs = families.made(families.SEEING[kind], "sdpa")
     ids = inputs["input_ids"]
+    if kind == "paligemma":  # which tells by these what of a prompt sees itself both ways
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     more = {name: value for name, value in inputs.items() if value.shape == ids.shape}
     first = {"input_ids": torch.tensor([[0], [5]])}
     longer = {n: torch.cat([first.get(n, torch.zeros(2, 1, dtype=v.dtype)), v], 1) for n, v in more.items()}

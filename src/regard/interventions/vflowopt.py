@@ -133,13 +133,16 @@ class vflowopt(Method):
         return hidden
 
     def keeps(self, site: Site, hidden: Tensor, positions: Tensor) -> Tensor | None:
-        if site.stack != STACK or site.layer not in self._stages or min(self.ratios) == 1 or bool(positions[0, 0]):
-            return None  # nothing leaves while words are generated
-        if site.layer == self._stages[0] and not self._fits(hidden):
+        if site.stack != STACK or site.layer not in self._stages or min(self.ratios) == 1:
+            return None
+        whole = site.layer == self._stages[0] and not bool(positions[0, 0])  # later, the first token may have left
+        if whole and not self._fits(hidden):
             raise ValueError(
                 f"vflowopt was fitted to a prompt {list(self.importance.value.shape)}, and the model reads "
                 f"{list(hidden.shape[:2])} tokens: fit it to what is read, and all of it at once"
             )
+        if int(positions[0, -1]) >= self.importance.value.shape[1]:
+            return None  # nothing leaves while words are generated
         assert self._left is not None
         value = self.importance.value.to(hidden.device).expand(len(hidden), -1)
         for stage, layer in enumerate(self._stages):
