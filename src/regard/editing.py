@@ -27,6 +27,10 @@ HOOKS = ("given", "entering", "keeps", "appended", "inputs", "weights", "output"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def has(thing: Any, hook: str) -> bool:
+    return callable(getattr(thing, hook, None))
+
+
 def result(thing: Any, hook: str, new: Any, old: Any) -> Any:
     """What a hook gave; TypeError, which names the intervention, where it is of another type or shape than before."""
     if type(new) is not type(old) or (isinstance(old, Tensor) and new.shape != old.shape):
@@ -48,14 +52,12 @@ class Editing:
         intervene: Callable[..., AbstractContextManager[None]],
     ) -> None:
         self.model, self.sites, self.passes = model, found, passes
-        self.interventions, self.intervene = interventions, intervene
-
-    def with_hook(self, hook: str) -> list[Any]:
-        return [thing for thing in self.interventions if callable(getattr(thing, hook, None))]
+        self.intervene = intervene
+        self.having = {hook: [thing for thing in interventions if has(thing, hook)] for hook in HOOKS}  # of each hook
 
     def attach_first(self, undo: ExitStack) -> None:
         """What has to be changed before anything reads it."""
-        if self.with_hook("given"):
+        if self.having["given"]:
             root = getattr(self.model, "_orig_mod", self.model)
             undo.enter_context(generation.changed(root, self._given))
             attach(undo, root.register_forward_pre_hook, self._called, with_kwargs=True)
@@ -63,8 +65,8 @@ class Editing:
     def refuse_beside(self, others: Sequence[Editing]) -> None:
         """Raise where tokens may leave a model, or come to it, by two blocks: neither follows the other's."""
         for hook, theirs in (("keeps", "keeps"), ("keeps", "appended"), ("appended", "keeps")):
-            other = next((thing for one in others for thing in one.with_hook(theirs)), None)
-            if other is not None and (mine := self.with_hook(hook)):
+            other = next((thing for one in others for thing in one.having[theirs]), None)
+            if other is not None and (mine := self.having[hook]):
                 raise RuntimeError(
                     f"{mine[0]!r} has `{hook}`, and {other!r} of another open block has `{theirs}`: give both to one "
                     f"block, as in intervene(model, one, other)"
@@ -72,7 +74,7 @@ class Editing:
 
     def attach(self, undo: ExitStack) -> None:
         """The rest."""
-        if self.with_hook("appended"):
+        if self.having["appended"]:
             for longer in self._longer():
                 longer.attach(undo)
         for hook, find in (("mlp", sites.feed_forwards), ("hidden", sites.blocks)):
@@ -83,14 +85,14 @@ class Editing:
         self._attach_dropping(undo)
         for part, module in self._parts("neurons", sites.downs):
             attach(undo, part.register_forward_pre_hook, partial(self._neurons, module))
-        for thing in self.with_hook("guided"):
+        for thing in self.having["guided"]:
             guide = _Guide(thing, partial(self.intervene, self.model))
             attach(undo, self.model.register_forward_pre_hook, guide.run_aside, with_kwargs=True, prepend=True)
             attach(undo, self.model.register_forward_hook, guide.combine)
 
     def _parts(self, hook: str, find: Callable[..., dict[nn.Module, nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
         """The modules that a hook acts on, each with its layer's first site; none where nothing has the hook."""
-        return list(find(self.model, self.sites).items()) if self.with_hook(hook) else []
+        return list(find(self.model, self.sites).items()) if self.having[hook] else []
 
     # What the model is given
 
@@ -102,7 +104,7 @@ class Editing:
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         new = inputs
-        for thing in self.with_hook("given"):
+        for thing in self.having["given"]:
             old, new = new, result(thing, "given", thing.given(dict(new)), new)
             if new.keys() != old.keys():
                 raise TypeError(f"{thing!r}.given must return {', '.join(old)}, not {', '.join(new)}")
@@ -114,13 +116,13 @@ class Editing:
 
     def _states(self, hook: str, module: nn.Module, part: nn.Module, args: Any, output: Any) -> Any:
         states = new = output[0] if isinstance(output, tuple) else output
-        for thing in self.with_hook(hook):
+        for thing in self.having[hook]:
             new = result(thing, hook, getattr(thing, hook)(self.passes.site(module), new), states)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def _entering(self, module: nn.Module, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Arguments:
         states = new = args[0] if args else kwargs["hidden_states"]
-        for thing in self.with_hook("entering"):
+        for thing in self.having["entering"]:
             new = result(thing, "entering", thing.entering(self.passes.coming(module), new), states)
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
@@ -128,7 +130,7 @@ class Editing:
         n, dim = args[0].shape[-1], args[0].ndim - 1
         share = parallel.share_of_neurons(part, n)
         old = new = args[0] if share is None else share.joined(args[0], dim)
-        for thing in self.with_hook("neurons"):
+        for thing in self.having["neurons"]:
             new = result(thing, "neurons", thing.neurons(self.passes.site(module), new), old)
         return (new if share is None else share.mine(new, n, dim), *args[1:])
 
@@ -143,7 +145,7 @@ class Editing:
 
         def made(module: nn.Module, hidden: Tensor) -> list[Tensor]:
             site = self.passes.coming(module)
-            found = [thing.appended(site, hidden) for thing in self.with_hook("appended")]
+            found = [thing.appended(site, hidden) for thing in self.having["appended"]]
             return [tokens for tokens in found if tokens is not None]
 
         models = [m for m in self.model.modules() if isinstance(m, PreTrainedModel)]
@@ -159,13 +161,13 @@ class Editing:
             site = self.sites[module]
             if not (site.also or any(self.sites[m].cross for m in part.modules() if m in self.sites)):
                 stacks.setdefault(site.stack, {})[part] = module, site.layer
-        if self.with_hook("keeps") and not stacks:
+        if self.having["keeps"] and not stacks:
             raise UnreachableAttention(
                 f"{type(self.model).__name__} has no layers that tokens can leave: they are shared, or attend to "
                 f"another sequence too"
             )
         for stack, blocks in stacks.items():
-            dropping = self.passes.dropping[stack] = Dropping(self.with_hook("keeps"), blocks)
+            dropping = self.passes.dropping[stack] = Dropping(self.having["keeps"], blocks)
             for part, (module, _) in blocks.items():
                 attach(undo, part.register_forward_pre_hook, partial(self._before, dropping, module), with_kwargs=True)
                 attach(undo, part.register_forward_hook, partial(self._after, dropping, module))

@@ -115,7 +115,7 @@ def intervene(model: nn.Module, *interventions: Any) -> Iterator[None]:
     forget what it kept of another run; and `where(call) -> bool`: only there is it asked for `weights`.
     """
     for thing in interventions:
-        if not any(callable(getattr(thing, hook, None)) for hook in editing.HOOKS):
+        if not any(editing.has(thing, hook) for hook in editing.HOOKS):
             raise TypeError(f"{thing!r} is not an intervention: it has none of {', '.join(editing.HOOKS)}")
         if hasattr(thing, "begin"):
             thing.begin(model)
@@ -209,9 +209,9 @@ class _Session:
 
     def change(self, call: Call) -> Call:
         for thing in self.interventions:
-            if hasattr(thing, "inputs"):
+            if editing.has(thing, "inputs"):
                 call = editing.result(thing, "inputs", thing.inputs(call), call)
-            if hasattr(thing, "weights") and (not hasattr(thing, "where") or thing.where(call)):
+            if editing.has(thing, "weights") and (not hasattr(thing, "where") or thing.where(call)):
                 call = call.but(edits=(*call.edits, partial(_edit_weights, thing, call)))
         return call
 
@@ -445,7 +445,7 @@ def _attended(
 def _edited(sessions: Sequence[_Session], seen: Sequence[Call], output: Tensor) -> Tensor:
     for session, call in zip(sessions, seen):
         for thing in session.interventions:
-            if hasattr(thing, "output"):
+            if editing.has(thing, "output"):
                 output = editing.result(thing, "output", thing.output(call, output), output)
     return output
 
