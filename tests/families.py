@@ -242,6 +242,17 @@ def asking(processor: Any, texts: Sequence[str], images: Sequence[Image.Image]) 
     return dict(processor(text=prompts, images=list(images), padding=True, return_tensors="pt"))
 
 
+def unet(*cross: bool, **sizes: Any) -> nn.Module:
+    """A U-Net of diffusers, with cross attention at these of its depths."""
+    from diffusers import UNet2DConditionModel
+
+    known = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8}
+    known |= {"block_out_channels": (32, 32), "cross_attention_dim": 16, "attention_head_dim": 8}
+    down = tuple("CrossAttnDownBlock2D" if at else "DownBlock2D" for at in cross)
+    up = tuple("CrossAttnUpBlock2D" if at else "UpBlock2D" for at in reversed(cross))
+    return UNet2DConditionModel(down_block_types=down, up_block_types=up, **{**known, **sizes}).eval()
+
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     f.__name__: f
     for f in (

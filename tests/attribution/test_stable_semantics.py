@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -109,21 +110,11 @@ def test_samples_are_alone_and_the_pipeline_is_left_as_it_was(pipeline):
 
 def test_layers_of_several_sizes_count_alike(pipeline):
     """A U-Net, whose layers look from 8 x 8 and from 4 x 4 places; guided, without words first."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).eval()
+    sizes = {"in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "cross_attention_dim": 128}
+    unet = families.unet(True, True, **sizes, norm_num_groups=4, attention_head_dim=4)
 
     class Small(SimpleNamespace):
         def __call__(self, prompts, generator):

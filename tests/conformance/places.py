@@ -24,7 +24,7 @@ def places(model: nn.Module, inputs: dict[str, Any]) -> str:
     if not isinstance(inputs.get("pixel_values"), Tensor) or inputs["pixel_values"].ndim != 4:
         return ""
     found = "takes no other picture"
-    for given in _wider(model, inputs):
+    for given in wider(model, inputs):
         try:
             found = _judged(model, given)
         except regard.UnreachableAttention:
@@ -36,7 +36,8 @@ def places(model: nn.Module, inputs: dict[str, Any]) -> str:
     return found
 
 
-def _wider(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def wider(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Empty pictures that are not square, or not of the configuration's size."""
     old, takes = inputs["pixel_values"], inspect.signature(model.forward).parameters
     for rows, columns in SHAPES:
         size = int(old.shape[-2] * rows), int(old.shape[-1] * columns)

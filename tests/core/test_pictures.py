@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
+from conformance import places
 from conformance.build import build
-from families import IMAGE, VISION, pixels, text, with_image
+from families import IMAGE, VISION, pixels, text, unet, with_image
 from families import build as family
 from PIL import Image
 from torch import nn
@@ -102,16 +102,8 @@ def calls(model: nn.Module, inputs: dict[str, Any]) -> dict[str, regard.Call]:
 
 def wider(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Pictures that are not square and not of the configuration's size, where the model takes them."""
-    old, takes = inputs["pixel_values"], inspect.signature(model.forward).parameters
-    for rows, columns in ((1, 1.5), (2, 3), (1, 1)):
-        size = int(old.shape[-2] * rows), int(old.shape[-1] * columns)
-        new = {**inputs, "pixel_values": torch.randn(*old.shape[:-2], *size)}
-        if "interpolate_pos_encoding" in takes:
-            new["interpolate_pos_encoding"] = True
-        if "image_sizes" in new:
-            new["image_sizes"] = torch.tensor([size] * len(old))
-        if "pixel_mask" in new:
-            new["pixel_mask"] = torch.ones(len(old), *size, dtype=torch.long)
+    for new in places.wider(model, inputs):
+        new["pixel_values"] = torch.randn(new["pixel_values"].shape)
         try:
             with torch.no_grad():
                 model(**new)
@@ -336,12 +328,8 @@ def test_joint_attention_of_words_and_patches():
 
 
 def test_a_unet_has_a_grid_at_each_depth():
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4,
-    )  # fmt: skip
+    pytest.importorskip("diffusers")
+    model = unet(True, False, sample_size=16, block_out_channels=(8, 16), attention_head_dim=4, norm_num_groups=4)
     given = {"sample": torch.randn(2, 4, 16, 24), "encoder_hidden_states": torch.randn(2, 5, 16), "timestep": 1}
     for stack, call in calls(model.eval(), given).items():
         assert call.query_tokens.grids == ((((8, 12) if "mid" in stack else (16, 24)),) * 2)

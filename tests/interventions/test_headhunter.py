@@ -80,18 +80,11 @@ def test_chroma_is_of_pixels():
 
 
 def unet():
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 32),
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    ), {"sample": torch.randn(2, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.randn(2, 5, 16)}
+    return families.unet(True, False), {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": 3,
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+    }
 
 
 def sd3():

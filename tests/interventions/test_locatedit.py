@@ -126,18 +126,7 @@ def test_each_text_is_edited_as_if_it_were_alone(painter):
 @torch.no_grad()
 def test_it_reads_the_largest_maps_of_a_u_net():
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 32),
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    ).eval()
+    model = families.unet(True, True, sample_size=16)
     seen = []
 
     class See:

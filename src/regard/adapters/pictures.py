@@ -137,7 +137,7 @@ class Pictures(TorchFunctionMode):
 
     def _found(self, module: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Label the pictures and texts among the inputs; whether there are pictures, or what was made of some."""
-        there = any(tensor in self.labels for tensor in _tensors(inputs))
+        there = any(tensor in self.labels for tensor in tensors(inputs))
         for name, value in inputs.items():
             parts = value if isinstance(value, (list, tuple)) else [value]
             if "mask" in name or not all(isinstance(part, Tensor) and part.is_floating_point() for part in parts):
@@ -549,13 +549,13 @@ class Pictures(TorchFunctionMode):
         self._set(values, labels)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _on_cpu(index: Any) -> Any:

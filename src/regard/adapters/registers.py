@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,7 +46,7 @@ class Longer:
                 f"no tokens can be appended to {self.name}: its layers lay out what they are given, states of shape "
                 f"{list(hidden.shape)}, over the picture"
             )
-        others = next(_tensors(given), None)
+        others = next(pictures.tensors(given), None)
         if others is not None:
             raise UnreachableAttention(
                 f"no tokens can be appended to {self.name}: its layers are also given a mask or positions, of shape "
@@ -80,11 +80,3 @@ def _sizes(value: Any) -> bool:
     if isinstance(value, (Mapping, list, tuple)):
         return any(map(_sizes, value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)

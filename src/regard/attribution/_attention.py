@@ -55,6 +55,15 @@ def stack_of(prediction: Prediction) -> str:
     return stacks[0]
 
 
+def of_word(prediction: Prediction, refusal: str) -> tuple[str, Tensor]:
+    """The stack of a model that writes, and the positions that a word is said at; ValueError where it writes none."""
+    if prediction.kind != "token" or prediction.over != "input_ids":
+        raise ValueError(refusal)
+    stack, at = stack_of(prediction), prediction.question.at
+    assert isinstance(at, Tensor)
+    return stack, at
+
+
 class _Ran:
     """An intervention that changes nothing, and keeps the calls."""
 

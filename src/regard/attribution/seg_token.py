@@ -26,7 +26,7 @@ from ..call import Call
 from ..prediction import Target, predict
 from ..recording import statistic
 from ..seam import record
-from ._attention import stack_of
+from ._attention import of_word
 
 POSITIVE, NEGATIVE, NEUTRAL, NONE = 1, 0, -1, -10  # as transformers' SAM has them: -1 is "not a point", -10 padding
 
@@ -53,10 +53,7 @@ def seg_token(
     """
     with predict(model, inputs, target) as prediction:
         kind = type(model).__name__
-        if prediction.kind != "token" or prediction.over != "input_ids":
-            raise ValueError(f"seg_token compares a token with the picture's, and {kind} writes none")
-        stack, at = stack_of(prediction), prediction.question.at
-        assert isinstance(at, Tensor)
+        stack, at = of_word(prediction, f"seg_token compares a token with the picture's, and {kind} writes none")
         states, image = _last_states(prediction.model, prediction.inputs, stack)
         if not image.any(1).all():
             raise ValueError(f"seg_token: {kind} was given no picture whose patches are tokens among its words")

@@ -30,7 +30,7 @@ from ..call import Call
 from ..prediction import Prediction, Target, predict
 from ..recording import statistic
 from ..seam import record
-from ._attention import stack_of
+from ._attention import of_word
 
 BLOCK = 256  # queries whose dense weights are in memory at once
 Segmenter = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,10 +73,7 @@ def vl_sam(
         raise ValueError(f"vl_sam(position={position!r}): it is 'before' the word or 'at' it")
     with predict(model, inputs, target) as prediction:
         kind = type(model).__name__
-        if prediction.kind != "token" or prediction.over != "input_ids":
-            raise ValueError(f"vl_sam follows a word that is said to the picture, and {kind} says none")
-        stack, at = stack_of(prediction), prediction.question.at
-        assert isinstance(at, Tensor)
+        stack, at = of_word(prediction, f"vl_sam follows a word that is said to the picture, and {kind} says none")
         given, at = (prediction.inputs, at) if position == "before" else _said(prediction, at)
         layers, image, real = _read(prediction.model, given, stack, head_weights)
         if not image.any(1).all():

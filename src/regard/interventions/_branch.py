@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.generation import own_positions
+from ._method import Method
 
 
 class Branch:
@@ -90,3 +91,23 @@ class Branch:
 def plausible(scores: Tensor, beta: float) -> Tensor:
     """Which tokens are at least `beta` times as likely as the likeliest. [batch, vocabulary] boolean"""
     return scores >= scores.amax(-1, keepdim=True) + torch.tensor(beta).log().to(scores)
+
+
+class Contrasted(Method):
+    """A logits processor: (1 + alpha) times the model's logits, less alpha times those of a branch.
+
+    Tokens that the model alone finds less likely than `beta` times the likeliest are left out.
+    """
+
+    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0, "beta": 0.0}
+
+    alpha: float
+    beta: float
+    branch: Branch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        both = self.joined(scores, self.branch.logits(input_ids).to(scores))
+        return both.masked_fill(~plausible(scores, self.beta), -torch.inf)
+
+    def joined(self, own: Tensor, other: Tensor) -> Tensor:
+        return (1 + self.alpha) * own - self.alpha * other

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ._method import Method, image_tokens
+from ._method import Method, image_tokens, padded_left
 
 ALIKE = 8.0  # of 255: how far a picture may be, on average, from what the model sees of it
 
@@ -63,9 +63,7 @@ def one_picture(model: nn.Module, inputs: Mapping[str, Any], method: str) -> Ten
             f"{method} takes one picture a row, in one part: {type(model).__name__} is given {parts} pictures or parts "
             f"of some for {len(tokens)} rows; have the processor leave pictures whole, and split the rows"
         )
-    mask = inputs.get("attention_mask")
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError(f"{method}: rows are padded on the right; pad them on the left, as for generate")
+    padded_left(inputs, method)
     return image
 
 

@@ -16,17 +16,15 @@ what is left; here that is up to `generate`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from ..extras import needs
-from ._branch import Branch, plausible
-from ._method import Method
+from ._branch import Branch, Contrasted
 from ._picture import given, seen
 from .carve import GENERAL, relevance
 
@@ -37,7 +35,7 @@ BLUR = 0.02  # of the picture's longer side
 SIMILAR = 0.4  # of picture and prompt, where no matcher says so
 
 
-class agla(Method):
+class agla(Contrasted):
     """Logits with those for a picture of which only what the prompt is about is left.
 
     A logits processor: the model's logits, and alpha times those of a second run on the masked picture. Tokens less
@@ -56,8 +54,6 @@ class agla(Method):
     >>> method = agla.fit(model, inputs, processor, general="describe")
     >>> ids = model.generate(**inputs, logits_processor=[method], max_new_tokens=1, do_sample=False)
     """
-
-    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0, "beta": 0.0}
 
     def __init__(
         self,
@@ -96,10 +92,8 @@ class agla(Method):
         new = [masked(picture, *of) for picture, of in zip(pictures, found)]
         return cls(model, inputs, masked=given(model, inputs, processor, new, "agla"), **knobs)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        local = self.branch.logits(input_ids).to(scores)
-        both = scores + self.alpha * local
-        return both.masked_fill(~plausible(scores, self.beta), -torch.inf)
+    def joined(self, own: Tensor, other: Tensor) -> Tensor:
+        return own + self.alpha * other
 
 
 def masked(image: Image.Image, relevance: NDArray[Any], similarity: float) -> Image.Image:

@@ -15,18 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Call, Site
 from ..seam import intervene
-from ._branch import Branch, plausible
-from ._method import STACK, Method, image_ids, image_keys
+from ._branch import Branch, Contrasted
+from ._method import STACK, image_ids, image_keys
 
 
-class avisc(Method):
+class avisc(Contrasted):
     """Logits contrasted with those that see the blind image tokens only.
 
     A logits processor: (1 + alpha) times the model's logits, less alpha times those of a second run in which all other
@@ -45,8 +45,6 @@ class avisc(Method):
     >>> bool(method.blind.any(1).all())  # some image tokens of each row
     True
     """
-
-    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0, "beta": 0.0}
 
     def __init__(
         self,
@@ -67,11 +65,6 @@ class avisc(Method):
     @classmethod
     def fit(cls, model: nn.Module, inputs: Mapping[str, Any], processor: Any = None, **knobs: Any) -> Self:
         return cls(model, inputs, **knobs)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        blind = self.branch.logits(input_ids).to(scores)
-        contrast = (1 + self.alpha) * scores - self.alpha * blind
-        return contrast.masked_fill(~plausible(scores, self.beta), -torch.inf)
 
 
 def blind_tokens(model: nn.Module, inputs: Mapping[str, Any], *, top_p: float = 0.5, deviations: float = 1.0) -> Tensor:

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Call, Site
 from ..seam import intervene
-from ._branch import Branch, plausible
-from ._method import STACK, Method
+from ._branch import Branch, Contrasted
+from ._method import STACK
 from ._picture import one_picture
 
 Heads = Literal["joint", "mean"]
@@ -33,7 +33,7 @@ Heads = Literal["joint", "mean"]
 SHARE = 10 / 576  # of the patches
 
 
-class damro(Method):
+class damro(Contrasted):
     """Logits contrasted with those that see only the patches that the tower's first token attends to most.
 
     A logits processor: (1 + alpha) times the model's logits, less alpha times those of a second run whose picture is
@@ -57,8 +57,6 @@ class damro(Method):
     torch.Size([2, 4])
     """
 
-    off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0, "beta": 0.0}
-
     def __init__(
         self,
         model: nn.Module,
@@ -76,11 +74,6 @@ class damro(Method):
     @classmethod
     def fit(cls, model: nn.Module, inputs: Mapping[str, Any], processor: Any = None, **knobs: Any) -> Self:
         return cls(model, inputs, **knobs)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept = self.branch.logits(input_ids).to(scores)
-        contrast = (1 + self.alpha) * scores - self.alpha * kept
-        return contrast.masked_fill(~plausible(scores, self.beta), -torch.inf)
 
 
 @torch.no_grad()

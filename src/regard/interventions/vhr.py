@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..call import Call
 from ..seam import intervene
-from ._method import STACK, Method, image_ids, image_tokens, layers
+from ._method import STACK, Method, image_ids, image_tokens, layers, padded_left
 from ._prompt import cut
 
 LAST = 14 / 32
@@ -140,8 +140,7 @@ def with_and_without(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    if not bool(mask[:, -1].all()):
-        raise ValueError("vhr: rows are padded on the right; pad them on the left, as for generate")
+    padded_left(inputs, "vhr")
     image = image_tokens(model, ids, "vhr")
     if not image.any():
         raise ValueError("vhr: no row of the inputs holds a picture")
