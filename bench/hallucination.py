@@ -1,13 +1,14 @@
 """What the zoo's vision-language models see and invent under each method of the room `interventions`, beside greedy
 decoding and beside oracles, which know the answer's place.
 
-    python bench/hallucination.py                    # some minutes a method and model on one core
+    python bench/hallucination.py                    # about a quarter of an hour on one core that is idle
     python bench/hallucination.py --only avisc var   # some; no other is measured, those kept are shown
     python bench/hallucination.py --write            # and writes docs/hallucination.md
 
 Every method is fitted at its own defaults, and asked the same questions of the same scenes, none of which anything was
 chosen on. What was measured is kept in --state, one file a method and model, and not measured again, so that a run
 which was stopped goes on; --fresh forgets. Times are processor time, of the method and of greedy decoding in turn.
+Passes are rows that the language model is given: a batch of two counts twice, a token with a cache as much as a prompt.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import regard
 from regard import catalog
@@ -30,7 +34,19 @@ from regard.zoo.recipes import describer
 
 ROOT = Path(__file__).parent.parent
 GREEDY, WORDS, LENGTH = "greedy", 16, 48
+COUNTED = 4  # captions whose passes are counted
 SLOW = 5
+CHANGES = {  # what a method has, the first that tells, and the families of oracles that bound it
+    "__call__": ("contrasts",),
+    "given": ("masks", "crops"),
+    "appended": ("registers",),
+    "keeps": ("pruning",),
+    "inputs": ("attention",),
+    "weights": ("attention",),
+    "output": ("attention",),
+    "mlp": ("states",),
+    "hidden": ("states",),
+}
 COLOURS = ("crowded", "tiny", "plain")  # sets of scenes whose colours are asked for
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
@@ -43,7 +59,7 @@ def shown(model: str, name: str, n: int, seed: int) -> Shown:
 def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, Any]:
     """Answers of a model under a method, and its `pace`, each kept as soon as it is there; or why it is `unfit`."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    parts = ["pace", *COLOURS, "polls", "captions", "sampled"] + ["oracles"] * (name == GREEDY)
+    parts = ["pace", "passes", *COLOURS, "polls", "captions", "sampled"] + ["oracles"] * (name == GREEDY)
     missing = [part for part in parts if part not in found and "unfit" not in found]
     if not missing:
         return found
@@ -56,7 +72,9 @@ def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, A
             if part == "pace":
                 found[part] = None
                 if method is not None:
-                    found[part] = describer.pace(scenes.model, scenes.processor, method, words=WORDS)
+                    found[part] = describer.pace(scenes.model, scenes.processor, method, n=8, words=WORDS, turns=2)
+            elif part == "passes":
+                found |= {"family": [], "passes": None} if method is None else passes(scenes, method)
             elif part == "oracles":
                 found[part] = {which: headroom(model, which, n, seed) for which in COLOURS}
             else:
@@ -71,6 +89,38 @@ def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, A
         if "unfit" in found:
             break
     return found
+
+
+def passes(scenes: Shown, method: Any) -> dict[str, Any]:
+    """Of a caption of `WORDS` words: rows that pass the language model to make the method, and under it; its family."""
+    drawn = describer.pictures(describer.tempting(COUNTED))
+    inputs = describer.asked(scenes.processor, drawn, [describer.PROMPTS[0]] * COUNTED)
+    with counted(scenes.model) as fitting:
+        made = method(scenes.model, inputs)
+    with counted(scenes.model) as saying:
+        describer._generate(scenes.model, inputs, made, min_new_tokens=WORDS, max_new_tokens=WORDS)
+    return {"passes": {"fit": sum(fitting) / COUNTED, "said": sum(saying) / COUNTED}, "family": family(made)}
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """Rows that the language model is given in each pass."""
+    rows: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
+        rows.append(len(next(one for one in given if one is not None)))
+
+    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def family(made: Any) -> list[str]:
+    """The oracles that bound a method, by what of the model it changes."""
+    return list(next((some for name, some in CHANGES.items() if hasattr(made, name)), ()))
 
 
 def answered(model: str, part: str, n: int, seed: int, method: Any) -> dict[str, Any]:
@@ -113,26 +163,46 @@ def once(scenes: Shown, method: Any, pace: dict[str, float] | None) -> Any:
     return method if callable(made) or hasattr(made, "given") else lambda model, inputs: made
 
 
-def row(found: dict[str, Any], greedy: dict[str, Any] | None) -> list[str]:
-    """Cells of a method's row: shares, and in brackets by how much they differ from those of greedy decoding."""
-    cells = []
+def questions(found: dict[str, Any], greedy: dict[str, Any] | None) -> list[str]:
+    """Cells of a method's answers: shares, and in brackets by how much they differ from those of greedy decoding."""
+    cells = [", ".join(found["family"]) or "-"]
     for part in (*COLOURS, "polls"):
         right = torch.tensor(found[part]["right"])
-        groups = found[part].get("scene")
-        change = greedy and paired(right, torch.tensor(greedy[part]["right"]), groups)
-        yes = f", {torch.tensor(found[part]['yes']).mean():.0%} yes" if part == "polls" else ""
-        cells.append(f"{right.mean():.1%}{brief_gain(change)}{yes}")
+        change = greedy and paired(right, torch.tensor(greedy[part]["right"]), found[part].get("scene"))
+        cells.append(f"{right.mean():.1%}{brief_gain(change)}")
+    yes, there = (torch.tensor(some) for some in (found["polls"]["yes"], truth(found["polls"])))
+    scene = torch.tensor(found["polls"]["scene"])
+    for among in (there, torch.ones(len(yes), dtype=torch.bool)):
+        change = greedy and paired(yes[among], torch.tensor(greedy["polls"]["yes"])[among], scene[among].tolist())
+        cells.append(f"{yes[among].mean():.1%}{brief_gain(change)}")
+    return cells
+
+
+def truth(polls: dict[str, Any]) -> list[bool]:
+    """Which questions are to be answered with yes."""
+    return [(right > 0) == (yes > 0) for right, yes in zip(polls["right"], polls["yes"])]
+
+
+def captions(found: dict[str, Any], greedy: dict[str, Any] | None) -> list[str]:
+    """Cells of what a method names that is absent, and of what is there, as `questions`; and of what it takes."""
+    cells = []
     for part in ("captions", "sampled"):
         counts = torch.tensor(found[part]["counts"], dtype=torch.float64)
-        less = greedy and fewer(torch.tensor(greedy[part]["counts"], dtype=torch.float64), counts)
-        change = less and Gain(-less.value, less.error)
-        cells.append(f"{share(counts):.1%}{brief_gain(change)}, {counts[:, 2].sum() / counts[:, 3].sum():.0%} named")
-    pace = found.get("pace")
-    return [*cells, f"{pace['method'] / pace['greedy']:.1f}" if pace else "1"]
+        before = greedy and torch.tensor(greedy[part]["counts"], dtype=torch.float64)
+        for columns in ([0, 1], [3, 2]):  # of those named, the absent ones; of those there, the named ones
+            less = None if before is None else fewer(before[:, columns], counts[:, columns])
+            cells.append(f"{share(counts[:, columns]):.1%}{brief_gain(less and Gain(-less.value, less.error))}")
+    pace, rows = found.get("pace"), found.get("passes")
+    if not pace or not rows:
+        return [*cells, str(WORDS), "1", "-"]
+    each = pace["fit"] / (WORDS * pace["greedy"])
+    fit = "-" if each < 0.05 else f"{each:.1f}{'' if each < SLOW else ', once'}"
+    said = f"{rows['said']:.0f}" + (f" + {rows['fit']:.0f}" if rows["fit"] else "")
+    return [*cells, said, f"{pace['method'] / pace['greedy']:.1f}", fit]
 
 
 def brief_gain(gain: Gain | None) -> str:
-    return f" ({100 * gain.value:+.1f} ± {100 * gain.error:.1f})" if gain else ""
+    return f" ({100 * gain.value:+.1f} ± {200 * gain.error:.1f})" if gain else ""
 
 
 def table(head: list[str], rows: dict[str, list[str]]) -> str:
@@ -143,33 +213,43 @@ def table(head: list[str], rows: dict[str, list[str]]) -> str:
 def section(model: str, found: dict[str, dict[str, Any]]) -> str:
     fit = {name: figures for name, figures in found.items() if "unfit" not in figures}
     greedy = fit[GREEDY]
-    rows = {
-        name if name == GREEDY else f"`{name.replace('_', '-')}`": row(figures, None if name == GREEDY else greedy)
-        for name, figures in fit.items()
-    }
-    methods = table(
-        ["method", *(f"colours, {part}" for part in COLOURS), "polls", "absent, greedy", "absent, sampled", "time"],
-        rows,
+    words = {name: name if name == GREEDY else f"`{name.replace('_', '-')}`" for name in fit}
+    other = {name: None if name == GREEDY else greedy for name in fit}
+    asked = table(
+        ["method", "bounded by", *(f"colours, {part}" for part in COLOURS), "polls", "recall", "yes"],
+        {words[name]: questions(figures, other[name]) for name, figures in fit.items()},
+    )
+    said = table(
+        ["method", "absent", "named", "absent, sampled", "named, sampled", "passes", "time", "fitting"],
+        {words[name]: captions(figures, other[name]) for name, figures in fit.items()},
     )
     oracle_rows = {}
-    for family in oracles.FAMILIES:
+    for name in oracles.FAMILIES:
         cells = []
         for part in COLOURS:
-            if gains := greedy["oracles"][part][family]:
+            if gains := greedy["oracles"][part][name]:
                 cells += [brief_gain(Gain(*gain)).strip(" ()") for gain in gains[:2]]
         if cells:
-            oracle_rows[family] = cells
+            oracle_rows[name] = cells
     head = ["family", *(f"{part}: {what}" for part in COLOURS for what in ("oracle", "control"))]
     unfit = "\n".join(f"- `{name.replace('_', '-')}`: {brief(f['unfit'])}" for name, f in found.items() if "unfit" in f)
     return f"""## {model.capitalize()}
 
-{methods}
+### Questions
+
+{asked}
+
+### Captions
+
+{said}
+
+### Oracles
 
 What knowing the answer's place would gain on colours, in points, beside a control that knows as much of a random place:
 
 {table(head, oracle_rows)}
 
-Not measured:
+### Not measured
 
 {unfit or "- all methods of the room fit"}
 """
@@ -178,22 +258,30 @@ Not measured:
 def page(found: dict[str, dict[str, dict[str, Any]]], n: int, seed: int) -> str:
     sections = "\n".join(section(model, some) for model, some in found.items())
     sets = "\n".join(f"- {name}: {about}" for name, about in SETS.items())
+    shown = " and ".join(f"[{model}](zoo.md)" for model in found)
     return f"""# Hallucination
 
-Every method of the room `interventions` that fits it, on the zoo's [describer and witness](zoo.md), beside greedy
-decoding and beside oracles. Methods are fitted at their defaults: none was tuned to these models. A method can be
-judged on a model only where its family's oracle gains and its paper's premises hold; the models' cards have these.
+Every method of the room `interventions` that fits, on the zoo's {shown}, beside greedy decoding and beside oracles.
+Methods are fitted at their defaults: none was tuned to these models. A method can be judged on a model only where its
+family's oracle gains and its paper's premises hold; the models' cards have these.
 
-`python bench/hallucination.py --write` makes this page: {n} scenes of each set, seed {seed}.
+`python bench/hallucination.py --scenes {n} --write` makes this page: {n} scenes of each set, seed {seed}.
 
 {sets}
 
-Colours: one of the objects is asked for. Polls: adversarial questions on the presence of shapes in `tempted` scenes,
-half of which are to be answered with yes (POPE, arXiv:2305.10355). Absent: share of the objects named in captions of
-`tempted` scenes that are absent (CHAIR, arXiv:1809.02156), by greedy decoding and by sampling at temperature 1; named:
-of what is there, without which a model that says little looks best. In brackets: points above greedy decoding, or above
-sampling, with the standard error of the paired difference. Time: processor time for a word, times that of greedy
-decoding.
+In brackets: points above greedy decoding (or above plain sampling), ± twice the standard error of the paired
+difference. What is within it cannot be told from nothing.
+
+Questions: *colours*, one of the objects is asked for; *polls*, adversarial questions on the presence of shapes in
+`tempted` scenes, half of which are to be answered with yes (POPE, arXiv:2305.10355): how many are right, how many of
+those to be answered with yes are (recall), and how many of all are answered so. *Bounded by*: the families of oracles
+below that change what the method changes.
+
+Captions of `tempted` scenes (CHAIR, arXiv:1809.02156): *absent*, of the objects named those that are not there;
+*named*, of what is there, without which a model that says little looks best; by greedy decoding, and by sampling at
+temperature 1. *Passes*: rows that the language model is given for a caption of {WORDS} words, and + to make the method
+where that takes any. *Time*: processor time for a word, times that of greedy decoding. *Fitting*: processor time to
+make the method, in captions of greedy decoding; once: what is found on other pictures serves for all.
 
 {sections}"""
 
@@ -207,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--scenes", type=int, default=100, help="in each of the sets")
+    parser.add_argument("--scenes", type=int, default=24, help="in each of the sets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=ROOT / "out" / "hallucination")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")

@@ -24,6 +24,7 @@ class Method:
     """One method of this room, made by its knobs; `fit` also takes what it is to be used on."""
 
     off: ClassVar[Mapping[str, Any]] = {}  # knobs with which it changes nothing
+    needs: ClassVar[str] = ""  # what `fit` finds on the model; nothing where knobs say all
 
     @classmethod
     def fit(cls, model: nn.Module, inputs: Mapping[str, Any], processor: Any = None, **knobs: Any) -> Self:

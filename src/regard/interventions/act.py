@@ -50,6 +50,8 @@ class act(Method):
     ...     logits = model(**inputs).logits
     """
 
+    needs = "heads with which the text that is read is likelier"
+
     off: ClassVar = {"beta": 1.0}
 
     heads: Collection[tuple[int, int]]

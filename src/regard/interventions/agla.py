@@ -55,6 +55,8 @@ class agla(Contrasted):
     >>> ids = model.generate(**inputs, logits_processor=[method], max_new_tokens=1, do_sample=False)
     """
 
+    needs = "what of the picture the prompt is about, by a matcher or the model's own attention"
+
     def __init__(
         self,
         model: nn.Module,

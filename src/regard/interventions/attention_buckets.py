@@ -41,6 +41,7 @@ class attention_buckets(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"times": ()}
+    needs = "a prompt to follow in runs of its own"
 
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, Any], *, times: Sequence[float] = (1.75, 1.8, 1.9, 2.0, 2.5)

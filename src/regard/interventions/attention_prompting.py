@@ -60,6 +60,7 @@ class attention_prompting(Redrawn):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
+    needs = "a map of what the question is about"
 
     @classmethod
     def fit(  # type: ignore[override] - all of its knobs are known

@@ -46,6 +46,8 @@ class avisc(Contrasted):
     True
     """
 
+    needs = "the blind image tokens of a prompt"
+
     def __init__(
         self,
         model: nn.Module,

@@ -69,6 +69,7 @@ class carve(Redrawn):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"top": 1.0}
+    needs = "what the question looks at more than a general one does"
 
     @classmethod
     def fit(  # type: ignore[override] - all of its knobs are known

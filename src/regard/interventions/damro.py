@@ -57,6 +57,8 @@ class damro(Contrasted):
     torch.Size([2, 4])
     """
 
+    needs = "the tower's outlier patches"
+
     def __init__(
         self,
         model: nn.Module,

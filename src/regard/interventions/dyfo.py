@@ -85,6 +85,7 @@ class dyfo(Redrawn):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"budget": 0}
+    needs = "the part of the picture to ask about, by a tree search"
 
     @classmethod
     def fit(  # type: ignore[override] - all of its knobs are known

@@ -63,6 +63,8 @@ class focus_directions(Method):
     ...     logits = model(**inputs).logits
     """
 
+    needs = "directions, from prompts that hide a pass key"
+
     off: ClassVar = {"strength": 0.0}
 
     directions: Directions

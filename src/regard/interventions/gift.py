@@ -72,6 +72,7 @@ class gift(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0}
+    needs = "what the question makes the model look at"
 
     gaze: Gaze
     alpha: float = 5.0

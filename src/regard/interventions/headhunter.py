@@ -50,6 +50,7 @@ class headhunter(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"w": 0.0}
+    needs = "heads, by painting with each of them dulled"
 
     def __init__(self, *, heads: Sequence[Head], u: float = 1.0, w: float = 3.0, halved: bool = True) -> None:
         self.aside = Dulled(heads, u)

@@ -46,6 +46,7 @@ class hicd(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0}
+    needs = "heads, by the model's first choice against its second"
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], *, heads: Heads, alpha: float = 1.0) -> None:
         self.alpha = alpha

@@ -54,6 +54,7 @@ class inter(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"strength": 0.0}
+    needs = "where the instruction stands in the prompt, and how far it usually moves logits"
 
     def __init__(
         self,

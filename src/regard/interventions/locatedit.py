@@ -56,6 +56,7 @@ class locatedit(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"cut": -1.0}
+    needs = "the words in which texts differ from the first"
 
     def __init__(
         self,

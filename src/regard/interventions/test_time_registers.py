@@ -54,6 +54,8 @@ class test_time_registers(Method):
     ...     logits = model(**inputs).logits
     """
 
+    needs = "neurons that make outliers in the picture"
+
     off: ClassVar = {"chosen": {}}
 
     chosen: Neurons

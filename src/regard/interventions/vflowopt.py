@@ -76,6 +76,7 @@ class vflowopt(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"ratios": (1.0, 1.0, 1.0)}
+    needs = "which image tokens matter"
 
     importance: Importance
     ratios: Sequence[float] = RATIOS

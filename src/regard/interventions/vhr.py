@@ -53,6 +53,8 @@ class vhr(Method):
     ...     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     """
 
+    needs = "heads that the picture changes most"
+
     off: ClassVar = {"alpha": 1.0}
 
     heads: xr.DataArray

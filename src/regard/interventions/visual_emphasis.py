@@ -63,6 +63,7 @@ class visual_emphasis(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"alpha": 0.0, "beta": 0.0}
+    needs = "patches that the tower finds salient"
 
     tokens: Emphasis
     alpha: float = 0.7

@@ -62,6 +62,7 @@ class visual_flow(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"alpha_middle": 0.0, "alpha_deep": 0.0, "tau": 1.0}
+    needs = "image tokens that are active as the prompt is read"
 
     flow: Flow
     alpha_middle: float = 0.1

@@ -50,6 +50,7 @@ class vti(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"alpha_image": 0.0, "alpha_text": 0.0}
+    needs = "directions, from generated scenes and captions"
 
     def __init__(
         self,
