@@ -90,7 +90,7 @@ def write(
         raise FileNotFoundError(f"report: the folder {path.parent} does not exist; create it first")
     blocks: list[bytes] = []
     stacks = [_Stack(name, node, blocks) for name, node in _nodes(tree).items()]
-    page = _Page(tree, stacks, findings, [_picture(one) for one in pictures])
+    page = _Page(tree, stacks, findings, [picture(one) for one in pictures])
     for stack in stacks:
         stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
     _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
@@ -645,7 +645,7 @@ class _Ranks:
         return [b"".join(parts) + b"\x03\x00" for parts in self.parts]
 
 
-def _picture(image: Image.Image) -> dict[str, Any]:
+def picture(image: Image.Image) -> dict[str, Any]:
     """The picture, no side longer than `LARGEST_PICTURE`, as a data address: PNG or JPEG, whichever is smaller."""
     if not isinstance(image, Image.Image):
         raise TypeError(
@@ -663,6 +663,36 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     return {"source": source, "width": image.width, "height": image.height}
 
 
+class Standalone:
+    """A page of `view/` as one file, which may load nothing and run nothing but its own style and modules.
+
+    script: the module that the page begins with; what it imports comes along.
+    """
+
+    def __init__(self, template: str, *styles: str, script: str) -> None:
+        view = resources.files("regard") / "view"
+        self.style = "".join((view / style).read_text("utf-8") for style in styles)
+        self.script = _bundle(view, script)
+        loader = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+        self.template = loader.from_string((view / template).read_text("utf-8"))
+        self.policy = (
+            f"default-src 'none'; img-src data:; style-src {_digest(self.style)}; script-src {_digest(self.script)}; "
+            "base-uri 'none'; form-action 'none'"
+        )
+
+    def html(self, header: Any, **words: Any) -> bytes:
+        """The file, with `words` in the template's places, and `header` for the script to read."""
+        html = self.template.render(
+            mark=MARK,
+            policy=Markup(self.policy),  # made of constants and digests
+            style=Markup(self.style),
+            script=Markup(self.script),
+            header=Markup(_json(header)),
+            **words,
+        )
+        return html.encode("utf-8", "replace")  # half a surrogate pair in a name becomes a question mark
+
+
 class _Page:
     """Everything around the data: words, template, modules."""
 
@@ -670,11 +700,7 @@ class _Page:
         self, tree: xr.DataTree, stacks: list[_Stack], findings: Sequence[Any], pictures: list[dict[str, Any]]
     ) -> None:
         self.attrs, self.stacks, self.findings, self.pictures = tree.attrs, stacks, findings, pictures
-        view = resources.files("regard") / "view"
-        self.style = (view / "report.css").read_text("utf-8")
-        self.script = _bundle(view)
-        loader = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-        self.template = loader.from_string((view / "report.html").read_text("utf-8"))
+        self.page = Standalone("report.html", "report.css", script="page.js")
 
     def html(self, blocks: list[bytes]) -> bytes:
         attrs = self.attrs
@@ -688,15 +714,9 @@ class _Page:
             "sink": {"share": SINK_SHARE, "times": SINK_TIMES},
         }
         model = str(attrs.get("model") or attrs.get("architecture") or "A recording")
-        policy = (
-            f"default-src 'none'; img-src data:; style-src {_digest(self.style)}; script-src {_digest(self.script)}; "
-            "base-uri 'none'; form-action 'none'"
-        )
-        html = self.template.render(
-            mark=MARK,
-            policy=Markup(policy),  # made of constants and digests
+        return self.page.html(
+            header,
             title=f"{model}: where it looks",
-            style=Markup(self.style),
             model=model,
             facts=self._facts(model),
             partial=bool(attrs.get("partial", False)),
@@ -705,11 +725,8 @@ class _Page:
             precision=self._precision(),
             left_out=[words for stack in self.stacks for words in stack.left_out],
             versions=[f"{name} {attrs[name]}" for name in ("regard", "transformers", "torch") if attrs.get(name)],
-            header=Markup(_json(header)),
             blocks=[Markup(base64.b64encode(block).decode()) for block in blocks],
-            script=Markup(self.script),
         )
-        return html.encode("utf-8", "replace")  # half a surrogate pair in a name becomes a question mark
 
     def _facts(self, model: str) -> list[str]:
         attrs, facts = self.attrs, []
@@ -780,7 +797,7 @@ class _Page:
         return " ".join(words)
 
 
-def _bundle(view: Any) -> str:
+def _bundle(view: Any, first: str) -> str:
     """The page's modules as one, each after what it imports. Their top-level names must differ."""
     seen: list[str] = []
     out: list[str] = []
@@ -795,7 +812,7 @@ def _bundle(view: Any) -> str:
         source = re.sub(r'^import [^;]* from "[^"]*";\n', "", source, flags=re.M)
         out.append(re.sub(r"^export ", "", source, flags=re.M))
 
-    add("page.js")
+    add(first)
     return "\n".join(out)
 
 

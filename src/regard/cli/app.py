@@ -123,50 +123,72 @@ def look(
 
 @app.command(epilog=f"Interventions: {', '.join(catalog.methods('interventions'))}.")
 def steer(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="A zoo model, a local folder, or a hub id.")] = None,
+    given: Annotated[
+        Path | None,
+        typer.Argument(help="What to read, see or hear: a text, a picture or a WAV file, by its name's end."),
+    ] = None,
     methods: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--with",
             "-w",
             help="An intervention, such as var; may be given several times.",
             autocompletion=_of("interventions"),
         ),
-    ],
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", "-l", help="Say which interventions fit MODEL, and why others do not; or all.")
+    ] = False,
     knob: Annotated[
         list[str] | None, typer.Option("--knob", "-k", help="NAME=VALUE, or METHOD.NAME=VALUE for one of several.")
     ] = None,
     text: TextToRead = None,
     file: TextFile = None,
     image: Picture = None,
+    audio: Annotated[Path | None, typer.Option("--audio", "-a", help="A WAV file to listen to.")] = None,
+    truth: Annotated[str | None, typer.Option(help="What is said in the sound, to count words that are wrong.")] = None,
     generate: Annotated[int, typer.Option("--generate", "-g", min=1, help="Tokens to generate at most.")] = 32,
     truncate: Truncate = False,
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Of a model that paints: where its pictures are written.")
+    place: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="A page (.html) with both beside each other; of a model that paints, also a folder."
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What MODEL says without and with interventions, side by side, and the time that a token takes.
 
-    Of a model that paints, such as painter: a picture of each line of the text, before and after, in a folder.
+    Of a model that paints, such as painter: pictures of each line of the text, before and after, in a folder or a page.
     """
-    from . import steer as work
-
-    _model(model, trust_remote_code)
+    if model is not None:
+        _model(model, trust_remote_code)
     with _plainly():
-        shown = work.steer(
-            model,
-            methods,
-            knobs=knob or (),
-            text=text,
-            file=file,
-            image=image,
-            generate=generate,
-            truncate=truncate,
-            out=folder,
-            trust_remote_code=trust_remote_code,
-            console=out,
-        )
+        if listed:
+            from . import fits
+
+            shown = fits.listing(model, methods or (), trust_remote_code=trust_remote_code, progress=err)
+        else:
+            from . import steer as work
+            from .inputs import InputError, placed
+
+            if model is None:
+                raise InputError("name a model, such as describer; or --list, for all interventions")
+            given_as = placed(given, {"file": file, "image": image, "audio": audio})
+            shown = work.steer(
+                model,
+                methods or (),
+                knobs=knob or (),
+                text=text,
+                **given_as,
+                truth=truth,
+                generate=generate,
+                truncate=truncate,
+                out=place,
+                trust_remote_code=trust_remote_code,
+                console=out,
+            )
     out.print(shown)
 
 

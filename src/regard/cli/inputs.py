@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ..loading import Loaded, parameters, positions
 from ..tokens import chat_roles
 from .sound import Sound
 
+SOUNDS = (".wav", ".wave")
 SAME = 8.0  # of 255: how far a picture may be on average from what its processor made of it
 
 
@@ -44,6 +45,17 @@ def read_text(text: str | None, file: Path | None, option: str = "--file") -> st
     if text is not None and (why := unreadable(text)):
         raise InputError(f"the text {why}")
     return text
+
+
+def placed(path: Path | None, options: dict[str, Path | None]) -> dict[str, Path | None]:
+    """The options `file`, `image` and `audio` with a file that was given without one, by the end of its name."""
+    if path is None:
+        return options
+    end = path.suffix.lower()
+    option = "audio" if end in SOUNDS else "image" if end in Image.registered_extensions() else "file"
+    if options[option] is not None:
+        raise InputError(f"{path} and --{option} {options[option]}: give one of them")
+    return {**options, option: path}
 
 
 def open_picture(image: Path | None, console: Console | None = None) -> Image.Image | None:
@@ -203,11 +215,25 @@ def _with_pictures(processor: Any, messages: list[dict[str, Any]], ids: Tensor) 
     return spread
 
 
-def generated(loaded: Loaded, inputs: dict[str, Any], steps: int, **options: Any) -> Tensor:
-    """Ids that `generate` gives, each the likeliest next one."""
+class Written(NamedTuple):
+    """ids: of the one row, [token], with what the model was given before; scores: what each new token was chosen by."""
+
+    ids: Tensor
+    scores: Tensor  # [new token, vocabulary]
+
+    @property
+    def start(self) -> int:
+        """Where the first new token stands."""
+        return len(self.ids) - len(self.scores)
+
+
+def written(loaded: Loaded, inputs: dict[str, Any], steps: int, **options: Any) -> Written:
+    """What `generate` gives, each token the likeliest next one."""
     model, processor = loaded
     pad = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
     end = model.generation_config.eos_token_id
     end = end[0] if isinstance(end, list) else end
-    pad = end if pad is None else pad
-    return model.generate(**inputs, max_new_tokens=steps, do_sample=False, num_beams=1, pad_token_id=pad, **options)
+    usual: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False, "num_beams": 1}
+    usual |= {"pad_token_id": end if pad is None else pad, "output_scores": True, "return_dict_in_generate": True}
+    found = model.generate(**inputs, **{**usual, **options})
+    return Written(found.sequences[0], torch.stack(found.scores)[:, 0])

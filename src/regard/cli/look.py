@@ -33,7 +33,7 @@ from ..seam import record
 from ..statistics import BASIC
 from ..tokens import Tokens
 from . import sound
-from .inputs import InputError, generated, hear, open_picture, png, prepare, read_text, seen, writable
+from .inputs import InputError, Written, hear, open_picture, png, prepare, read_text, seen, writable, written
 from .printed import tables
 
 ROWS_BUDGET = 256 * 2**20  # bytes of dense rows to keep, all layers together; above it the largest keys of each row
@@ -99,7 +99,7 @@ def look(
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
     attributes = _attributes(model, name) | {"attention": model.config._attn_implementation}
-    ids = None
+    wrote = None
     with _progress(console, model, steps) as tick:
         statistics = _statistics(model, inputs, steps) | {"tick": tick}
         with (
@@ -108,12 +108,12 @@ def look(
             record(model, processor=loaded.processor, roles=roles, attributes=attributes, **statistics) as recording,
         ):
             if steps:
-                ids = generated(loaded, inputs, steps)
+                wrote = written(loaded, inputs, steps)
             else:
                 model(**inputs)
     seconds = time.perf_counter() - began
-    if ids is not None:
-        _note_said(recording, loaded, ids, 1 if decoder else inputs["input_ids"].shape[1])
+    if wrote is not None:
+        _note_said(recording, loaded, wrote)
     pictures = seen(loaded.processor, inputs, picture) if picture else []
     if len(recording) and pictures and pictures[0] is not picture:
         recording[0].attrs["note"] = f"The picture is shown as the model is given it, {_sizes(pictures)}."
@@ -125,14 +125,14 @@ def _sizes(pictures: list[Image.Image]) -> str:
     return f"{first.width} x {first.height} pixels" + (f" and {len(pictures) - 1} more" if len(pictures) > 1 else "")
 
 
-def _note_said(recording: Recording, loaded: Loaded, ids: Tensor, start: int) -> None:
+def _note_said(recording: Recording, loaded: Loaded, wrote: Written) -> None:
     """Keep what was generated with the recording, and its last token, which the model never ran on."""
     tree, tokenizer = recording[0], getattr(loaded.processor, "tokenizer", loaded.processor)
-    tree.attrs["said"] = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    last = Tokens.plain("generated", 1, 1, ids[:, -1:]).texts(loaded.processor)[0]
+    tree.attrs["said"] = tokenizer.decode(wrote.ids[wrote.start :], skip_special_tokens=True)
+    last = Tokens.plain("generated", 1, 1, wrote.ids[None, -1:]).texts(loaded.processor)[0]
     for node in tree.children.values():
         looks = node.attrs["causal"] or node.attrs["kind"] == "cross"
-        if looks and node["query"].values[-1] == ids.shape[1] - 2:
+        if looks and node["query"].values[-1] == len(wrote.ids) - 2:
             node.attrs["unread"] = last
 
 

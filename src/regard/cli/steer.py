@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -17,19 +18,33 @@ from PIL import Image
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from .. import catalog
+from ..evaluation.word_error import word_error_rate
 from ..files import written_aside
 from ..interventions import painted
 from ..loading import Loaded, load
 from ..prediction import writes
 from ..seam import intervene
-from .inputs import InputError, generated, open_picture, png, prepare, read_text, writable
+from . import beside, sound
+from .inputs import (
+    InputError,
+    drawn,
+    hear,
+    open_picture,
+    png,
+    prepare,
+    read_text,
+    seen,
+    writable,
+    written,
+)
 
-TIMED = 8  # tokens of a round of measuring
 ROUNDS = (10, 50)  # at least and at most
 SECONDS = 20.0  # after which no round begins beyond the least
 SURE = 0.1  # of the ratio: where twice its standard error is more, it is not told
+PAGE = (".html", ".htm")  # what a page ends in
 
 
 def steer(
@@ -40,6 +55,8 @@ def steer(
     text: str | None = None,
     file: Path | None = None,
     image: Path | None = None,
+    audio: Path | None = None,
+    truth: str | None = None,
     generate: int = 32,
     truncate: bool = False,
     out: Path | None = None,
@@ -48,28 +65,48 @@ def steer(
 ) -> Group:
     """What a model says before and after, the words that differ marked, and the time that a token takes.
 
-    Of a model that paints: the pictures that it paints of each line of the text, written to `out`, and how they differ.
+    Of a model that paints: the pictures that it paints of each line of the text, and how they differ. out: a page that
+    shows both beside each other, and what changed in the heads (see `beside`); of a model that paints also a folder for
+    its pictures. truth: what is said in a sound, to count the words that are wrong.
     """
     console = console or Console(quiet=True)
     chosen = {method: catalog.method("interventions", method.replace("-", "_")) for method in methods}
+    if not chosen:
+        raise InputError("name an intervention with --with; --list says which fit the model")
     turned = parsed(chosen, knobs)
     text, picture = read_text(text, file), open_picture(image, console)  # bad input is found before a model is loaded
+    heard = sound.read(audio) if audio is not None else None
+    if truth is not None and (heard is None or not truth.split()):
+        raise InputError("--truth is what is said in a sound: give both, the sound with --audio")
+    page = out if out is not None and out.suffix in PAGE else None
+    if page is not None:
+        writable(page.parent, page.name)
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
     model = loaded.model
+    about = beside.About(name, type(model).__name__, {key: turned[key] for key in chosen})
     if hasattr(loaded.processor, "scheduler"):
-        if picture is not None:
-            raise InputError(f"--image: {type(model).__name__} paints pictures, and is given words only")
+        if picture is not None or heard is not None:
+            raise InputError(
+                f"{'--image' if heard is None else '--audio'}: {type(model).__name__} paints pictures, and is given "
+                f"words only"
+            )
         if out is None:
-            raise InputError(f"{type(model).__name__} paints pictures: name a folder for them with --out")
+            raise InputError(f"{type(model).__name__} paints pictures: name a folder or a page for them with --out")
         if text is None:
             raise InputError(f"{type(model).__name__} paints what --text or --file says, one picture a line")
-        return _painted(loaded, chosen, turned, text, out, console)
-    if out is not None:
-        raise InputError(f"--out is for models that paint, and {type(model).__name__} does not")
+        return _painted(loaded, about, chosen, turned, text, out, console)
+    if out is not None and page is None:
+        raise InputError(
+            f"--out is a page, such as page.html; a folder is for models that paint, and {type(model).__name__} does "
+            f"not"
+        )
     if not writes(model):
         raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
-    inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
+    if heard is not None or model.main_input_name == "input_features":
+        inputs = hear(loaded, name, heard, text is not None or picture is not None)
+    else:
+        inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
 
     began = time.process_time()
     with console.status("fitting"):
@@ -82,32 +119,82 @@ def steer(
     after: dict[str, Any] = {"logits_processor": [thing for thing in made if callable(thing)]}
     with intervene(model, *inside):
         pass  # a model that one does not fit is refused before anything is generated
+
+    def under() -> Any:
+        return intervene(model, *inside)
+
     with console.status("generating"):
         plain = _said(loaded, inputs, generate, nullcontext)
-        steered = _said(loaded, inputs, generate, lambda: intervene(model, *inside), **after)
+        steered = _said(loaded, inputs, generate, under, **after)
     with console.status("measuring"):
         costs = measured(
             lambda: _said(loaded, inputs, generate, nullcontext, min_new_tokens=generate),
-            lambda: _said(
-                loaded, inputs, generate, lambda: intervene(model, *inside), min_new_tokens=generate, **after
-            ),
+            lambda: _said(loaded, inputs, generate, under, min_new_tokens=generate, **after),
         )
-    return shown(plain, steered, costs / generate, fitted)
+    lines = shown(plain.text, steered.text, costs / generate, fitted)
+    wrong = [] if truth is None else [word_error_rate(truth, one.text) for one in (plain, steered)]
+    if wrong:
+        lines.renderables.append(Text(f"words that are wrong: {wrong[0]:.0%} before, {wrong[1]:.0%} after"))
+    if page is not None:
+        with console.status("comparing the heads"):
+            views = _views(loaded, inputs, picture, inside)
+            ways = (nullcontext, under) if inside else ()
+            heads = [
+                beside.heads(loaded, partial(_said, loaded, inputs, generate, way, **_forced(plain))) for way in ways
+            ]
+        asked = None if heard is not None else text
+        facts = [str(lines.renderables[2])] + [str(line) for line in lines.renderables[3:]]
+        both = plain, steered
+        beside.write(page, about, loaded.processor, said=both, pictures=views, asked=asked, heads=heads, facts=facts)
+        lines.renderables.append(Text(f"page {page}"))
+    return lines
+
+
+def _forced(said: beside.Said) -> dict[str, Any]:
+    """Options with which `generate` says this again, whatever the model would say."""
+    return {"logits_processor": [_Forced(said.ids)], "max_new_tokens": len(said.ids), "min_new_tokens": 0}
+
+
+class _Forced:
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.start = ids, -1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.start = input_ids.shape[1] if self.start < 0 else self.start
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.ids[input_ids.shape[1] - self.start]] = 0.0
+        return forced
+
+
+def _views(
+    loaded: Loaded, inputs: dict[str, Any], picture: Image.Image | None, inside: Sequence[Any]
+) -> list[beside.View]:
+    """The picture as the model is given it, and as it is given it under the methods, where that is another."""
+    if picture is None:
+        return []
+    before, given = seen(loaded.processor, inputs, picture), inputs
+    for thing in inside:
+        given = thing.given(dict(given)) if hasattr(thing, "given") else given
+    after = before if given is inputs else drawn(loaded.processor, given.get("pixel_values"))
+    return [beside.View("", one, other if other is not one else None) for one, other in zip(before, after)]
 
 
 def _painted(
     loaded: Loaded,
+    about: beside.About,
     chosen: dict[str, Any],
     turned: dict[str, dict[str, Any]],
     text: str,
     out: Path,
     console: Console,
 ) -> Group:
-    """Pictures before and after in a folder, from the same noise, and how far they are apart."""
+    """Pictures before and after in a folder or on a page, from the same noise, and how far they are apart."""
     model, pipeline = loaded
+    page = out if out.suffix in PAGE else None
     said = [line.strip() for line in text.splitlines() if line.strip()]
     names = {when: [f"{i}-{when}.png" for i in range(1, len(said) + 1)] for when in ("before", "after")}
-    writable(out, *(name for some in names.values() for name in some))
+    if page is None:
+        writable(out, *(name for some in names.values() for name in some))
     inputs = {"prompt": said}
     began = time.process_time()
     with console.status("fitting"):
@@ -124,31 +211,45 @@ def _painted(
                 kept = thing.on_step_end(pipe, step, when, kept)
         return kept
 
+    def ways() -> list[tuple[Any, dict[str, Any]]]:
+        return [(nullcontext(), {}), (intervene(model, *made), {"callback_on_step_end": after_step})]
+
+    def again(around: Any, options: dict[str, Any]) -> NDArray[np.float32]:
+        with torch.inference_mode(), around:
+            return painted(pipeline, inputs, **options)
+
     with console.status("painting"):
         took, pictures = [], []
-        ways: list[tuple[Any, dict[str, Any]]] = [
-            (nullcontext(), {}),
-            (intervene(model, *made), {"callback_on_step_end": after_step}),
-        ]
-        for around, options in ways:
+        for way in ways():
             start = time.process_time()
-            with torch.inference_mode(), around:
-                pictures.append(painted(pipeline, inputs, **options))
+            pictures.append(again(*way))
             took.append(time.process_time() - start)
-    out.mkdir(parents=True, exist_ok=True)
-    for some, files in zip(pictures, names.values()):
-        for picture, name in zip(some, files):
-            with written_aside(out / name) as draft:
-                draft.write_bytes(png(Image.fromarray((255 * picture).round().astype(np.uint8))))
+    images = [[Image.fromarray((255 * one).round().astype(np.uint8)) for one in some] for some in pictures]
+    if page is None:
+        out.mkdir(parents=True, exist_ok=True)
+        for some, files in zip(images, names.values()):
+            for picture, name in zip(some, files):
+                with written_aside(out / name) as draft:
+                    draft.write_bytes(png(picture))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("text", "before", "after", "change"):
+    for name in ("text", "before", "after", "change") if page is None else ("text", "change"):
         table.add_column(name)
     apart = abs(pictures[1] - pictures[0]).mean((1, 2, 3))
     for line, before, after, much in zip(said, *names.values(), apart):
-        table.add_row(Text(line), before, after, f"{much:.1%}" if much else "none")
-    cost = f"written to {out}; {took[0]:.1f} s of processor time before, {took[1]:.1f} s after"
+        files = (before, after) if page is None else ()
+        table.add_row(Text(line), *files, f"{much:.1%}" if much else "none")
+    cost = f"{took[0]:.1f} s of processor time before, {took[1]:.1f} s after"
     cost += f"; fitting took {fitted:.1f} s" if fitted > 0.01 else ""
-    return Group(table, Text(), Text(cost if apart.any() else f"nothing changed; {cost}"))
+    cost = cost if apart.any() else f"nothing changed; {cost}"
+    if page is not None:
+        with console.status("comparing the heads"):
+            heads = [beside.heads(loaded, partial(again, *way)) for way in ways()]
+        views = [
+            beside.View(line, before, after if much else None)
+            for line, before, after, much in zip(said, *images, apart)
+        ]
+        beside.write(page, about, pipeline, pictures=views, heads=heads, facts=[cost])
+    return Group(table, Text(), Text(f"{cost}; written to {out}"))
 
 
 def _finer(method: Any, picture: Image.Image | None) -> dict[str, Any]:
@@ -209,14 +310,12 @@ def _example(has: dict[str, dict[str, Any]]) -> str:
     return next((f"{name}=0.5" for some in has.values() for name in some), "alpha=0.5")
 
 
-def _said(loaded: Loaded, inputs: dict[str, Any], steps: int, around: Any, **options: Any) -> str:
-    """The text that a model generates."""
-    decoder = bool(getattr(loaded.model.config, "is_encoder_decoder", False))
-    begin = 1 if decoder else inputs["input_ids"].shape[1]
+def _said(loaded: Loaded, inputs: dict[str, Any], steps: int, around: Any, **options: Any) -> beside.Said:
+    """What a model generates."""
     with torch.inference_mode(), around():
-        ids = generated(loaded, inputs, steps, **options)
-    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
-    return tokenizer.decode(ids[0, begin:], skip_special_tokens=True)
+        wrote = written(loaded, inputs, steps, **options)
+    tokenizer, ids = getattr(loaded.processor, "tokenizer", loaded.processor), wrote.ids[wrote.start :]
+    return beside.Said(tokenizer.decode(ids, skip_special_tokens=True), ids, wrote.scores)
 
 
 def measured(
@@ -270,13 +369,10 @@ def shown(before: str, after: str, costs: NDArray[np.float64], fitted: float) ->
 
 def marked(before: str, after: str) -> tuple[Text, Text]:
     """Both texts, words that differ between brackets and coloured."""
-    a, b = before.split(), after.split()
     left, right = Text(), Text()
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        for text, words, style in ((left, a[i:j], "bold red"), (right, b[k:n], "bold green")):
-            if words:
-                same = kind == "equal"
-                text.append(" " * bool(text) + ("" if same else "["))
-                text.append(" ".join(words), style="" if same else style)
-                text.append("" if same else "]")
+    for pieces, text, style in zip(beside.pieces(before, after), (left, right), ("bold red", "bold green")):
+        for words, own in pieces:
+            text.append(" " * bool(text) + "[" * own)
+            text.append(words, style=style if own else "")
+            text.append("]" * own)
     return left, right

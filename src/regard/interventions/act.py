@@ -135,8 +135,9 @@ def helpful_heads(
     two and the last.
     """
     if among is None:
+        middle = layers(model, "act")[2:-1]
         text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-        among = [(i, head) for i in layers(model, "act")[2:-1] for head in range(text.num_attention_heads)]
+        among = [(i, head) for i in middle for head in range(text.num_attention_heads)]
     plain, helpful = score(), []
     for pair in among:
         with intervene(model, act(heads=[pair], beta=beta, threshold=threshold)):

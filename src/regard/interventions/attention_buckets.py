@@ -88,7 +88,7 @@ def wave(distance: Tensor, *, base: float = 10000.0, dim: int = 128) -> Tensor:
 
 def _frequencies(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """The rotary embeddings of the language model: module, name of the buffer, and the frequencies."""
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     found = [
         (module, name, buffer)
         for module in decoder.modules()

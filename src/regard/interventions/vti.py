@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..call import Site
 from ..data.scenes import SHAPES, Dials, caption, render, sample
 from ..seam import intervene
-from ._method import STACK, Method, layers, picture_tower
+from ._method import STACK, Method, image_ids, layers, picture_tower
 
 STEP = 0.1
 Group = Literal["flat", "token"]
@@ -83,6 +83,7 @@ class vti(Method):
         """
         if "visual" not in knobs and "textual" not in knobs:
             layers(model, "vti")
+            image_ids(model, "vti")
             pixels, right, wrong = demonstrations(inputs, processor, n=n, seed=seed)
             knobs["visual"] = visual_direction(model, pixels, seed=seed)
             knobs["textual"] = textual_direction(model, right, wrong)

@@ -1,20 +1,13 @@
 // The report: its data blocks, its address, its theme.
 
-import { setTheme } from "./colour.js";
 import { explore } from "./explore.js";
 import { inflate, Recording } from "./recording.js";
+import { themed } from "./theme.js";
 
 const header = JSON.parse(document.getElementById("header").textContent);
 const recording = new Recording(header, (block) => inflate(document.getElementById(`block-${block}`).textContent));
 
-const dark = matchMedia("(prefers-color-scheme: dark)"), print = matchMedia("print");
-let wanted = null;
-function theme() {
-  const name = print.matches ? "light" : wanted ?? (dark.matches ? "dark" : "light");
-  document.documentElement.dataset.theme = name;
-  setTheme(name);
-}
-theme();
+themed(document.getElementById("theme"), () => page.redraw());
 
 // #stack/layer/head/token/scope/sample, in the recording's own labels; parts at the end may be missing.
 function parse(hash) {
@@ -57,14 +50,3 @@ addEventListener("hashchange", () => {
   const main = document.getElementById("explore");
   if (main.getBoundingClientRect().top > innerHeight / 2) main.scrollIntoView();
 });
-
-const button = document.getElementById("theme");
-const label = () => { button.textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark"; };
-const retheme = () => { theme(); label(); page.redraw(); };
-button.addEventListener("click", () => {
-  wanted = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  retheme();
-});
-dark.addEventListener("change", retheme);
-print.addEventListener("change", retheme);
-label();
