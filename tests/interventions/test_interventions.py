@@ -323,7 +323,7 @@ def test_steer_hands_over_the_picture_as_it_is(folders, tmp_path, name):
         ("gpt2", ["--with", "attention-buckets", "--knob", "times=1,x"], "give a number, or several with commas"),
         ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification does not generate"),
         ("gpt2", ["--with", "var", "--text", "it", "--out", "here"], "GPT2LMHeadModel does not"),
-        ("painter", ["--with", "locatedit", "--text", "a ring"], "name a folder for them with --out"),
+        ("painter", ["--with", "locatedit", "--text", "a ring"], "name a folder or a page for them with --out"),
         ("painter", ["--with", "locatedit", "--out", "here"], "what --text or --file says, one picture a line"),
         ("painter", ["--with", "locatedit", "--text", "a ring", "--out", "here"], "give two texts or more, not 1"),
         ("painter", ["--with", "var", "--text", "a ring", "--out", "here"], "PixArtTransformer2DModel has none"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,8 +17,6 @@ import regard
 from regard import report
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = "/usr/bin/chromium"
-pytestmark = pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs {CHROMIUM}")
 
 SAID = ["<s>", "The", " cat", " sat", "\n", "</script>", " on", " שלום", "", " mat", "."]
 
@@ -79,37 +76,6 @@ def recorded() -> xr.DataTree:
 def path(recorded, tmp_path_factory) -> Path:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     return report.write(recorded, tmp_path_factory.mktemp("report") / "page.html", pictures=[picture])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a file at an address; at the end nothing may have been complained of and nothing else asked for."""
-    pages, said, asked = [], [], []
-
-    def go(path: Path, address: str = "", **context):
-        page = browser.new_page(**context)
-        pages.append(page)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{path.as_uri()}{address}")
-        page.wait_for_selector("html[data-drawn]", state="attached", timeout=10_000)
-        return page
-
-    yield go
-    for page in pages:
-        page.close()
-    assert not said
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
-    assert len([url for url in asked if url.startswith("file:")]) == len(pages)
 
 
 def listed(page, which: int) -> dict[int, float]:

@@ -214,5 +214,6 @@ def write(
         pictures=[_shown(view) for view in pictures],
         versions=[f"{package} {version(package)}" for package in ("regard", "transformers", "torch")],
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as draft:
         draft.write_bytes(html)
