@@ -15,7 +15,7 @@ import regard
 from regard import catalog
 from regard.cli import app, beside, fits
 from regard.cli import steer as work
-from regard.cli.inputs import InputError, hear, placed
+from regard.cli.inputs import InputError, hear, placed, written
 from regard.cli.look import look
 from regard.cli.sound import read
 from regard.evaluation.word_error import word_error_rate
@@ -157,6 +157,9 @@ def test_what_a_listener_writes_is_whole_and_counted_against_the_truth(ours, sou
     inputs = hear(loaded, "listener", read(sound), False)
     plain = processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
     assert len(plain.split()) > 1
+    wrote = written(loaded, inputs, 8)
+    ends = [*model.generate(**inputs, max_new_tokens=8)[0].tolist(), model.generation_config.eos_token_id]
+    assert wrote.ids[wrote.start :].tolist() == ends
     seen = look("listener", audio=sound, generate=8, out=tmp_path / "look")
     assert seen.said == plain
     with regard.intervene(model, Louder()):
@@ -203,7 +206,7 @@ def said(ids, *rows) -> beside.Said:
 def test_a_step_is_the_first_that_differs_or_else_the_one_that_moves_most():
     processor = load("reader").processor
     before = said([3, 4, 5], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.2, 0.7, 0.0], [0.0] * 5 + [1.0])
-    after = said([3, 0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [0.8, 0.0, 0.0, 0.2, 0.0, 0.0])
+    after = said([3, 0, 1], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], [0.8, 0.0, 0.0, 0.2, 0.0, 0.0], [0.0, 1.0] + [0.0] * 4)
     found = beside.step(before, after, processor)
     assert (found.at, found.changed) == (1, True)
     assert found.before == processor.decode([3], skip_special_tokens=True)
