@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--scenes", type=int, default=24, help="in each of the sets")
+    parser.add_argument("--scenes", type=int, default=60, help="in each of the sets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=ROOT / "out" / "hallucination")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
