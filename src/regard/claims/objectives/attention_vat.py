@@ -23,9 +23,9 @@ from .._sentences import Batch, Namer, batches, encoded
 from .._shown import paired
 
 SCALES = "small", "large"
-STEPS = {"small": 80, "large": 3000}
-RUNS, LABELLED, OTHERS, HELD = 2, 64, 6000, 1000
-SIZE, RATE, LENGTH = 32, 5e-3, 1.0
+STEPS = {"small": 110, "large": 3000}
+RUNS, LABELLED, OTHERS, HELD = 2, 256, 6000, 1000
+SIZE, RATE, LENGTH = 32, 1e-2, 1.0
 WAYS = ("plain", "AT", "VAT", "iVAT", "VAT, labelled")
 MORE, CLEARER = 0.02, 0.02
 
