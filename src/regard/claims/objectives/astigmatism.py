@@ -186,9 +186,9 @@ def overlap(model: Any, read: nn.Linear, inject: Any, of: Shown, hidden: Tensor)
 @torch.no_grad()
 def distances(model: Any, of: Shown, inject: astigmatism | None = None) -> Tensor:
     """[picture, layer]"""
-    with nullcontext() if inject is None else intervene(model, inject):
-        with collect(model, lambda call: attention_distance(call.weights.dense(), (ROWS, ROWS))) as seen:
-            model(of.pixels)
+    acting = nullcontext() if inject is None else intervene(model, inject)
+    with acting, collect(model, lambda call: attention_distance(call.weights.dense(), (ROWS, ROWS))) as seen:
+        model(of.pixels)
     return torch.stack([one.value for one in seen], 1)
 
 

@@ -121,7 +121,7 @@ def _trained(way: str, x: Tensor, y: Tensor, steps: int, seed: int) -> dcal:
         intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_labels=COLOURS * PLACES,
+        id2label={i: str(i) for i in range(COLOURS * PLACES)},
         initializer_range=0.1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
