@@ -20,8 +20,8 @@ COARSE = [1, 2]  # keys of the scene, of five; three fine tokens of each
 
 
 def test_regions_are_chosen_by_their_share_of_the_rows_range():
-    weights = torch.tensor([[0.0, 0.1, 0.2, 0.5], [0.25, 0.25, 0.25, 0.25]])
-    assert chosen(weights).tolist() == [[False, False, True, True], [False] * 4]
+    weights = torch.tensor([[0.0, 0.1, 0.2, 0.5], [0.4, 0.5, 0.6, 0.9], [0.25, 0.25, 0.25, 0.25]])
+    assert chosen(weights).tolist() == [[False, False, True, True]] * 2 + [[False] * 4]
     assert chosen(torch.tensor([0.0, 0.5, 1.0]), 0.5).tolist() == [False, False, True]  # above, not at
 
 

@@ -50,7 +50,7 @@ def test_the_background_takes_of_its_own_and_the_rest_is_none():
 
 
 def test_prototypes_are_means_inside_and_outside_of_boxes():
-    boxes, classes = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.4]]), torch.tensor([1, 0])
+    boxes, classes = torch.tensor([[0.2, 0.2, 0.5, 0.5], [0.5, 0.0, 1.0, 0.4]]), torch.tensor([1, 0])
     inside = covered(boxes, classes, (2, 2), 3)
     assert inside.tolist() == [[False, True, False, False], [True, False, False, False], [False] * 4]
     features = torch.tensor([[[1.0, 2], [3, 4], [5, 6], [7, 8]], [[1.0, 0], [0, 1], [0, 0], [3, 3]]])
