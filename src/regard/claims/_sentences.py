@@ -7,8 +7,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..data.sentences import FEELINGS
 from ..zoo.recipes import namer
 
 Batch = dict[str, Tensor]
@@ -29,3 +31,35 @@ def batches(pool: Batch, size: int, steps: int) -> Iterator[Batch]:
         drawn = torch.randint(len(pool["labels"]), (size,))
         longest = int(pool["attention_mask"][drawn].sum(1).max())
         yield {name: rows[drawn] if rows.ndim == 1 else rows[drawn, :longest] for name, rows in pool.items()}
+
+
+class AdditiveAttention(nn.Module):
+    """Weights over words from one query, and the mean of their states by these."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(dim, dim // 2), nn.Tanh(), nn.Linear(dim // 2, 1, bias=False))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        scores = self.score(hidden).mT.masked_fill(~mask[:, None], float("-inf"))  # [batch, 1, token]
+        return scores.softmax(-1) @ hidden
+
+
+class Namer(nn.Module):
+    """Word embeddings, a bidirectional LSTM, one additive attention over words, a linear layer that names a feeling."""
+
+    def __init__(self, words: int, dim: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, dim)
+        self.encoder = nn.LSTM(dim, dim // 2, batch_first=True, bidirectional=True)
+        self.attention, self.output = AdditiveAttention(dim), nn.Linear(dim, len(FEELINGS))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.read(self.embedding(batch["input_ids"]), batch["attention_mask"].bool())
+
+    def read(self, words: Tensor, mask: Tensor) -> Tensor:
+        hidden, _ = self.encoder(words)
+        return self.output(self.attention(hidden, mask))[:, 0]
+
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(self(batch), batch["labels"], reduction=reduction)

@@ -24,10 +24,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..call import Call, Site
+from ..call import Site
 from ..seam import intervene
-
-Key = tuple[str, int]  # stack and layer of a call
+from ._perturb import Key, Moved, Probe, stepped
 
 
 def attention_at(
@@ -57,18 +56,15 @@ def attention_at(
     return worst.loss + strength * adversarial
 
 
-class Perturbation:
+class Perturbation(Moved):
     """An intervention: attention scores plus `scores`, one tensor [batch, head, query, key] for each stack and layer.
 
     loss: that of the run in which the perturbation was found, before any change, with gradient.
     """
 
     def __init__(self, loss: Tensor, scores: dict[Key, Tensor], queries: slice) -> None:
-        self.loss, self.scores, self.queries = loss, scores, queries
-
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
-        moved = self.scores.get((call.site.stack, call.site.layer))
-        return weights if moved is None else _moved(weights, moved, call, rows, self.queries)
+        super().__init__(scores, queries)
+        self.loss = loss
 
 
 def perturbation(
@@ -86,87 +82,10 @@ def perturbation(
     """
     if epsilon < 0:
         raise ValueError(f"attention_at: epsilon is a length, 0 or more, got {epsilon}: below 0 the loss would fall")
-    probe = _Probe(where, queries, interpretable)
+    probe = Probe("attention_at", where, queries, keep=interpretable)
     with torch.enable_grad(), intervene(model, probe):
         before = loss()
-    if not probe.zeros:
-        raise ValueError("attention_at: `loss` ran no attention that `where` and `queries` choose")
-    keys = list(probe.zeros)
+    keys = probe.chosen("loss")
     found = torch.autograd.grad(before, [probe.zeros[k] for k in keys], retain_graph=True)
-    gradients = dict(zip(keys, found))
-    if interpretable:
-        apart = {key: _apart(rows) for key, rows in probe.logs.items()}
-        length = _norm({key: g * apart[key].sqrt() for key, g in gradients.items()})
-        scores = {key: g * apart[key] for key, g in gradients.items()}
-    else:
-        length, scores = _norm(gradients), gradients
-    steps = {key: epsilon * s / length.view(-1, 1, 1, 1) for key, s in scores.items()}
+    steps = stepped(dict(zip(keys, found)), epsilon, probe.logs if interpretable else None)
     return Perturbation(before, steps, queries)
-
-
-class _Probe:
-    """Adds nothing to scores, in a way that the loss can be differentiated by; keeps logarithms of weights for iAT."""
-
-    def __init__(self, where: Callable[[Site], bool], queries: slice, keep: bool) -> None:
-        self.here, self.queries, self.keep = where, queries, keep
-        self.zeros: dict[Key, Tensor] = {}
-        self.logs: dict[Key, Tensor] = {}
-
-    def inputs(self, call: Call) -> Call:
-        chosen = range(call.query.shape[2])[self.queries]
-        key = (call.site.stack, call.site.layer)
-        if not chosen or not self.here(call.site):
-            return call
-        if key in self.zeros:
-            raise ValueError(f"attention_at: `loss` runs {call.site} more than once")
-        shape = (*call.query.shape[:2], len(chosen), call.key.shape[2])
-        self.zeros[key] = torch.zeros(shape, dtype=call.value.dtype, device=call.value.device, requires_grad=True)
-        self.logs[key] = torch.full_like(self.zeros[key], float("-inf")).detach()
-        return call
-
-    def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
-        key = (call.site.stack, call.site.layer)
-        if key not in self.zeros:
-            return weights
-        if self.keep:
-            at, inside = _rows(call, rows, self.queries)
-            logs = weights.detach()[:, :, inside].log()
-            self.logs[key][:, :, at, : weights.shape[-1]] = logs.to(self.logs[key].dtype)
-        return _moved(weights, self.zeros[key], call, rows, self.queries)
-
-
-def _moved(weights: Tensor, scores: Tensor, call: Call, rows: range, queries: slice) -> Tensor:
-    """softmax(log weights + scores), where what is missing to 1 (a sink's share) stays a score of its own."""
-    at, inside = _rows(call, rows, queries)
-    if not inside:
-        return weights
-    old = weights[:, :, inside]
-    new = old * scores[:, :, at, : weights.shape[-1]].to(old.dtype).exp()
-    new = new / (new.sum(-1, keepdim=True) + (1 - old.sum(-1, keepdim=True)).clamp_min(0))
-    if len(inside) == len(rows):
-        return new
-    whole = weights.clone()
-    whole[:, :, inside] = new
-    return whole
-
-
-def _rows(call: Call, rows: range, queries: slice) -> tuple[list[int], list[int]]:
-    """Of the chosen queries those among `rows`: their numbers among the chosen, and among `rows`."""
-    chosen = range(call.query.shape[2])[queries]
-    found = [(i, q - rows.start) for i, q in enumerate(chosen) if q in rows]
-    return [i for i, _ in found], [q for _, q in found]
-
-
-def _apart(logs: Tensor) -> Tensor:
-    """Of each key, its share in the squared differences between all scores of its row; 0 where all are the same."""
-    seen = logs.isfinite()
-    logs = torch.where(seen, logs, 0.0)
-    n, sums, squares = seen.sum(-1, keepdim=True), logs.sum(-1, keepdim=True), logs.square().sum(-1, keepdim=True)
-    apart = torch.where(seen, squares - 2 * logs * sums + n * logs.square(), 0.0).clamp_min(0)
-    return apart / apart.sum(-1, keepdim=True).clamp_min(torch.finfo(apart.dtype).tiny)
-
-
-def _norm(tensors: dict[Key, Tensor]) -> Tensor:
-    """2-norm over all of an example. [batch]"""
-    squares = torch.stack([t.square().flatten(1).sum(1) for t in tensors.values()]).sum(0)
-    return squares.sqrt().clamp_min(torch.finfo(squares.dtype).tiny)

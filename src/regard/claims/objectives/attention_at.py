@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ... import loading
@@ -22,11 +22,11 @@ from ...objectives import collect
 from ...objectives.attention_at import attention_at, perturbation
 from ...seam import intervene
 from .._measure import Mean, mean
-from .._sentences import Batch, batches, encoded
+from .._sentences import Batch, Namer, batches, encoded
 
 SCALES = "small", "large"
 STEPS = {"small": 220, "large": 3000}
-SIZE, RATE, DIM, SENTENCES, WRONG = 64, 2e-3, 64, 400, 0.15  # WRONG: share of labels
+SIZE, RATE, SENTENCES, WRONG = 64, 2e-3, 400, 0.15  # WRONG: share of labels
 CHOICES, JUDGED, TRAININGS = (0.5, 1.0, 2.0), 5.0, 3  # lengths to choose from; the one that all stand
 WAYS = ("plain", "AT", "iAT")
 
@@ -97,37 +97,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     return Finding(holds, "; ".join(parts), expected, seed, premises=premises, draw=draw)
 
 
-class _AdditiveAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.score = nn.Sequential(nn.Linear(DIM, DIM // 2), nn.Tanh(), nn.Linear(DIM // 2, 1, bias=False))
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        scores = self.score(hidden).mT.masked_fill(~mask[:, None], float("-inf"))  # [batch, 1, token]
-        return scores.softmax(-1) @ hidden
-
-
-class _Model(nn.Module):
-    def __init__(self, words: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(words, DIM)
-        self.encoder = nn.LSTM(DIM, DIM // 2, batch_first=True, bidirectional=True)
-        self.attention, self.output = _AdditiveAttention(), nn.Linear(DIM, len(FEELINGS))
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.read(self.embedding(batch["input_ids"]), batch["attention_mask"].bool())
-
-    def read(self, words: Tensor, mask: Tensor) -> Tensor:
-        hidden, _ = self.encoder(words)
-        return self.output(self.attention(hidden, mask))[:, 0]
-
-    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(self(batch), batch["labels"], reduction=reduction)
-
-
-def _train(way: str, length: float, pool: Batch, words: int, steps: int, seed: int) -> _Model:
+def _train(way: str, length: float, pool: Batch, words: int, steps: int, seed: int) -> Namer:
     torch.manual_seed(seed)
-    model = _Model(words)
+    model = Namer(words)
     optimizer = torch.optim.Adam(model.parameters(), RATE, weight_decay=1e-5, amsgrad=True)
     for batch in batches(pool, SIZE, steps):
         run = partial(model.loss, batch)
@@ -138,7 +110,7 @@ def _train(way: str, length: float, pool: Batch, words: int, steps: int, seed: i
     return model.eval()
 
 
-def _judged(model: _Model, held: Batch, length: float) -> tuple[Tensor, Tensor]:
+def _judged(model: Namer, held: Batch, length: float) -> tuple[Tensor, Tensor]:
     """Loss and whether the feeling is named, where each sentence's attention is moved to raise its own loss."""
     worst = perturbation(model, lambda: model.loss(held, "sum"), epsilon=length)
     with torch.no_grad(), intervene(model, worst):
@@ -147,7 +119,7 @@ def _judged(model: _Model, held: Batch, length: float) -> tuple[Tensor, Tensor]:
     return loss, (logits.argmax(-1) == held["labels"]).float()
 
 
-def _correlations(model: _Model, held: Batch) -> Tensor:
+def _correlations(model: Namer, held: Batch) -> Tensor:
     """Of a word's attention and the length of the loss's gradient by it. [sentence]"""
     mask = held["attention_mask"].bool()
     words = model.embedding(held["input_ids"]).detach().requires_grad_()
