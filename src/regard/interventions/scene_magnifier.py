@@ -79,6 +79,7 @@ class scene_magnifier(Method):
     """
 
     off: ClassVar[Mapping[str, Any]] = {"threshold": 1.0}
+    needs = "fine tokens of the pictures, of their quarters"
 
     fine: Fine
     start: int | None = None

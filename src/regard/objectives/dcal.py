@@ -49,7 +49,7 @@ class dcal(nn.Module):
     `forward(pixel_values, labels)` gives `Judged`. In training mode the loss is `weighed` cross entropies of the three
     branches, else that of `logits`, which leave the pair-wise branch out. With `order`, the distractor of each picture,
     [batch]; by default the one before. ValueError where a model has no class token, or in training a batch has one
-    picture, which leaves no distractor. It costs a bit more than twice the training, and one block more afterwards.
+    picture, which leaves no distractor. A step of training costs up to five times a plain one, the model afterwards one block more.
 
         branches = dcal(ViTForImageClassification(config))
         Trainer(branches, ...).train()
