@@ -49,7 +49,8 @@ class dcal(nn.Module):
     `forward(pixel_values, labels)` gives `Judged`. In training mode the loss is `weighed` cross entropies of the three
     branches, else that of `logits`, which leave the pair-wise branch out. With `order`, the distractor of each picture,
     [batch]; by default the one before. ValueError where a model has no class token, or in training a batch has one
-    picture, which leaves no distractor. A step of training costs up to five times a plain one, the model afterwards one block more.
+    picture, which leaves no distractor. A step of training costs up to five times a plain one; afterwards the model has
+    one block more.
 
         branches = dcal(ViTForImageClassification(config))
         Trainer(branches, ...).train()
