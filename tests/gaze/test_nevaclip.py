@@ -64,7 +64,14 @@ def test_a_picture_is_sharp_under_a_wide_spot_and_blurred_without():
 def test_nothing_moves_on_an_even_picture():
     same = torch.zeros(2, 3, 24, 24)  # of another value a blur is off by rounding, and the sign of that is a step
     knobs = {**KNOBS, "fixations": 2, "iterations": 4}
-    found = explore(lambda seen: encoder()(seen + 0.3), same, TARGET, lambda *_: torch.full((2, 2), 0.75), **knobs, random_restarts=False)
+    found = explore(
+        lambda seen: encoder()(seen + 0.3),
+        same,
+        TARGET,
+        lambda *_: torch.full((2, 2), 0.75),
+        **knobs,
+        random_restarts=False,
+    )
     assert torch.allclose(found.losses, found.losses[:1, :1])
     assert (found.places == 0).all()
 

@@ -9,8 +9,8 @@ the features themselves.
 As in the code, attention of `kind="custom"` takes the place of the token instead of being added to it, its queries are
 not normed, and no norm comes last. Deviations: the code keeps two hemispheres, each with a reading of its own; here a
 region of a hemisphere is a region, and a voxel's reading its own row anyway. `membership` says which region a voxel is
-in; with a region for each voxel or for each hemisphere it is the code's `voxels` or `hemis`. Its custom attention has 16
-heads whatever is asked, and no mask; here both are as asked. Encoder layers before the decoder and the convolutional
+in; with a region for each voxel or for each hemisphere it is the code's `voxels` or `hemis`. Its custom attention has
+16 heads whatever is asked, and no mask; here both are as asked. Encoder layers before the decoder and the convolutional
 baseline are left out: `regard.gaze.brain_profile.brain_profile` is the linear one. `explained_variance` divides the
 squared correlation by the ceiling, as is usual; the paper's own score was not at hand.
 """
@@ -161,8 +161,7 @@ class _Custom(_Layer):
         self, token: Tensor, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for x in (self.query(token + query), self.key(key), value)
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(token + query), self.key(key), value)
         )
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         if hidden is not None:

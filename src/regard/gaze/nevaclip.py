@@ -188,7 +188,9 @@ def caption_loss(encode: Encode, seen: Tensor, target: Tensor) -> Tensor:
     """One less the cosine between what is seen and the target, 0 to 2. [batch]"""
     found = encode(seen)
     if found.ndim != 2 or found.shape != target.shape:
-        raise ValueError(f"the encoder gives {list(found.shape)}, the target is {list(target.shape)}: one row a picture")
+        raise ValueError(
+            f"the encoder gives {list(found.shape)}, the target is {list(target.shape)}: one row a picture"
+        )
     return 1 - F.cosine_similarity(found, target, dim=-1)
 
 
