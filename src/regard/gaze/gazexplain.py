@@ -185,7 +185,8 @@ class GazeXplain(nn.Module):
             ended = (cells == 0).nonzero()
             n = int(ended[0]) if len(ended) else len(cells)
             column, row = (cells[:n] - 1) % config.columns, (cells[:n] - 1).div(config.columns, rounding_mode="floor")
-            places = torch.stack([(column + 0.5) / config.columns, (row + 0.5) / config.rows], -1).double()
+            at = torch.stack([column, row], -1).double() + 0.5
+            places = at / torch.tensor([config.columns, config.rows])
             paths.append(Scanpath(places.numpy() * size, size, 1000 * lasting[:n].double().numpy()))
         return paths
 

@@ -2,8 +2,8 @@
 
 Scenes of coloured shapes, seen by the bundled viewer. The people are planted: asked for a colour, they look at each
 shape of that colour, from left to right, then at the others, and say "there is a red star left of the middle" of each.
-Two models begin alike on each seed, one of them without the loss of alignment. Sentences are judged at fixations that the model
-itself draws, where these are on a shape; the control gives each fixation the sentence of another fixation of its path.
+On each seed two models begin alike, one of them without the loss of alignment. Sentences are judged at fixations that
+the model itself draws, where these are on a shape; the control gives each fixation the sentence of the next.
 """
 
 from __future__ import annotations
