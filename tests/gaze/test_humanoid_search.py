@@ -165,9 +165,9 @@ def test_scores_by_task_and_level():
 def marked(yaw: float, columns: int = 64):
     """A bright spot in the dark, at this yaw on the horizon."""
     whole = torch.zeros(3, columns // 2, columns)
-    at = int(((yaw + 180) % 360) / 360 * columns)
-    whole[:, columns // 4 - 2 : columns // 4 + 2, at - 2 : at + 2] = 1
-    return whole
+    middle = slice(columns // 2 - 2, columns // 2 + 2)
+    whole[:, columns // 4 - 2 : columns // 4 + 2, middle] = 1
+    return whole.roll(round(yaw / 360 * columns), -1)
 
 
 def test_the_agent_of_likeness_finds_what_is_like():
