@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class MessagePassing(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.features + config.scores + 4 * config.use_boxes, *[config.hidden] * config.layers]
-        self.layers = nn.ModuleList(nn.Linear(2 * a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(2 * a, b) for a, b in pairwise(widths))
         self.read = nn.Linear(widths[-1], config.classes)
 
     def forward(
