@@ -313,20 +313,16 @@ class HeadPolicy(nn.Module):
     def __init__(self, config: HeadPolicyConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
+        width, maps = config.width, 4
         self.look = nn.Sequential(
-            nn.Conv2d(3, width // 2, 5, 2, 2),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1),
-            nn.ReLU(),
+            nn.Conv2d(3, width // 2, 5, 2, 2), nn.ReLU(), nn.Conv2d(width // 2, width // 2, 3, 1, 1), nn.ReLU()
         )
-        self.gate = nn.Embedding(config.instructions, 2 * width)
-        places = -(-config.size[0] // 4) * -(-config.size[1] // 4)
-        self.pool = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width // 4, 1), nn.ReLU(), nn.Flatten())
-        self.seen = nn.Linear(width // 4 * places, width)
+        self.gate = nn.Embedding(config.instructions, 2 * (width // 2))
+        self.maps = nn.Conv2d(width // 2, maps, 1)
+        self.seen = nn.Linear(3 * maps, width)
         self.asked, self.where = nn.Embedding(config.instructions, width), nn.Linear(3, width)
         self.memory = nn.GRUCell(width, width)
-        self.act = nn.Linear(2 * width, self.rotations + 1)
+        self.act = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, self.rotations + 1))
 
     @property
     def rotations(self) -> int:
@@ -340,7 +336,11 @@ class HeadPolicy(nn.Module):
         view [batch, 3, row, column]; instruction [batch]; heading [batch, 2], yaw and pitch in degrees.
         """
         scale, shift = self.gate(instruction)[..., None, None].chunk(2, 1)
-        seen = self.seen(self.pool(self.look(view) * (1 + scale) + shift))
+        maps = self.maps(F.relu(self.look(view) * (1 + scale) + shift))  # how likely what is asked for is at each place
+        share = maps.flatten(2).softmax(-1).view_as(maps)
+        at = (torch.linspace(-1, 1, n, device=view.device) for n in maps.shape[2:])
+        row, column = (line @ of for line, of in zip((share.sum(3), share.sum(2)), at))
+        seen = self.seen(torch.cat([row, column, maps.amax((2, 3))], -1))
         yaw, pitch = torch.deg2rad(heading).unbind(-1)
         mixed = F.relu(seen + self.asked(instruction) + self.where(torch.stack([yaw.sin(), yaw.cos(), pitch], -1)))
         state = self.memory(mixed, state)
