@@ -1,10 +1,10 @@
 """Ghodsi (arXiv:2512.15115): heads fitted to linear state spaces, and gradients over distance.
 
 State spaces of 8 states and 6 dimensions over 24 tokens, with 1, 2 or 4 distinct eigenvalues between 0.45 and 0.95.
-Heads with free coefficients are fitted by L-BFGS from random starts, without what the theorem constructs; softmax
-heads, with scores by lag, by Adam. Those without a sink are the control: the theorem's class is not theirs. For
-gradients, random state spaces of one large eigenvalue, in a random basis, and a head of attention at inputs made so
-that it attends to one token, or at random ones.
+Heads with free coefficients are fitted from random starts, maps and coefficients in turn (L-BFGS, tried on other
+seeds, did not get to the end of four heads' valley); softmax heads, with scores by lag, by Adam. Those without a sink
+are the control: the theorem's class is not theirs. For gradients, random state spaces of one large eigenvalue, in a
+random basis, and a head of attention at inputs made so that it attends to one token, or at random ones.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .._measure import exponent
 
 SCALES = "small", "large"
 TOKENS, STATES, DIM = 24, 8, 6
-KINDS, HEADS, STARTS = (1, 2, 4), (1, 2, 3, 4, 5), {"small": 5, "large": 20}
-SOFTMAX, STEPS, SOFT_STARTS = (1, 2, 3, 4, 6), 1500, 3
+KINDS, HEADS, STARTS, ROUNDS = (1, 2, 4), (1, 2, 3, 4), {"small": 5, "large": 20}, 100
+SOFTMAX, STEPS, SOFT_STARTS = (1, 2, 4, 6), 1500, 3
 SPACES, MARGIN = 20, 40.0  # of a score that is to take all weight over the others
 SPANS = (6, 12, 24, 48)
 
@@ -46,18 +46,17 @@ EXPECTED = (
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """As many heads as distinct eigenvalues, no fewer; softmax needs a sink for it; gradients fade or do not."""
     generator = torch.Generator().manual_seed(seed)
-    ranks, curves, worst, failed, starts = [], {}, 0.0, 0, STARTS[scale]
+    ranks, curves, worst, moving = [], {}, 0.0, 0.0
     for kind in KINDS:
         operators = _operators(kind, generator)
         ranks.append(interaction_rank(operators))
         for heads in HEADS:
             best = heads_ssm(operators, heads).error
-            found = [_fitted(operators, heads, generator) for _ in range(starts)]
-            curves[kind, heads] = min(found)
+            found, last = zip(*(_fitted(operators, heads, generator) for _ in range(STARTS[scale])))
+            curves[kind, heads] = max(found)
+            moving = max(moving, *last)
             if heads < kind:
-                worst = max(worst, abs(min(found) / best - 1))
-            elif heads == kind:
-                failed = max(failed, sum(error > 1e-9 for error in found))
+                worst = max(worst, abs(max(found) / best - 1))
     reached = max(error for (kind, heads), error in curves.items() if heads >= kind)
 
     two = _operators(2, generator)
@@ -72,18 +71,15 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     slopes, above, drawn = _faded(generator)
     near, far, spread = _travelled(generator)
     premise = Premise(
-        "L-BFGS finds the best heads",
-        f"at least 4 of 5 starts, for as many heads as distinct eigenvalues, of each of {len(KINDS)} state spaces",
-        f"{failed} of {starts} failed at most",
-        failed <= starts / 5,
+        "fits are at their end", f"less than 1e-12 in the last {ROUNDS // 4} rounds", f"{moving:.0e}", moving < 1e-12
     )
     holds = ranks == list(KINDS) and worst <= 1e-3 and reached <= 1e-9
     holds = holds and falls >= 50 and stays >= 0.5 and soft[False][6] >= 0.1
     holds = holds and above <= 1 and max(abs(s - 1) for s in slopes) <= 0.1 and abs(far / near - 1) <= 0.05
     measured = (
-        f"ranks {', '.join(map(str, ranks))} of {', '.join(map(str, KINDS))} distinct eigenvalues; best fits off the "
+        f"ranks {', '.join(map(str, ranks))} of {', '.join(map(str, KINDS))} distinct eigenvalues; fits off the "
         f"singular values by {worst:.0e} for fewer heads, error {reached:.0e} from k heads on (k = 4: "
-        + ", ".join(f"{curves[4, heads]:.1e}" for heads in HEADS[:4])
+        + ", ".join(f"{curves[4, heads]:.1e}" for heads in HEADS)
         + f" for 1 to 4); softmax heads for k = 2, with a sink {soft[True][1]:.2f} and {soft[True][2]:.1e} (1 and 2 "
         f"heads, {falls:.0f} times), without "
         + ", ".join(f"{error:.2f}" for error in soft[False].values())
@@ -119,33 +115,23 @@ def _eye(n: int) -> Tensor:
 
 def _operators(kind: int, generator: torch.Generator) -> Tensor:
     """Of a state space with so many distinct eigenvalues, each of as many states, and random maps in and out."""
-    values = torch.linspace(0.45, 0.95, 2 * kind + 1, dtype=torch.float64)[1::2].repeat_interleave(STATES // kind)
+    distinct = torch.linspace(0.45, 0.95, kind, dtype=torch.float64) if kind > 1 else torch.full((1,), 0.7).double()
+    values = distinct.repeat_interleave(STATES // kind)
     b, c = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((STATES, DIM), (DIM, STATES)))
     return lag_operators(values.diag(), b, c, TOKENS)
 
 
-def _fitted(operators: Tensor, heads: int, generator: torch.Generator) -> float:
-    """Share of squares that heads with free coefficients leave, after L-BFGS from a random start."""
+def _fitted(operators: Tensor, heads: int, generator: torch.Generator) -> tuple[float, float]:
+    """Share of squares that heads leave, and what the last rounds of solving for each part in turn took off it."""
     target = operators.flatten(1) / operators.norm()
-    coefficients, maps = (
-        (torch.randn(*shape, generator=generator, dtype=torch.float64) / DIM).requires_grad_()
-        for shape in ((TOKENS, heads), (heads, DIM * DIM))
-    )
-    optimizer = torch.optim.LBFGS(
-        [coefficients, maps], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def error() -> Tensor:
-        return (coefficients @ maps - target).square().sum()
-
-    def close() -> Tensor:
-        optimizer.zero_grad()
-        loss = error()
-        loss.backward()
-        return loss
-
-    optimizer.step(close)
-    return float(error())
+    maps = torch.randn(heads, DIM * DIM, generator=generator, dtype=torch.float64)
+    errors = []
+    for _ in range(ROUNDS):
+        maps = torch.linalg.qr(maps.mT)[0].mT  # the same span
+        coefficients = target @ maps.mT
+        errors.append(float((coefficients @ maps - target).square().sum()))
+        maps = torch.linalg.lstsq(coefficients, target).solution
+    return errors[-1], errors[-ROUNDS // 4] - errors[-1]
 
 
 def _softened(operators: Tensor, heads: int, sink: bool, generator: torch.Generator) -> float:
@@ -155,9 +141,9 @@ def _softened(operators: Tensor, heads: int, sink: bool, generator: torch.Genera
     target = operators.float().flatten(1)[lag.clamp(min=0)] * (lag >= 0)[..., None]  # [query, key, out * dim]
     target = target / target.norm()
     scores, maps = (
-        (scale * torch.randn(SOFT_STARTS, *shape, generator=generator)).requires_grad_()
-        for scale, shape in ((1.0, (heads, TOKENS)), (0.1, (heads, DIM * DIM)))
-    )
+        (scale * torch.randn(SOFT_STARTS, *shape, generator=generator) + shift).requires_grad_()
+        for scale, shift, shape in ((1.0, -5.0 * sink, (heads, TOKENS)), (0.1, 0.0, (heads, DIM * DIM)))
+    )  # a sink begins with most of the weight
     optimizer = torch.optim.Adam([scores, maps], 0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
@@ -170,7 +156,7 @@ def _softened(operators: Tensor, heads: int, sink: bool, generator: torch.Genera
         errors().sum().backward()
         optimizer.step()
         schedule.step()
-    return float(errors().min())
+    return float(errors().detach().min())
 
 
 def _faded(generator: torch.Generator) -> tuple[list[float], float, list[Tensor]]:
