@@ -38,9 +38,9 @@ def marginal_attention(scores: Tensor, *, prior: Tensor | None = None, edges: Ed
     "one_query" columns) with no graph that is possible are 0.
 
     >>> import torch
-    >>> scores = torch.tensor([[0.0, 3.0]]).log1p()  # 0 and log 4
-    >>> marginal_attention(scores).tolist(), marginal_attention(scores, edges="any").tolist()
-    ([[0.2, 0.8]], [[0.5, 0.8]])
+    >>> scores = torch.tensor([[0.0, 3.0]], dtype=torch.float64).log1p()  # 0 and log 4
+    >>> marginal_attention(scores), marginal_attention(scores, edges="any")
+    (tensor([[0.2000, 0.8000]], dtype=torch.float64), tensor([[0.5000, 0.8000]], dtype=torch.float64))
     """
     log_weight = _log_weights(scores, prior, edges, k)
     if edges == "any":

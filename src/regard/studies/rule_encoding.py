@@ -45,6 +45,13 @@ def rule_encoding(call: Call, anchors: Tensor, *, apart: Tensor | None = None) -
 
     apart: keys [batch, key], such as the first token, that fidelity leaves out: its share of the weight on the others.
     No map is made. NaN for queries that see no anchor; ValueError where none does.
+
+    >>> import torch
+    >>> from regard import Call, Site
+    >>> zero = torch.zeros(1, 1, 4, 2)  # all scores equal
+    >>> call = Call(Site("attention", "language_model", 0), zero, zero, zero, 1.0, causal=True)
+    >>> rule_encoding(call, torch.tensor([[False, True, False, False]])).fidelity
+    tensor([[[   nan, 0.5000, 0.3333, 0.2500]]])
     """
     weights = call.weights
     count = weights.visible(anchors)
@@ -150,8 +157,8 @@ def compliance(spoiled: float, restored: float, rounds: int | None = None) -> fl
     A chain of two states: right rules go wrong with probability `spoiled` a round, wrong ones are verified and replaced
     with `restored`. In the end restored / (spoiled + restored): without reloading 0.
 
-    >>> compliance(0.1, 0.3), compliance(0.1, 0.0), round(compliance(0.1, 0.3, rounds=1), 4)
-    (0.75, 0.0, 0.9)
+    >>> compliance(0.25, 0.75), compliance(0.25, 0.0), compliance(0.25, 0.5, rounds=1)
+    (0.75, 0.0, 0.75)
     """
     if not (0 <= spoiled <= 1 and 0 <= restored <= 1):
         raise ValueError(f"probabilities are from 0 to 1, got {spoiled} and {restored}")

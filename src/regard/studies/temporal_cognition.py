@@ -36,8 +36,8 @@ def distance(years: ArrayLike, kind: Kind = "reference", *, reference: float | N
     "linear": |i - j|; "log": |log i - log j|; "digits": how many digits to change, add or take away (Levenshtein);
     "reference": |u(i) - u(j)| with u(y) = sign(y - reference) log(1 + |y - reference|).
 
-    >>> distance([1999, 2001], reference=2000)[0, 1].round(4)  # 2 ln 2
-    1.3863
+    >>> distance([1999, 2001], reference=2000).round(4).tolist()  # 2 ln 2
+    [[0.0, 1.3863], [1.3863, 0.0]]
     """
     years = _years(years)
     if (kind == "reference") != (reference is not None):
@@ -91,6 +91,11 @@ def temporal_cognition(
     of the range on either side, where it is a logarithm or a line.
 
     ValueError for fewer than 20 years, and where all similarities are one.
+
+    >>> years = np.arange(1800, 2200, 10)
+    >>> found = temporal_cognition(-distance(years, reference=2000), years, draws=0)
+    >>> bool(found.detected), float(found.reference)
+    (True, 2000.0)
     """
     years, similarity = _years(years), np.asarray(similarity, float)
     n = len(years)

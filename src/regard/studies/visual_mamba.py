@@ -37,6 +37,11 @@ def visual_mamba(mixer: nn.Module, hidden: Tensor) -> Mixing:
     matrix[i, j] = C_i . (B_j dt_j exp(A (dt_(j+1) + .. + dt_i))) for j <= i, and D more on the diagonal. It acts on
     what the causal convolution before it gives, not on `hidden`; a gate, a norm and a projection come after.
     Differentiable; takes memory for all of its entries. TypeError for other mixers, whose norms or gates differ.
+
+    >>> import torch, transformers
+    >>> model = transformers.MambaModel(transformers.MambaConfig(hidden_size=4, num_hidden_layers=1, vocab_size=9))
+    >>> visual_mamba(model.layers[0].mixer, torch.randn(2, 5, 4)).matrix.shape  # 8 channels
+    torch.Size([2, 8, 5, 5])
     """
     made = _MIXERS.get(type(mixer).__name__)
     if made is None:

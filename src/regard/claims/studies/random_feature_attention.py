@@ -97,7 +97,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             _plot(one, of)
             one.set(title=title, xlabel="samples")
         axes[0].set(ylabel="error, share of the variance")
-        axes[0].legend()
+        axes[1].legend()
 
     return Finding(holds, measured, EXPECTED, seed, premises=[premise], draw=draw)
 

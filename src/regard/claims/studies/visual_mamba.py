@@ -167,8 +167,8 @@ def _viewed(model: Any, inputs: dict[str, Tensor], generator: torch.Generator) -
     both = torch.stack([maps, maps[:, order][:, :, order]])
     with_it, without = (
         approximation_error(
-            both, state=STATES[0], decay=decay, both_ways=True, steps=STEPS, restarts=1, generator=generator
-        )[0]
+            both, state=STATES[0], decay=decay, both_ways=True, steps=STEPS, restarts=2, generator=generator
+        ).amin(0)
         for decay in (True, False)
     )
     raster, shuffled = with_it / without
