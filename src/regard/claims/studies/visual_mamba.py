@@ -171,7 +171,7 @@ def _viewed(model: Any, inputs: dict[str, Tensor], generator: torch.Generator) -
         ).amin(0)
         for decay in (True, False)
     )
-    raster, shuffled = with_it / without
+    raster, shuffled = torch.minimum(with_it, without) / without  # without is a decay of 1, which fits may miss
     return raster, shuffled
 
 
