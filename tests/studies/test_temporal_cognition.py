@@ -85,6 +85,23 @@ def test_noise_is_no_timeline_and_explains_nothing():
     assert abs(found.covered) < 0.1
 
 
+def test_shares_are_of_what_digits_leave():
+    away, digits = distance(YEARS, reference=2000), distance(YEARS, "digits")
+    similarity = -away / away.std() - digits / digits.std() + np.random.default_rng(0).standard_normal(away.shape)
+    found = temporal_cognition(similarity, YEARS, draws=0)
+    left = 1 / similarity[np.triu_indices(len(YEARS), 1)].var()  # the noise, of all
+    assert found.covered > 0.2
+    assert float(found.share.sel(kind="reference")) == pytest.approx(1 - left / (1 - float(found.covered)), abs=0.08)
+
+
+def test_a_year_is_never_compared_with_itself():
+    similarity = planted("reference", 2000)
+    np.fill_diagonal(similarity, np.nan)
+    found = temporal_cognition(similarity, YEARS, draws=5)
+    assert found.detected
+    assert abs(found.reference_low - 2000) <= 48
+
+
 def test_a_reference_at_the_border_does_not_count():
     found = temporal_cognition(planted("reference", YEARS[1]), YEARS, draws=0)
     assert found.reference <= YEARS[2]
@@ -121,6 +138,14 @@ def test_units_that_prefer_years_and_their_trough():
     assert peak.slope < 0
     nothing = preferential_units(number, number, YEARS)
     assert (len(nothing.unit), math.isnan(nothing.reference)) == (0, True)
+
+
+def test_the_criterion_of_units_by_hand():
+    apart = np.array([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [4.0, 1.0], *[[2.5, 1.0]] * 5, [2.5, -0.1]])
+    found = preferential_units(apart, np.zeros((10, 2)), range(10))
+    assert found.unit.tolist() == [0]  # the other's effect is larger, 2.56, but its sign is that of 9 in 10
+    assert found.effect == pytest.approx(2.5 / math.sqrt(5 / 9))
+    assert preferential_units(apart, np.zeros((10, 2)), range(10), agree=0.9).unit.tolist() == [0, 1]
 
 
 def test_layers_are_explained_by_what_their_states_hold():
