@@ -34,7 +34,7 @@ def _mixer(case: Case):
         "num_hidden_layers": 1,
     }
     if settings["kind"] == "mamba1":
-        mixer = MambaMixer(MambaConfig(**common, time_step_rank=settings["time_step_rank"]), 0)
+        mixer = MambaMixer(MambaConfig(**common, time_step_rank=weights["dt_proj.weight"].shape[1]), 0)
     elif settings["kind"] == "mamba2":
         config = Mamba2Config(
             **common,
