@@ -31,9 +31,9 @@ from ...zoo.recipes.viewer import HELD_OUT
 EXPECTED = (
     "an answerer that is right is 100% right in all tasks; intervals of five that guess hold chance in 90% of cases; a "
     "planted confound has z of 4 or more and the largest of all pairs of task and nuisance, of one that is right no z "
-    "is above 3; perception and prediction are 30 points apart where prediction is guessed; of the describer, colour and "
-    "relation are within 6 points of its card, or two standard errors, and relation not above chance; a plate is seen "
-    "more with a fork, z of 4 or more, and a square no more with a circle, z below 3"
+    "is above 3; perception and prediction are 30 points apart where prediction is guessed; of the describer, colour "
+    "and relation are within 6 points of its card, or two standard errors, and relation not above chance; a plate is "
+    "seen more with a fork, z of 4 or more, and a square no more with a circle, z below 3"
 )
 N, OF_SPEED, ASKED, FORKS, GUESSERS = 120, 640, 160, 300, 5
 LIE = 0.3
@@ -83,10 +83,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     asked = ", ".join(f"{task} {accuracy[task]:.1%} (card {CARD[task]:.1%} ± {error[task]:.1%})" for task in CARD)
     measured = (
         f"right: {float(right['accuracy'].min()):.0%} at least, z {float(right['z'].max()):.1f} at most; guessing: "
-        f"chance is in {held:.0%} of intervals, z {by_chance:.1f} at most; blue believed fast: z {planted:.1f}, of other "
-        f"pairs {most:.1f} at most; perceives: {100 * gap:.0f} points between the stages; the describer: {asked}, relation "
-        f"from {low:.1%}, unread {float(own['unread'].max()):.0%} at most; a plate with a fork: effect "
-        f"{bias[BIASED][0].effect:.2f}, z {bias[BIASED][0].z:.1f}; a square with a circle: effect "
+        f"chance is in {held:.0%} of intervals, z {by_chance:.1f} at most; blue believed fast: z {planted:.1f}, of "
+        f"other pairs {most:.1f} at most; perceives: {100 * gap:.0f} points between the stages; the describer: "
+        f"{asked}, relation from {low:.1%}, unread {float(own['unread'].max()):.0%} at most; a plate with a fork: "
+        f"effect {bias[BIASED][0].effect:.2f}, z {bias[BIASED][0].z:.1f}; a square with a circle: effect "
         f"{bias[PLAIN][0].effect:.2f}, z {bias[PLAIN][0].z:.1f}"
     )
     cell = min(count for _, count in bias.values())
