@@ -5,12 +5,14 @@ Its encoder was told while it learned which digit is spoken where, and one of it
 weight there, so that this head may agree more than the average, of which the paper says nothing. Two sets of masks by
 themselves say how sure the saliency is.
 
-Piloted by others on six strings with 200 masks; here only that it runs was tried, on seed 100 with two strings.
+Piloted by others on six strings with 200 masks; here two strings of seeds 100 and 101
+with 24 masks said how many masks are needed, and that bands of frequency add nothing to maps over time.
 """
 
 from __future__ import annotations
 
 import os
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ EXPECTED = (
     "words than hiding first what attention does, by two standard errors; the attention to another string agrees by "
     "less than half"
 )
-STRINGS, MASKS, GRID = 10, 200, (4, 50)  # masks of each of two sets
+STRINGS, DIGITS, MASKS, GRID = 4, 4, 400, (1, 50)  # masks of each of two sets
 STEPS = 10  # shares of the sound that are hidden
 
 
@@ -53,7 +55,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     model, processor = zoo.load("listener")
     rng = np.random.default_rng((seed, 11))
     strings = listener.Strings(Path(home), speakers="takes")
-    found = [strings.draw(rng, changed=False) for _ in range(STRINGS)]
+    drawn = (strings.draw(rng, changed=False) for _ in count())
+    found = list(islice((one for one in drawn if len(one.digits) >= DIGITS), STRINGS))
     sound = processor([one.sound for one in found], sampling_rate=listener.RATE, return_tensors="pt").input_features
     given, counted = written(model, {"input_features": sound})
     halves, whole, rho = {}, {}, {}
@@ -113,10 +116,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             float(np.mean(both["input"])) >= 0.8 and ceiling >= 0.9,
         ),
         Premise(
-            "positions of which some are silent, and tokens",
-            "20 tokens",
+            "there are words to compare",
+            "16",
             str(int(words.sum())),
-            int(words.sum()) >= 20,
+            int(words.sum()) >= 16,
         ),
     ]
 
