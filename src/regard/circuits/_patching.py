@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..call import Call, Site
 from ..seam import intervene
+from ..sites import find
 from ._gates import Head, frozen, layout, table, without
 
 Inputs = Mapping[str, Any]
@@ -317,6 +318,15 @@ class _Hooks:
 
     def __init__(self, **hooks: Any) -> None:
         self.__dict__.update(hooks)
+
+
+def answering(model: nn.Module) -> str | None:
+    """The stack that reads what is asked: that of cross attention, else the language model's; None where neither is."""
+    stacks = {site.stack: site.cross for site in find(model).values()}
+    cross = [name for name, is_cross in stacks.items() if is_cross]
+    if len(cross) == 1:
+        return cross[0]
+    return "language_model" if "language_model" in stacks else None
 
 
 def ranked(effects: xr.DataArray) -> list[Head]:

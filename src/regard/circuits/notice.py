@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from ..call import Call, Site
 from ..data.scenes import COLOURS, SHAPES, Scene, questions
 from ..seam import intervene
-from ..sites import find
 from ._gates import Head, frozen, layout
-from ._patching import Contrast, Inputs, Place, Score, ranked
+from ._patching import Contrast, Inputs, Place, Score, answering, ranked
 
 __all__ = ["Minimal", "head_roles", "notice", "semantic_pairs", "together", "token_pairs", "universal"]
 
@@ -117,7 +116,7 @@ class _Between:
     """A contrast in which the corrupted run is the one that is changed, and what counts of it."""
 
     def __init__(self, model: nn.Module, clean: Inputs, corrupted: Inputs, score: Score, stack: str | None) -> None:
-        self.contrast = contrast = Contrast(model, corrupted, clean, score, stack=_stack(model, stack))
+        self.contrast = contrast = Contrast(model, corrupted, clean, score, stack=stack or answering(model))
         self.usable = (contrast.broken > 0) & (contrast.whole < 0)
         if not self.usable.any():
             raise ValueError(
@@ -227,7 +226,7 @@ def head_roles(
         return call
 
     with frozen(model), torch.no_grad():
-        stack, _, rows = layout(model, lambda model: model(**inputs), _stack(model, stack))
+        stack, _, rows = layout(model, lambda model: model(**inputs), stack or answering(model))
         if rows != len(masks):
             raise ValueError(f"masks are of {len(masks)} rows, and the model was run on {rows}")
         with intervene(model, _Look(look)):
@@ -260,16 +259,6 @@ def _patches(call: Call, patches: int) -> Tensor:
     if call.site.cross and n_key >= patches:
         return torch.arange(n_key - patches, n_key, device=call.key.device).expand(len(call.key), -1)
     raise ValueError(f"{call.site} does not say which of its {n_key} keys are patches of a picture")
-
-
-def _stack(model: nn.Module, stack: str | None) -> str | None:
-    """The one that is named, else that of cross attention, else the language model's."""
-    if stack is not None:
-        return stack
-    cross = {site.stack for site in find(model).values() if site.cross}
-    if len(cross) == 1:
-        return cross.pop()
-    return "language_model" if any(site.stack == "language_model" for site in find(model).values()) else None
 
 
 class Minimal(NamedTuple):

@@ -250,7 +250,7 @@ def _hidden(model: Any, given: dict[str, Any], on: On, grid: tuple[int, int]) ->
             f"input_features are {list(features.shape)}, and none of its axes has the model's {bands} bands"
         )
     time = 2 if features.shape[1] == bands else 1
-    cells = (min(grid[0], bands), min(grid[1], features.shape[time]))
+    cells = (min(grid[0], features.shape[3 - time]), min(grid[1], features.shape[time]))
     return features, lambda new: {**repeated(new), name: new}, cells, time
 
 
