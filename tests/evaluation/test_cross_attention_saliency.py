@@ -142,8 +142,13 @@ def test_what_a_model_writes_counts_until_its_end_and_without_its_prompt():
     model.generation_config.forced_decoder_ids = None
     own = {"input_features": inputs["input_features"]}
     ids = model.generate(**own, do_sample=False, num_beams=1)
+    begun = torch.full((2, 1), model.config.decoder_start_token_id)
+    ids = ids if torch.equal(ids[:, :1], begun) else torch.cat([begun, ids], 1)  # Whisper's leaves it out
     given, counted = written(model, own)
     assert torch.equal(given["decoder_input_ids"], ids[:, :-1])
+    with torch.no_grad():
+        said = model(**given).logits.argmax(-1)
+    assert (said == ids[:, 1:])[counted].all()  # what follows is what was written
     for row in range(2):
         said = ids[row].tolist()
         end = said.index(2, 1) if 2 in said[1:] else len(said) - 1

@@ -47,9 +47,10 @@ def cross_attention_saliency(
     """Correlation of cross attention with saliency, -1 to 1: of each head, of means over heads, over layers, over all.
 
     inputs: of a model of encoder and decoder, with sound (`input_features`) or text (`input_ids`). With
-    `decoder_input_ids`, what follows each of them is explained; without, what the model writes, its end included and
-    the prompt of its decoder left out. on: what is hidden. saliency: as `perturbation_saliency` gives it, found by that
-    otherwise, with its `knobs`. pool: of a saliency of the input, over all that belongs to a position of the encoder.
+    `decoder_input_ids`, what follows each of them is explained; without, what the model writes, the prompt of its
+    decoder left out, and its end included where `generate` gives it (Whisper's does not). on: what is hidden.
+    saliency: as `perturbation_saliency` gives it, found by that otherwise, with its `knobs`. pool: of a saliency of the
+    input, over all that belongs to a position of the encoder.
 
     `rho` [batch, layer, head], `rho_layer` [batch, layer] of the mean over heads, `rho_head` [batch, head] of the mean
     over layers, `rho_all` [batch]; `tokens` [batch] that count, and `constant`, those left out because the saliency is
@@ -59,8 +60,9 @@ def cross_attention_saliency(
     >>> import numpy as np, regard
     >>> model, processor = regard.load("listener")
     >>> sound = np.random.default_rng(0).normal(size=64000).astype(np.float32)
-    >>> inputs = processor(sound, sampling_rate=16000, return_tensors="pt")
-    >>> found = cross_attention_saliency(model, dict(inputs), on="encoder", masks=4)
+    >>> inputs = dict(processor(sound, sampling_rate=16000, return_tensors="pt"))
+    >>> inputs["decoder_input_ids"] = processor.tokenizer(" one two", return_tensors="pt").input_ids[:, :-1]
+    >>> found = cross_attention_saliency(model, inputs, on="encoder", masks=4)
     >>> dict(found["rho"].sizes)
     {'batch': 1, 'layer': 2, 'head': 5}
     """
@@ -202,17 +204,20 @@ def written(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], Tensor]:
         mask = inputs.get("decoder_attention_mask", torch.ones_like(ids))
         return dict(inputs), mask.bool().cpu()
     with predict(model, inputs) as prediction:  # it begins as `generate` does
-        begun = prediction.inputs["decoder_input_ids"].shape[1]
+        begun = prediction.inputs["decoder_input_ids"]
     writer: Any = model
     with torch.no_grad(), evaluating(model):
         ids = writer.generate(**inputs, do_sample=False, num_beams=1)
+    n = begun.shape[1]
+    if ids.shape[1] < n or not torch.equal(ids[:, :n], begun.to(ids)):  # some leave out how it begins
+        ids = torch.cat([begun.to(ids), ids], 1)
     ends = writer.generation_config.eos_token_id
     end = torch.isin(ids, torch.as_tensor(ends, device=ids.device)) if ends is not None else torch.zeros_like(ids)
     over = end.bool()
-    over[:, :begun] = False
+    over[:, :n] = False
     # what follows a token counts until the first end has been said
     counted = (over.int().cumsum(1) == 0)[:, :-1]
-    counted[:, : begun - 1] = False
+    counted[:, : n - 1] = False
     if not counted.any(1).all():
         raise ValueError("the model writes nothing of some inputs, so that there is no token to explain")
     return {**inputs, "decoder_input_ids": ids[:, :-1]}, counted.cpu()
@@ -268,14 +273,20 @@ def _spread(hidden: Tensor, shape: torch.Size, time: int) -> Tensor:
     return hidden[:, rows[:, None], columns]
 
 
+def attends_across(model: nn.Module) -> bool:
+    """Whether it is an encoder and a decoder that attends to it, which is all that is needed here."""
+    return len({site.stack for site in find(model).values() if site.cross}) == 1 and (
+        "decoder_input_ids" in parameters(model)
+    )
+
+
 def _cross(model: nn.Module) -> str:
     """The stack of cross attention from a decoder to an encoder."""
-    stacks = {site.stack for site in find(model).values() if site.cross}
-    if len(stacks) != 1 or "decoder_input_ids" not in parameters(model):
+    if not attends_across(model):
         raise ValueError(
             f"{type(model).__name__} has no decoder that attends to an encoder: such are Whisper, Speech2Text, BART, T5"
         )
-    return stacks.pop()
+    return next(site.stack for site in find(model).values() if site.cross)
 
 
 def _real(given: Mapping[str, Any], n_key: int) -> Tensor:
