@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 import xarray as xr
-from families import SIZES, VISION
+from families import SIZES, VISION, build
 from PIL import Image
 from scipy.io import wavfile
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 import regard
 from regard.cli import app
+from regard.cli import explain as explaining
 from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _given, _page, _quarters
 from regard.data.scenes import Object, Scene, render
+from regard.evaluation.cross_attention_saliency import cross_attention_saliency
 
 SCENE = Scene((Object("star", "red", "large", 0.25, 0.5), Object("fork", "blue", "large", 0.75, 0.5)))
 
@@ -121,6 +123,19 @@ def test_a_sound_and_what_was_written(tmp_path):
     assert out.read_text().count("<h2>") == 2
     done = run("namer", "-t", "a lamp .", "--written", "one", "-o", out)
     assert "has no decoder beside an encoder" in done.output.replace("\n", " ")
+
+
+def test_cross_attention_is_laid_beside_what_hiding_shows(monkeypatch):
+    monkeypatch.setattr(explaining, "MASKS", 6)
+    model, inputs = build("whisper")
+    given = {"input_features": inputs["input_features"][:1]}
+    [said] = explaining._across(model, given)
+    found = cross_attention_saliency(model, given, masks=6)
+    assert f"{float(found['rho_all'].mean()):+.2f} of the input" in said
+    assert f"{int(found['tokens'].sum())} tokens" in said
+    assert f"{float(found['rho'].max()):+.2f}" in said
+    [said] = explaining._across(model, {"input_features": torch.zeros(1, 9, 40)})
+    assert "was not laid beside hiding" in said
 
 
 def saved(folder, model, processor):

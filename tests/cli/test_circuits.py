@@ -10,8 +10,10 @@ import transformers as t
 from typer.testing import CliRunner
 
 from regard import zoo
+from regard.circuits.notice import semantic_pairs
 from regard.cli import app, circuits
 from regard.data.prompts import ioi
+from regard.data.scenes import Object, Scene, render
 
 NAMES = ("graph.svg", "faithfulness.svg", "patching.svg", "circuit.json")
 
@@ -86,6 +88,55 @@ def test_prompts_of_a_file_on_any_decoder(folders, tmp_path, family, method):
     assert (told["prompts"], told["method"]) == (3, method)
     assert told["patching"]["position"][-1] == "-1"  # without names, tokens count from the end
     assert len(told["heads"]) == 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three questions on scenes whose colour changes, as pictures and a file."""
+    folder = tmp_path_factory.mktemp("pictures")
+    scenes = [
+        Scene((Object(shape, "red", "large", 0.3, 0.5), Object(other, "blue", "large", 0.75, 0.5)))
+        for shape, other in (("square", "plate"), ("heart", "diamond"), ("circle", "triangle"))
+    ]
+    rows = []
+    for i, pair in enumerate(semantic_pairs(scenes, "presence", seed=1)):
+        for scene, name in ((pair.scene, f"{i}.png"), (pair.other_scene, f"{i}-other.png")):
+            render(scene).image().save(folder / name)
+        texts = {"clean": pair.text, "answer": pair.answer, "wrong": pair.wrong}
+        rows.append({**texts, "image": f"{i}.png", "corrupted_image": f"{i}-other.png"})
+    return lines(folder / "asked.jsonl", *rows), rows
+
+
+@pytest.mark.parametrize("method", ["notice", None])
+def test_pairs_of_pictures_of_a_file(pictures, tmp_path, method):
+    chosen = () if method is None else ("--method", method)
+    result = run("describer", "--task", pictures[0], "--heads", 3, "--out", tmp_path, *chosen)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "circuit.json").read_text())
+    assert (told["prompts"], told["right"], told["method"]) == (3, 1.0, method or "patching")
+    assert len(told["heads"]) == 24  # of the language model, not of the tower
+    assert told["score"]["clean"] > 0 > told["score"]["corrupted"]
+    ours, random = (told["faithfulness"][name] for name in ("circuit", "random"))
+    assert (ours[0], ours[-1]) == pytest.approx((0, 1), abs=1e-5)
+    assert len(random[0]) == 5
+
+
+def test_bad_pictures_are_named(pictures, folders, tmp_path):
+    path, rows = pictures
+    bare = {key: value for key, value in rows[0].items() if "image" not in key}
+    for changed, message in (
+        ([rows[0], {**bare, "corrupted": bare["clean"]}], "line 2: no picture, and other lines have some"),
+        ([{**rows[0], "corrupted": "what colour is the square?"}], "line 1: clean has"),
+        ([{**rows[0], "image": "absent.png"}], "absent.png"),
+        ([{**rows[0], "wrong": "yes"}], "begin with the same token"),
+        ([{**rows[0], "image": 3}], "with the texts clean, corrupted, answer, wrong, image, corrupted_image"),
+        ([{**rows[0], "corrupted_image": rows[0]["image"]}], "nothing to find"),
+    ):
+        result = run("describer", "--task", lines(path.parent / "bad.jsonl", *changed), "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert message in result.output.replace("\n", " ")
+    result = run(folders["gpt2"], "--task", path, "--out", tmp_path / "out")
+    assert "reads text only" in result.output
 
 
 def test_bad_input_is_named(folders, tmp_path):

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from ..call import Call, Site
 from ..seam import intervene
+from ..sites import find
 from ._gates import Head, frozen, layout, table, without
 
 Inputs = Mapping[str, Any]
 Score = Callable[[Tensor], Tensor]  # of logits [batch, token, vocabulary]: of each row [batch]
 Outputs = Mapping[int, Tensor]  # by layer [batch, head, token, dim]
 Component = Literal["query", "key", "value", "output", "residual"]
+Place = tuple[Head | Sequence[Head], Tensor | int | None]  # a head, or several together, and at which token, or all
 
 
 class Receiver(NamedTuple):
@@ -42,7 +44,7 @@ class Contrast:
     def __init__(
         self, model: nn.Module, clean: Inputs, corrupted: Inputs, score: Score, *, stack: str | None = None
     ) -> None:
-        self.model, self.inputs, self.score = model, clean, score
+        self.model, self.inputs, self.other, self.score = model, clean, corrupted, score
         with frozen(model), torch.no_grad():
             self.stack, self.sites, self.rows = layout(model, lambda model: model(**clean), stack)
         packed = [n for n, v in clean.items() if isinstance(v, Tensor) and v.ndim and len(v) != self.rows]
@@ -105,13 +107,18 @@ class Contrast:
         """Of mean scores [..., batch]: how much of the way from the clean run to the corrupted one."""
         return (patched.mean(-1) - self.whole.mean()) / self.gap
 
-    def put(self, places: Sequence[tuple[Head, Tensor | int | None]]) -> Callable[[Call, Tensor], Tensor]:
-        """An edit that gives each repetition the corrupted output of its head, at a token [batch], or at all."""
+    def put(self, places: Sequence[Place]) -> Callable[[Call, Tensor], Tensor]:
+        """An edit that gives each repetition the corrupted output of its heads, at a token [batch], or at all."""
 
         def output(call: Call, output: Tensor) -> Tensor:
             if call.site.stack != self.stack:
                 return output
-            wanted = [(i, head, token) for i, ((layer, head), token) in enumerate(places) if layer == call.site.layer]
+            wanted = [
+                (i, head, token)
+                for i, (heads, token) in enumerate(places)
+                for layer, head in _several(heads)
+                if layer == call.site.layer
+            ]
             if not wanted:
                 return output
             output = output.clone().unflatten(0, (len(places), -1))
@@ -126,7 +133,7 @@ class Contrast:
 
         return output
 
-    def patched(self, places: Sequence[tuple[Head, Tensor | int | None]], *, at_once: int = 16) -> Tensor:
+    def patched(self, places: Sequence[Place], *, at_once: int = 16) -> Tensor:
         """Effect of each place by itself. [place]"""
         found = []
         for start in range(0, len(places), at_once):
@@ -296,6 +303,10 @@ class Contrast:
         )
 
 
+def _several(heads: Head | Sequence[Head]) -> Sequence[Head]:
+    return [heads] if isinstance(heads[0], int) else heads  # type: ignore[list-item,return-value]
+
+
 def _of(call: Call, component: str, head: int) -> Tensor:
     """The states of a head. [batch, token, dim]"""
     states = getattr(call, component)
@@ -307,6 +318,15 @@ class _Hooks:
 
     def __init__(self, **hooks: Any) -> None:
         self.__dict__.update(hooks)
+
+
+def answering(model: nn.Module) -> str | None:
+    """The stack that reads what is asked: that of cross attention, else the language model's; None where neither is."""
+    stacks = {site.stack: site.cross for site in find(model).values()}
+    cross = [name for name, is_cross in stacks.items() if is_cross]
+    if len(cross) == 1:
+        return cross[0]
+    return "language_model" if "language_model" in stacks else None
 
 
 def ranked(effects: xr.DataArray) -> list[Head]:

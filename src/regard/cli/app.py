@@ -302,7 +302,8 @@ def circuits(
             "--task",
             "-t",
             help="ioi, greater_than, docstring or induction; or a JSONL file of prompts, each with the texts clean, "
-            "corrupted (of as many tokens), answer and wrong (what follows, with the blank before it).",
+            "corrupted (of as many tokens), answer and wrong (what follows, with the blank before it), and, of a model "
+            "that sees, the paths image and corrupted_image.",
         ),
     ] = "ioi",
     method: Annotated[

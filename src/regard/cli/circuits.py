@@ -1,4 +1,4 @@
-"""`regard circuits`: which heads do a task, how faithful they are, and where."""
+"""`regard circuits`: which heads do a task, how faithful they are, and where; of texts, or of questions on pictures."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from .. import catalog
 from ..circuits._gates import Head
-from ..circuits._patching import Component, Contrast, Receiver, ranked
+from ..circuits._patching import Component, Contrast, Receiver, answering, ranked
 from ..data import prompts
 from ..data.prompts import Asked, Encoded, Prompt, encode, stacked
 from ..extras import shortened
 from ..files import MARK, replaced
 from ..loading import Loaded, load
 from . import drawn
-from .inputs import InputError, writable
+from .inputs import InputError, open_picture, prepare, writable
 from .printed import Printed
 
 TASKS = ("ioi", "greater_than", "docstring", "induction")
 KEYS = ("clean", "corrupted", "answer", "wrong")
+SEEN = ("image", "corrupted_image")  # paths of pictures, beside the file or whole; one of them is enough
 FILES = ("graph.svg", "faithfulness.svg", "patching.svg", "circuit.json")
 RANDOM = 5  # circuits of each size
 LAST = 16  # tokens that are patched one by one, where words have no names
@@ -72,6 +74,8 @@ def scores(model: nn.Module, asked: Asked, method: str) -> xr.DataArray:
     function = methods()[method]
     parameters = inspect.signature(function).parameters
     given = {name: part(asked) for name, part in PARTS.items() if name in parameters}
+    if "stack" in parameters:
+        given["stack"] = answering(model)
     found = function(model, **given)
     tables = found.data_vars.values() if isinstance(found, xr.Dataset) else [found]
     for table in tables:
@@ -80,9 +84,9 @@ def scores(model: nn.Module, asked: Asked, method: str) -> xr.DataArray:
     raise TypeError(f"{method} gave no scores of heads [layer, head]")
 
 
-def asked_of(task: str, tokenizer: Any, *, n: int, seed: int) -> tuple[Asked, list[str]]:
+def asked_of(task: str, loaded: Loaded, name: str, *, n: int, seed: int) -> tuple[Asked, list[str]]:
     """Prompts of a task, or of a JSONL file, and what was left out of them."""
-    notes = []
+    tokenizer, notes = _reads(loaded, name), []
     if task in TASKS:
         kept: list[Encoded] = []
         tried, problem = 0, ""
@@ -103,7 +107,10 @@ def asked_of(task: str, tokenizer: Any, *, n: int, seed: int) -> tuple[Asked, li
     path = Path(task)
     if not path.is_file():
         raise InputError(f"--task {shortened(task)}: neither {', '.join(TASKS)} nor a file")
-    return stacked([_encoded(*line, tokenizer, path) for line in _lines(path)], tokenizer), notes
+    lines = _lines(path)
+    if any(key in line for _, line in lines for key in SEEN):
+        return _pictured(lines, loaded, name, path), notes
+    return stacked([_encoded(*line, tokenizer, path) for line in lines], tokenizer), notes
 
 
 def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -115,8 +122,11 @@ def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
             line = json.loads(text)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) and line[key] for key in KEYS):
-            raise InputError(f"{path}, line {number}: an object with the texts {', '.join(KEYS)} is needed")
+        if isinstance(line, dict) and {*SEEN} & {*line} and "clean" in line:
+            line = {"corrupted": line["clean"], **line}  # of a question on pictures, either may differ
+        wanted = (*KEYS, *(key for key in SEEN if isinstance(line, dict) and key in line))
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) and line[key] for key in wanted):
+            raise InputError(f"{path}, line {number}: an object with the texts {', '.join(wanted)} is needed")
         found.append((number, line))
     if not found:
         raise InputError(f"{path} has no prompts; give a line of JSON a prompt, with {', '.join(KEYS)}")
@@ -138,6 +148,48 @@ def _encoded(number: int, line: Mapping[str, Any], tokenizer: Any, path: Path) -
         raise InputError(f"{path}, line {number}: {error}") from error
 
 
+def _pictured(lines: Sequence[tuple[int, Mapping[str, Any]]], loaded: Loaded, name: str, path: Path) -> Asked:
+    """Questions on pictures, padded on the left to one length."""
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    rows: dict[str, list[dict[str, Any]]] = {"clean": [], "corrupted": []}
+    marks = torch.zeros(2, len(lines), len(tokenizer), dtype=torch.bool)
+    for row, (number, line) in enumerate(lines):
+        shown = [line.get(key) or line.get(other) for key, other in (SEEN, SEEN[::-1])]
+        if shown[0] is None:
+            raise InputError(f"{path}, line {number}: no picture, and other lines have some: give image")
+        try:
+            for kind, image in zip(rows, shown):
+                inputs, _ = prepare(loaded, name, line[kind], open_picture(path.parent / image), False, 0)
+                rows[kind].append(inputs)
+            lengths = [rows[kind][-1]["input_ids"].shape[1] for kind in rows]
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"clean has {lengths[0]} tokens and corrupted {lengths[1]}: change words for as many")
+            ids = [tokenizer(line[key], add_special_tokens=False)["input_ids"][:1] for key in ("answer", "wrong")]
+            if ids[0] == ids[1] or not all(ids) or [tokenizer.unk_token_id] in ids:
+                raise ValueError("answer and wrong begin with the same token, or with one that the tokenizer lacks")
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+        marks[0, row, ids[0]] = marks[1, row, ids[1]] = True
+    clean, corrupted = (_joined(of, tokenizer.pad_token_id or 0) for of in rows.values())
+    return Asked(clean, corrupted, marks[0], marks[1])
+
+
+def _joined(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
+    """Inputs of one row each as those of a batch."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    found: dict[str, Tensor] = {}
+    for key, first in rows[0].items():
+        if isinstance(first, Tensor):
+            along = first.shape[:2] == rows[0]["input_ids"].shape[:2]  # of tokens
+            fill = pad if key == "input_ids" else 0
+            short = [longest - row["input_ids"].shape[1] if along else 0 for row in rows]
+            pads = [nn.functional.pad(row[key], (n, 0), value=fill) if n else row[key] for row, n in zip(rows, short)]
+            if len({part.shape[1:] for part in pads}) > 1:
+                raise InputError(f"pictures of these shapes make {key} that do not fit together: make them alike")
+            found[key] = torch.cat(pads)
+    return found
+
+
 def run(
     name: str,
     *,
@@ -156,8 +208,7 @@ def run(
     writable(out, *FILES)
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code)
-    tokenizer = _reads(loaded, name)
-    asked, notes = asked_of(task, tokenizer, n=prompts, seed=seed)
+    asked, notes = asked_of(task, loaded, name, n=prompts, seed=seed)
     model = loaded.model
     device = next(model.parameters()).device
     asked = asked._replace(
@@ -167,7 +218,7 @@ def run(
         distractors=asked.distractors.to(device),
     )
     try:
-        contrast = Contrast(model, asked.inputs, asked.corrupted, asked.difference)
+        contrast = Contrast(model, asked.inputs, asked.corrupted, asked.difference, stack=answering(model))
     except ValueError as error:
         raise InputError(f"--task {shortened(task)}: {error}") from error
     with console.status("scoring heads"):

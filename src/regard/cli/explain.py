@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..attribution import attribute
+from ..evaluation.cross_attention_saliency import attends_across, cross_attention_saliency
 from ..evaluation.judgement import judge
 from ..evaluation.saliency_verbalization import saliency_verbalization, summary
 from ..files import MARK, replaced
@@ -37,6 +38,7 @@ from .judged import Judged
 FOR, AGAINST = (178, 84, 0), (62, 48, 140)  # orange speaks for the prediction, violet against it
 PLAIN, INK = (255, 255, 255), (24, 24, 27)
 SHOWN = 10  # words that the table names
+MASKS = 100  # runs in which parts are hidden, beside which cross attention is laid
 SIDE = 448  # pixels of a picture that is shown
 FLAT = 4  # how many times longer than wide it may be: spectrograms are stretched
 WIDTH, LINE, FONT, MARGIN = 900, 40, 19, 24  # of a text that is drawn
@@ -163,6 +165,10 @@ def explain(
         else:
             parts = _compared(loaded, name, read, pictures, truncate, partial(ask, words=words), chosen)
             told = f"how alike the two {'texts' if len(read) > 1 else 'pictures'} are"
+            inputs = {}
+        if judged and inputs and attends_across(model):
+            status.update("hiding parts of the input")
+            sentences += _across(model, inputs)
     found = parts[-1].found
     told = f"{name}: {told or _said(loaded, found, read)}"
     score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
@@ -190,6 +196,25 @@ def _sentences(part: Part, several: bool) -> list[str]:
         return [*head, *map(str, (*summary(found), *saliency_verbalization(found, most=3)))]
     except ValueError as error:
         return [*head, f"{error}."]
+
+
+def _across(model: Any, inputs: Mapping[str, Any]) -> list[str]:
+    """How far cross attention says what hiding parts shows, of all that the model writes."""
+    found = {}
+    for on, of in (("input", "the input"), ("encoder", "what the encoder makes of it")):
+        try:
+            found[of] = cross_attention_saliency(model, inputs, on=on, masks=MASKS)  # type: ignore[arg-type]
+        except ValueError as error:
+            return [f"Cross attention was not laid beside hiding: {error}."]
+    agree = " and ".join(f"{float(one['rho_all'].mean()):+.2f} of {of}" for of, one in found.items())
+    heads = found["the input"]["rho"].mean("batch")
+    layer, head = np.unravel_index(int(np.nan_to_num(heads.values, nan=-2).argmax()), heads.shape)
+    tokens = int(found["the input"]["tokens"].sum())
+    return [
+        f"Cross attention, the mean of all heads, agrees with what hiding parts shows by {agree} (1: wholly), over the "
+        f"{tokens} tokens that are written; of single heads most {heads.layer.values[layer]}.{head}, "
+        f"{float(heads[layer, head]):+.2f} of the input."
+    ]
 
 
 def _index(name: str | None, texts: Sequence[str | None]) -> int | str | None:

@@ -25,7 +25,11 @@ class Asked(NamedTuple):
 
     def log_probabilities(self, model: nn.Module) -> Tensor:
         """Of what follows each prompt. [batch, vocabulary]"""
-        return model(**self.inputs).logits[:, -1].float().log_softmax(-1)
+        return self._known(model(**self.inputs).logits[:, -1].float().log_softmax(-1))
+
+    def _known(self, logits: Tensor) -> Tensor:
+        """Those of tokens that the tokenizer has: a model may have more, to fill up its matrix."""
+        return logits[..., : self.answers.shape[1]]
 
     def losses(self, model: nn.Module) -> Tensor:
         """Less the log probability of all answers together, nats. [batch]"""
@@ -33,7 +37,7 @@ class Asked(NamedTuple):
 
     def difference(self, logits: Tensor) -> Tensor:
         """Mean logit of the answers less that of the distractors. [batch]"""
-        last = logits[:, -1].float()
+        last = self._known(logits[:, -1].float())
         means = ((last * mark).sum(-1) / mark.sum(-1) for mark in (self.answers, self.distractors))
         return next(means) - next(means)
 
