@@ -3,7 +3,8 @@
 Every file holds one function or model of its own name. `Scanpath` is what the loaders of `regard.data.loaders` give.
 """
 
-from ..data.loaders import Scanpath
+from ..data.loaders import GazeData, GazeTrial, Scanpath
+from ..data.loaders import read_gaze as read
 from .compare import compare
 
-__all__ = ["Scanpath", "compare"]
+__all__ = ["GazeData", "GazeTrial", "Scanpath", "compare", "read"]
