@@ -146,8 +146,8 @@ def compare_pictures(
     for name, at in (("mean", 0), ("over_centre", 1)):
         prefix = "" if name == "mean" else "over_centre_"
         made_of[name] = (("map", "metric"), value[at])
-        made_of[f"{prefix}low"], made_of[f"{prefix}high"] = (("map", "metric"), low[at]), (("map", "metric"),
-    high[at]) made_of["p"] = ("map", np.array([p for *_, p in rows]))
+        made_of[f"{prefix}low"], made_of[f"{prefix}high"] = (("map", "metric"), low[at]), (("map", "metric"), high[at])
+    made_of["p"] = ("map", np.array([p for *_, p in rows]))
     grid = np.full([1 + max(kinds[i][axis] for i in heads) for axis in (0, 1)], np.nan)
     for i in heads:
         grid[kinds[i]] = own[i]
@@ -170,8 +170,8 @@ def compare_pictures(
 
 
 def found_pictures(data: GazeData) -> dict[str, tuple[int, int]]:
-    """Width and height of the picture of each stimulus. FileNotFoundError with the names of those that are
-    missing.""" if not data.stimuli:
+    """Width and height of the picture of each stimulus. FileNotFoundError with the names of those that are missing."""
+    if not data.stimuli:
         raise ValueError("there are no trials to compare with")
     sizes, missing = {}, []
     for name in data.stimuli:
@@ -201,8 +201,8 @@ def on_picture(path: Scanpath, picture: tuple[int, int], placed: Placed, name: s
     if placed is None:
         if path.size != tuple(picture):
             raise ValueError(
-                f"{name} is {picture[0]} x {picture[1]} and the screen {path.size[0]} x {path.size[1]} pixels: say how
-                " f"it was shown, placed={' or '.join(PLACED)} or left, top, right, bottom"
+                f"{name} is {picture[0]} x {picture[1]} and the screen {path.size[0]} x {path.size[1]} pixels: say how "
+                f"it was shown, placed={' or '.join(PLACED)} or left, top, right, bottom"
             )
         corner, scale = np.zeros(2), np.ones(2)
     elif isinstance(placed, str):
@@ -291,8 +291,8 @@ def _inputs(processor: Any, picture: Image.Image, kind: str) -> Mapping[str, Any
 def _paths(
     data: GazeData, pictures: Mapping[str, tuple[int, int]], placed: Placed, sigma: float | None
 ) -> tuple[dict[str, dict[str, Scanpath]], int, dict[str, tuple[float, float]]]:
-    """Each person's fixations on each picture, which becomes a square; how many lie beside; sigma in rows and
-    columns.""" found: dict[str, dict[str, list]] = {name: {} for name in pictures}
+    """Each person's fixations on each picture, which becomes a square; how many lie beside; sigma in rows and columns."""
+    found: dict[str, dict[str, list]] = {name: {} for name in pictures}
     wide: dict[str, tuple[float, float]] = {}
     beside = 0
     for trial in data:

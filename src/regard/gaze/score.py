@@ -103,8 +103,8 @@ def score(
         )
     people = {name: i for i, name in enumerate(dict.fromkeys((*a.subjects, *b.subjects)))}
     if not same_people:
-        people = {(g, name): i for i, (g, name) in enumerate((g, n) for g, d in enumerate((a, b)) for n in
-    d.subjects)} nodes = [
+        people = {(g, name): i for i, (g, name) in enumerate((g, n) for g, d in enumerate((a, b)) for n in d.subjects)}
+    nodes = [
         _Node(g, people[name] if same_people else people[g, name])  # type: ignore[index]
         for g, data in enumerate((a, b))
         for name in data.subjects
@@ -223,8 +223,8 @@ Place = tuple[str, int]  # a picture, and which of its trials
 def _same_picture(
     seen: Mapping[str, list[tuple[int, Scanpath]]], nodes: Sequence[_Node], most: int, rng: np.random.Generator
 ) -> tuple[list[tuple[Place, Place]], int]:
-    """Ordered pairs of two people on one picture: of both groups, all if they are at most `most`; of one,
-    likewise.""" chosen: list[tuple[Place, Place]] = []
+    """Ordered pairs of two people on one picture: of both groups, all if they are at most `most`; of one, likewise."""
+    chosen: list[tuple[Place, Place]] = []
     possible = 0
     kinds: dict[bool, dict[str, NDArray]] = {True: {}, False: {}}
     for name, trials in seen.items():
@@ -255,14 +255,14 @@ def _evenly(there: Mapping[str, int], most: int) -> dict[str, int]:
 def _other_picture(
     seen: Mapping[str, list[tuple[int, Scanpath]]], nodes: Sequence[_Node], most: int, rng: np.random.Generator
 ) -> list[tuple[Place, Place]]:
-    """Pairs of one of the first group and one of the second on two different pictures of one size, drawn by
-    chance.""" sides: list[dict[tuple[int, int], list[Place]]] = [{}, {}]
+    """Pairs of one of the first group and one of the second on two different pictures of one size, drawn by chance."""
+    sides: list[dict[tuple[int, int], list[Place]]] = [{}, {}]
     for name, trials in seen.items():
         for at, (node, path) in enumerate(trials):
             sides[nodes[node].group].setdefault(path.size, []).append((name, at))
     drawn: set[tuple[Place, Place]] = set()
-    sizes = [size for size in sides[0] if size in sides[1] and len({n for n, _ in sides[0][size] + sides[1][size]}) >
-    1] for size in sizes:
+    sizes = [size for size in sides[0] if size in sides[1] and len({n for n, _ in sides[0][size] + sides[1][size]}) > 1]
+    for size in sizes:
         one, two = sides[0][size], sides[1][size]
         number = min(max(1, most // len(sizes)), len(one) * len(two))
         for i, j in zip(rng.integers(0, len(one), number), rng.integers(0, len(two), number)):
