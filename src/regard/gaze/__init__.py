@@ -6,5 +6,8 @@ Every file holds one function or model of its own name. `Scanpath` is what the l
 from ..data.loaders import GazeData, GazeTrial, Scanpath
 from ..data.loaders import read_gaze as read
 from .compare import compare
+from .compare_pictures import compare_pictures
+from .draw import draw
+from .score import score
 
-__all__ = ["GazeData", "GazeTrial", "Scanpath", "compare", "read"]
+__all__ = ["GazeData", "GazeTrial", "Scanpath", "compare", "compare_pictures", "draw", "read", "score"]

@@ -291,7 +291,7 @@ def _inputs(processor: Any, picture: Image.Image, kind: str) -> Mapping[str, Any
 def _paths(
     data: GazeData, pictures: Mapping[str, tuple[int, int]], placed: Placed, sigma: float | None
 ) -> tuple[dict[str, dict[str, Scanpath]], int, dict[str, tuple[float, float]]]:
-    """Each person's fixations on each picture, which becomes a square; how many lie beside; sigma in rows and columns."""
+    """Each person's fixations on each picture as a square; how many lie beside; sigma in rows and columns."""
     found: dict[str, dict[str, list]] = {name: {} for name in pictures}
     wide: dict[str, tuple[float, float]] = {}
     beside = 0
