@@ -138,8 +138,8 @@ def score(
         mark = " (lower is alike)" if name in found.attrs["lower"] else ""
         table.add_row(f"{name}{mark}", *cells, _p(float(of["p"])))
     table.caption = (
-        "means over pairs of people on one picture, and 95% of draws of people; p: how often two groups drawn anew from "
-        "all people differ as much"
+        "means over pairs of people on one picture, and 95% of draws of people; p: how often two groups drawn anew "
+        "from all people differ as much"
     )
     attrs = found.attrs
     printed = Printed([table], [_read_as("A", one), _read_as("B", two)])
@@ -191,9 +191,9 @@ def _compare_pictures(
         label = f"{kind} (layer {layer}, head {head})" if kind == "best head" else str(kind)
         table.add_row(label, *cells, over, _p(float(of["p"])))
     table.caption = (
-        "means over people, and 95% of draws of people; kl is better when lower. centre bias: the fixations on the other "
-        "pictures. people: each by the map of the others, the most to be expected. p: how often maps of other pictures "
-        "do as well; of the best head, the best of all heads"
+        "means over people, and 95% of draws of people; kl is better when lower. centre bias: the fixations on the "
+        "other pictures. people: each by the map of the others, the most to be expected. p: how often maps of other "
+        "pictures do as well; of the best head, the best of all heads"
     )
     printed = Printed([table], [_read_as("data", data), *found.attrs["notes"]])
     if found.attrs["beside"]:

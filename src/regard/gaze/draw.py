@@ -25,8 +25,8 @@ def draw(
 
     Of pictures, a row each, `most` of them: the fixations (a circle each, larger where they lasted longer, a colour for
     each person), where people looked, the model's maps, with the nss of each, and at the side the mean of each over
-    people, between the centre bias and the ceiling. Those pictures are shown on which the best head does best, worst, and
-    evenly between. That needs the `data`, and how they were `placed`, once more.
+    people, between the centre bias and the ceiling. Those pictures are shown on which the best head does best, worst,
+    and evenly between. That needs the `data`, and how they were `placed`, once more.
 
     ValueError where the data are missing, or matplotlib is, or the file does not end in .png or .svg; FileExistsError
     where it is not one that Regard wrote.
@@ -125,14 +125,23 @@ def _bars(axes: Any, found: xr.Dataset, kinds: list[str]) -> None:
         axes.barh(-i, mean, color=colour, height=0.62)
         if np.isfinite([low, high]).all():
             axes.plot([low, high], [-i, -i], color=DARK, linewidth=1.6, solid_capstyle="butt")
-        axes.text(max(mean, high, 0.0), -i, f"  {mean:.2f}", va="center", fontsize=10, color=DARK)
+        axes.text(
+            max(mean, high, 0.0),
+            -i,
+            f"  {mean:.2f}",
+            va="center",
+            fontsize=10,
+            color=DARK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=4,
+        )
     centre = float(of["mean"].sel(map=CENTRE))
     axes.axvline(centre, color=GREY, linestyle="--", linewidth=1, zorder=0)
     axes.axvline(0, color=DARK, linewidth=0.8)
     axes.set_yticks(range(0, -len(order), -1), [_named(found, kind) for kind in order], fontsize=10)
     right = max(float(np.nanmax(of["high"].fillna(of["mean"]))), 0.1) * 1.2
     axes.set_xlim(min(0.0, float(of["low"].fillna(of["mean"]).min()) * 1.1), right)
-    axes.set_xlabel("NSS: 0 is chance; bars hold 95% of draws of people", fontsize=9)
+    axes.set_xlabel("NSS, 0 is chance; 95% of draws of people", fontsize=9)
     told = found.attrs
     axes.set_title(
         f"{told['people']} people, {told['pictures']} pictures, {told['fixations']:,} fixations",
@@ -174,7 +183,7 @@ def _scores(figure: Any, found: xr.Dataset) -> None:
         axes.set_axis_off()
     told = found.attrs
     figure.suptitle(
-        f"{told['people_a']} in A, {told['people_b']} in B, {told['pictures']} pictures; lines hold 95% of draws of people",
+        f"{told['people_a']} in A, {told['people_b']} in B, {told['pictures']} pictures; lines hold 95% of draws",
         fontsize=11,
         color=DARK,
     )
