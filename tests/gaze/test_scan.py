@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import regard
 from regard.gaze import Scanpath
-from regard.gaze.draw import draw
+from regard.gaze.draw_scanpath import draw_scanpath
 from regard.gaze.encoder import encoder
 from regard.gaze.fixation_map import fixation_map
 from regard.gaze.humanoid_search import Episode, by_likeness, humanoid_search
@@ -161,7 +161,7 @@ PATH = Scanpath(np.array([[10.0, 10], [50, 20], [30, 35], [80, -5]]), (60, 40), 
 
 
 def test_a_still_picture(tmp_path):
-    out = draw(PATH, picture(), tmp_path / "path.png")
+    out = draw_scanpath(PATH, picture(), tmp_path / "path.png")
     with Image.open(out) as made:
         assert made.size == (1024, 683)
         plain = np.array(picture().resize(made.size, Image.Resampling.LANCZOS)).astype(int)
@@ -173,7 +173,7 @@ def test_a_still_picture(tmp_path):
 
 
 def test_a_moving_picture_shows_one_more_each_time(tmp_path):
-    with Image.open(draw(PATH, picture(), tmp_path / "path.gif", speed=2.0)) as made:
+    with Image.open(draw_scanpath(PATH, picture(), tmp_path / "path.gif", speed=2.0)) as made:
         assert made.n_frames == 5
         frames, durations = [], []
         for i in range(5):
@@ -187,7 +187,7 @@ def test_a_moving_picture_shows_one_more_each_time(tmp_path):
 
 def test_drawings_hold_all_that_they_need(tmp_path):
     said = 'a <cat> & "dog"'
-    svg = draw(PATH, picture(), tmp_path / "path.svg", title=said).read_text()
+    svg = draw_scanpath(PATH, picture(), tmp_path / "path.svg", title=said).read_text()
     tree = ET.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"
     circles = tree.findall(f".//{space}circle")
@@ -202,7 +202,7 @@ def test_drawings_hold_all_that_they_need(tmp_path):
     assert tree.find(f"{space}title").text == said
     assert len(tree.findall(f".//{space}line")) == 2 * 3
     assert "animation" not in svg
-    page = draw(PATH, picture(), tmp_path / "path.html", title=said).read_text()
+    page = draw_scanpath(PATH, picture(), tmp_path / "path.html", title=said).read_text()
     assert "a &lt;cat&gt; &amp; &quot;dog&quot;" in page
     assert re.findall(r'(?:href|src)="(?!data:)[^"]*"', page) == []
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
@@ -212,7 +212,7 @@ def test_drawings_hold_all_that_they_need(tmp_path):
 
 
 def test_fixations_appear_when_those_before_have_lasted(tmp_path):
-    page = draw(PATH, picture(), tmp_path / "path.html").read_text()
+    page = draw_scanpath(PATH, picture(), tmp_path / "path.html").read_text()
     starts = [float(value) for value in re.findall(r"\{opacity:0\}([\d.]+)%\{opacity:1\}", page)]
     total = 100 + 400 + 200 + 300 + 1500
     assert starts == [pytest.approx(100 * before / total, abs=0.01) for before in (100, 500, 700)]
@@ -221,11 +221,11 @@ def test_fixations_appear_when_those_before_have_lasted(tmp_path):
 
 def test_refusals(tmp_path, clip):
     with pytest.raises(ValueError, match=r"\.png, \.svg, \.gif, \.html: got 'path\.jpg'"):
-        draw(PATH, picture(), tmp_path / "path.jpg")
+        draw_scanpath(PATH, picture(), tmp_path / "path.jpg")
     with pytest.raises(ValueError, match="without fixations"):
-        draw(Scanpath(np.zeros((0, 2)), (60, 40)), picture(), tmp_path / "path.png")
+        draw_scanpath(Scanpath(np.zeros((0, 2)), (60, 40)), picture(), tmp_path / "path.png")
     with pytest.raises(ValueError, match="speed=0"):
-        draw(PATH, picture(), tmp_path / "path.png", speed=0)
+        draw_scanpath(PATH, picture(), tmp_path / "path.png", speed=0)
     with pytest.raises(ValueError, match="does not say how pictures are prepared"):
         encoder(clip[0], None)
     with pytest.raises(ValueError, match="without its tokenizer"):

@@ -428,10 +428,90 @@ def _thresholds(options: Iterable[str]) -> dict[str, float]:
     return found
 
 
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", "-c", help="ROLE=NAME of a column of yours, such as x=CURRENT_FIX_X; several times."),
+]
+Screen = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels of what x and y are in.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="COLUMN=VALUE of the rows that count; several times.")]
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read", "-r", help="NAME=VALUE, another argument of regard.gaze.read, such as units=degrees; several times."
+    ),
+]
+Stimuli = Annotated[Path | None, typer.Option("--stimuli", help="The folder of the pictures.")]
+KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Leave broken rows out, and list them.")]
+Json = Annotated[Path | None, typer.Option("--json", help="A file for all numbers.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="A .png or .svg file for the picture.")]
+OnScreen = typer.Option(help="How pictures stood on the screen: centre, fit, fill, or left,top,right,bottom.")
+
+
+@gaze_app.command("read")
+def gaze_read(
+    data: Annotated[Path, typer.Argument(help="A table, an .asc, a folder of them, or a set that Regard knows.")],
+    column: Columns = None,
+    screen: Screen = None,
+    only: Only = None,
+    more: More = None,
+    stimuli: Stimuli = None,
+    keep_going: KeepGoing = False,
+    table: Annotated[Path | None, typer.Option("--out", "-o", help="A new CSV file of all fixations.")] = None,
+) -> None:
+    """Say how DATA are understood: columns, units, broken rows."""
+    from . import gaze as work
+
+    with _plainly():
+        told = work.reading(column, screen, only, more, stimuli, keep_going)
+        said = work.read(data, told, table)
+    said.to(out)
+
+
+@gaze_app.command("score")
+def gaze_score(
+    a: Annotated[Path, typer.Argument(help="Scanpaths of people or of a model.")],
+    b: Annotated[Path, typer.Argument(help="Those they are compared with, on the same pictures.")],
+    column: Columns = None,
+    screen: Screen = None,
+    only: Only = None,
+    more: More = None,
+    keep_going: KeepGoing = False,
+    same_people: Annotated[
+        bool | None,
+        typer.Option("--same-people/--different-people", help="Whether a name in both is one person."),
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="Only this one; several times.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to compare at most, between and within groups.")] = 20_000,
+    resamples: Annotated[int, typer.Option(min=0, help="Draws of people, and permutations.")] = 1000,
+    kept: Json = None,
+    plot: Plot = None,
+    seed: int = 0,
+) -> None:
+    """How alike A and B look at the same pictures, by all metrics, beside people among themselves."""
+    from . import gaze as work
+
+    with _plainly():
+        told = work.reading(column, screen, only, more, None, keep_going)
+        compared = work.score(
+            a,
+            b,
+            told,
+            same_people=same_people,
+            metrics=metric,
+            pairs=pairs,
+            resamples=resamples,
+            seed=seed,
+            out=kept,
+            plot=plot,
+            console=out,
+        )
+    compared.to(out)
+
+
 @gaze_app.command("compare")
 def gaze_compare(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="The folder of WebQAmGaze.")],
+    data: Annotated[Path, typer.Argument(help="The folder of WebQAmGaze; or fixations on pictures, as `read` takes.")],
     task: Annotated[str, typer.Option(help="reading, or search: the question was shown before the text.")] = "reading",
     language: Annotated[str, typer.Option(help="Of the files, as in words_en.csv.")] = "en",
     corpus: Annotated[
@@ -441,15 +521,25 @@ def gaze_compare(
     resamples: Annotated[
         int, typer.Option(min=0, help="Draws of texts, and rotations, for intervals and chance.")
     ] = 1000,
-    folder: Annotated[Path | None, typer.Option("--out", "-o", help="A zarr folder for all numbers.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help="Of words: a zarr folder for all numbers.")] = None,
+    column: Columns = None,
+    screen: Screen = None,
+    only: Only = None,
+    more: More = None,
+    stimuli: Stimuli = None,
+    placed: Annotated[str | None, OnScreen] = None,
+    keep_going: KeepGoing = False,
+    kept: Json = None,
+    plot: Plot = None,
     seed: int = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Correlate what MODEL attends to with how long people looked at each word."""
+    """What MODEL attends to, beside how long people looked at each word, or where they looked on pictures."""
     from . import gaze as work
 
     _model(model, trust_remote_code)
     with _plainly():
+        told = work.reading(column, screen, only, more, stimuli, keep_going)
         compared = work.compare(
             model,
             data,
@@ -461,6 +551,10 @@ def gaze_compare(
             seed=seed,
             trust_remote_code=trust_remote_code,
             console=out,
+            told=told,
+            placed=placed,
+            kept=kept,
+            plot=plot,
         )
     compared.to(out)
 

@@ -1,8 +1,12 @@
-"""`regard gaze compare`: a language model's attention beside human reading times, as tables."""
+"""`regard gaze`: data read, two groups scored, and models beside people, as tables, pictures and JSON."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -10,15 +14,253 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..catalog import check_plot
 from ..data import loaders
-from ..data.loaders import files
-from ..files import refuse_foreign, replaced
+from ..data.loaders import GazeData, files, read_gaze
+from ..files import MARK, refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
+from ..gaze.compare_pictures import METRICS, compare_pictures, found_pictures
+from ..gaze.draw import draw
+from ..gaze.score import score as scored
 from ..loading import load
 from .printed import Printed, tables
 
 TASKS = ("reading", "search")
+READ = {  # what --read says, and what it becomes
+    **dict.fromkeys(("units", "origin", "time", "separator", "decimal", "encoding", "subject", "stimulus", "eye"), str),
+    **dict.fromkeys(("trial_message", "stimulus_message"), str),
+    "distance": float,
+    "screen_cm": lambda said: _pair(said, float, "screen_cm"),
+    "up": lambda said: _yes(said),
+}
+
+
+def reading(
+    columns: Sequence[str] | None,
+    screen: str | None,
+    only: Sequence[str] | None,
+    more: Sequence[str] | None,
+    stimuli: Path | None,
+    keep_going: bool,
+) -> dict[str, Any]:
+    """The arguments of `read_gaze` that options say."""
+    told: dict[str, Any] = {"keep_going": True} if keep_going else {}
+    if columns:
+        told["columns"] = _named(columns, "--column")
+    if only:
+        told["only"] = _named(only, "--only")
+    if screen is not None:
+        told["screen"] = _pair(screen, int, "--screen")
+    if stimuli is not None:
+        told["stimulus_folder"] = stimuli
+    for name, said in _named(more or (), "--read").items():
+        if name not in READ:
+            raise ValueError(f"--read {name}: there are {', '.join(READ)}")
+        told[name] = READ[name](said.replace("\\t", "\t") if name == "separator" else said)
+    return told
+
+
+def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"{option} {pair}: expected NAME=VALUE")
+    return {name.strip(): value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _pair(said: str, kind: type, option: str) -> tuple:
+    try:
+        one, two = (kind(part) for part in said.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"{option} {said}: expected WIDTHxHEIGHT, such as 1920x1080") from None
+    return one, two
+
+
+def _yes(said: str) -> bool:
+    if said not in ("true", "false"):
+        raise ValueError(f"--read up={said}: true or false")
+    return said == "true"
+
+
+def read(data: Path, told: Mapping[str, Any], out: Path | None) -> Printed:
+    """Read fixations, say how, and write them as a plain table."""
+    found = read_gaze(data, **told)
+    said = Printed(lines=found.summary().split("\n"))
+    if out is not None:
+        if out.exists():
+            raise FileExistsError(f"{out} exists; choose another name, or move it away")
+        found.write(out)
+        said.lines.append(f"a plain table of all of it is in {out}")
+    return said
+
+
+def score(
+    a: Path,
+    b: Path,
+    told: Mapping[str, Any],
+    *,
+    same_people: bool | None,
+    metrics: Sequence[str] | None,
+    pairs: int,
+    resamples: int,
+    seed: int,
+    out: Path | None,
+    plot: Path | None,
+    console: Console,
+) -> Printed:
+    """Compare two groups of scanpaths by all metrics."""
+    _refuse(out, plot)
+    with console.status("reading the data"):
+        one, two = (read_gaze(path, **told) for path in (a, b))
+    with Progress(console=console, transient=True) as bar:
+        row = bar.add_task("comparing pairs")
+        try:
+            found = scored(
+                one,
+                two,
+                same_people=same_people,
+                metrics=metrics or None,
+                pairs=pairs,
+                resamples=resamples,
+                seed=seed,
+                progress=lambda done, every: bar.update(row, completed=done, total=every),
+            )
+        except ValueError as error:
+            raise ValueError(
+                str(error).replace("same_people=True or False", "--same-people or --different-people")
+            ) from error
+    table = Table(title=f"A: {a.name}, B: {b.name}", title_justify="left", header_style="bold")
+    for column in ("metric", "A with B", "within A", "within B", "other pictures", "p"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in found["metric"].values:
+        of = found.sel(metric=name)
+        cells = [_ranged(of, key, f"{key}_low", f"{key}_high") for key in ("between", "within_a", "within_b", "other")]
+        mark = " (lower is alike)" if name in found.attrs["lower"] else ""
+        table.add_row(f"{name}{mark}", *cells, _p(float(of["p"])))
+    table.caption = (
+        "means over pairs of people on one picture, and 95% of draws of people; p: how often two groups drawn anew "
+        "from all people differ as much"
+    )
+    attrs = found.attrs
+    printed = Printed([table], [_read_as("A", one), _read_as("B", two)])
+    printed.lines.append(
+        f"{attrs['pictures']} pictures are in both; {attrs['left_out_a']} of A and {attrs['left_out_b']} of B are not"
+    )
+    if attrs["pairs"] < attrs["pairs_possible"]:
+        printed.lines.append(
+            f"{attrs['pairs']:,} of {attrs['pairs_possible']:,} pairs were compared, drawn by chance (--pairs)"
+        )
+    _keep(printed, found, out, plot, None, None)
+    return printed
+
+
+def _compare_pictures(
+    name: str,
+    data: GazeData,
+    loaded: Any,
+    *,
+    placed: str | None,
+    resamples: int,
+    seed: int,
+    out: Path | None,
+    plot: Path | None,
+    console: Console,
+) -> Printed:
+    how = _placed(placed)
+    model, processor = loaded
+    with Progress(console=console, transient=True) as bar:
+        row = bar.add_task("looking at pictures")
+        found = compare_pictures(
+            model,
+            processor,
+            data,
+            placed=how,
+            resamples=resamples,
+            seed=seed,
+            progress=lambda done, every: bar.update(row, completed=done, total=every),
+        )
+    table = Table(title=f"{name} beside people", title_justify="left", header_style="bold")
+    for column in ("map", *METRICS, "nss over centre", "p"):
+        table.add_column(column, justify="left" if column == "map" else "right")
+    layer, head = found.attrs["best_head"]
+    for kind in found["map"].values:
+        of = found.sel(map=kind)
+        cells = [_ranged(of.sel(metric=metric), "mean", "low", "high") for metric in METRICS]
+        nss = of.sel(metric="nss")
+        over = "" if kind == "centre bias" else _ranged(nss, "over_centre", "over_centre_low", "over_centre_high")
+        label = f"{kind} (layer {layer}, head {head})" if kind == "best head" else str(kind)
+        table.add_row(label, *cells, over, _p(float(of["p"])))
+    table.caption = (
+        "means over people, and 95% of draws of people; kl is better when lower. centre bias: the fixations on the "
+        "other pictures. people: each by the map of the others, the most to be expected. p: how often maps of other "
+        "pictures do as well; of the best head, the best of all heads"
+    )
+    printed = Printed([table], [_read_as("data", data), *found.attrs["notes"]])
+    if found.attrs["beside"]:
+        printed.lines.append(f"{found.attrs['beside']:,} fixations lie beside the pictures, and do not count")
+    _keep(printed, found.drop_vars(["maps", "score"]), out, plot, data, (found, how))
+    return printed
+
+
+def _placed(said: str | None) -> Any:
+    if said is None or "," not in said:
+        return said
+    try:
+        return tuple(float(part) for part in said.split(","))
+    except ValueError:
+        raise ValueError(f"--placed {said}: centre, fit, fill, or left,top,right,bottom in pixels") from None
+
+
+def _refuse(out: Path | None, plot: Path | None) -> None:
+    if out is not None:
+        refuse_foreign(out)
+    if plot is not None:
+        check_plot(plot)
+
+
+def _keep(
+    printed: Printed, found: xr.Dataset, out: Path | None, plot: Path | None, data: GazeData | None, whole: Any
+) -> None:
+    if plot is not None:
+        if whole is None:
+            draw(found, plot)
+        else:
+            draw(whole[0], plot, data, placed=whole[1])
+        printed.lines.append(f"picture: {plot}")
+    if out is not None:
+        with replaced(out) as draft:
+            draft.write_text(json.dumps({"about": MARK, **_plain(found)}, indent=1), encoding="utf-8")
+        printed.lines.append(f"all numbers are in {out}")
+
+
+def _plain(found: xr.Dataset) -> dict[str, Any]:
+    """As JSON has it: what is not a number becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    told = {"attributes": dict(found.attrs)}
+    told |= {
+        str(name): {"axes": list(v.dims), "values": clean(v.values.tolist())} for name, v in found.variables.items()
+    }
+    return told
+
+
+def _read_as(which: str, data: GazeData) -> str:
+    return f"{which}: " + "; ".join(data.summary().split("\n"))
+
+
+def _ranged(of: xr.Dataset, *names: str) -> str:
+    value, low, high = (float(of[name]) for name in names)
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def compare(
@@ -33,17 +275,49 @@ def compare(
     seed: int,
     trust_remote_code: bool,
     console: Console,
+    told: Mapping[str, Any] | None = None,
+    placed: str | None = None,
+    kept: Path | None = None,
+    plot: Path | None = None,
 ) -> Printed:
-    """Compare the model of this name with the readings in a folder, and say what came out."""
+    """Compare the model of this name with readings, or fixations on pictures, and say what came out.
+
+    told: the arguments of `read_gaze`. out: of readings, a zarr folder; kept, plot: of pictures, JSON and a picture.
+    """
     if task not in TASKS:
         raise ValueError(f"--task {task}: there are {' and '.join(TASKS)}")
-    if out is not None:
-        refuse_foreign(out)
+    for path in (out, kept):
+        if path is not None:
+            refuse_foreign(path)
+    if plot is not None:
+        check_plot(plot)
+    words = data.is_dir() and any(data.glob(f"words_{language}.csv*"))
+    if told or not words:
+        if out is not None or corpus is not None:
+            raise ValueError("--out and --corpus are of reading data in words; of pictures there are --json and --plot")
+        with console.status("reading the data"):
+            fixations = read_gaze(data, **(told or {}))
+            found_pictures(fixations)
+    with console.status(f"loading {name}"):
+        loaded = load(name, trust_remote_code=trust_remote_code)
+    sees = getattr(loaded.model, "main_input_name", None) == "pixel_values"
+    if told or not words:
+        if not sees:
+            raise ValueError(
+                f"{name} reads words, and {data} are fixations on pictures: give a vision model, or the folder of "
+                f"WebQAmGaze without --stimuli"
+            )
+        loaded.model.float()  # half precision is for a GPU
+        how = {"placed": placed, "resamples": resamples, "seed": seed, "out": kept, "plot": plot, "console": console}
+        return _compare_pictures(name, fixations, loaded, **how)
+    if sees:
+        found_pictures(read_gaze(data))  # says which are missing
+    if kept is not None or plot is not None or placed is not None:
+        raise ValueError("--json, --plot and --placed are of fixations on pictures; of words there is --out")
+    model, tokenizer = loaded
     with console.status("reading the data"):
         readings = [reading for reading in loaders.webqamgaze(data, language) if reading.task == task]
         counts = None if corpus is None else word_counts(files.text(corpus))
-    with console.status(f"loading {name}"):
-        model, tokenizer = load(name, trust_remote_code=trust_remote_code)
     with Progress(console=console, transient=True) as bar:
         row = bar.add_task("comparing")
         tree = correlate(

@@ -1,175 +1,189 @@
-"""A scanpath over its picture: still, or moving."""
+"""The pictures of `score` and of `compare_pictures`."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ..data.loaders import Scanpath
-from ..files import written_aside
+from ..catalog import drawn
+from ..data.loaders import GazeData
+from .compare_pictures import BEST, CENTRE, LAST, PEOPLE, Placed, on_picture
 
-KINDS = (".png", ".svg", ".gif", ".html")
-LONGEST = 1024  # pixels of the longer side of what is drawn
-COLOUR, PAST = "#ff3b30", "#ffd60a"  # of the present fixation, and of those before
-UNTIMED = 300.0  # ms of a fixation whose duration is not known
+SHOWN = (PEOPLE, BEST, "grad_cam", LAST, "rollout", CENTRE)
+OURS, THEIRS, GREY, DARK = "#d1495b", "#00798c", "#8a8f98", "#22262b"
 
 
-def draw(path: Scanpath, picture: Image.Image, out: str | Path, *, title: str = "", speed: float = 1.0) -> Path:
-    """Draw fixations as numbered circles, and what joins them, over the picture that was looked at; returns the file.
+def draw(
+    found: xr.Dataset, path: str | Path, data: GazeData | None = None, *, placed: Placed = None, most: int = 4
+) -> None:
+    """Draw what `score` or `compare_pictures` found into a PNG or SVG file.
 
-    The name's end says what is made: `.png` and `.svg` show all at once, `.gif` and `.html` one after another, over and
-    over. SVG and HTML hold all that they need. Circles grow with durations, by area, where these are known; a fixation
-    of unknown duration moves on after 0.3 s. Fixations outside the picture are drawn at its border, hollow.
+    Of pictures, a row each, `most` of them: the fixations (a circle each, larger where they lasted longer, a colour for
+    each person), where people looked, the model's maps, with the nss of each, and at the side the mean of each over
+    people, between the centre bias and the ceiling. Those pictures are shown on which the best head does best, worst,
+    and evenly between. That needs the `data`, and how they were `placed`, once more.
 
-    picture: of any size; it is stretched to the screen of the path. title: what it is of, for those who cannot see it.
-    speed: 2 is twice as fast. ValueError for an empty path, or a name with another end.
+    ValueError where the data are missing, or matplotlib is, or the file does not end in .png or .svg; FileExistsError
+    where it is not one that Regard wrote.
     """
-    out = Path(out)
-    if out.suffix.lower() not in KINDS:
-        raise ValueError(f"draw makes {', '.join(KINDS)}: got {out.name!r}")
-    if not len(path):
-        raise ValueError("a path without fixations cannot be drawn")
-    if speed <= 0:
-        raise ValueError(f"speed={speed} is above 0")
-    scale = LONGEST / max(path.size)
-    size = tuple(max(1, round(side * scale)) for side in path.size)
-    screen = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    spots = _spots(path, size)
-    lasting = [1.0] * len(path) if path.durations is None else (path.durations / UNTIMED).tolist()
-    lasting = [max(0.1, d) * UNTIMED / speed for d in lasting]
-    made = {
-        ".png": lambda: _png(screen, spots),
-        ".gif": lambda: _gif(screen, spots, lasting),
-        ".svg": lambda: _svg(screen, spots, title or _said(path)).encode(),
-        ".html": lambda: _html(screen, spots, title or _said(path), lasting).encode(),
-    }[out.suffix.lower()]()
-    with written_aside(out) as draft:
-        Path(draft).write_bytes(made)
-    return out
+    path = Path(path)
+    if "between" in found:
+        drawn(lambda figure: _scores(figure, found), path, size=(13, 7))
+        return
+    if "maps" not in found or data is None:
+        raise ValueError("draw takes what score found, or what compare_pictures found and the data that it was given")
+    names = _chosen(found, most)
+    size = (2.1 * (1 + sum(kind in found["map"] for kind in SHOWN)) + 4, 0.6 + 1.75 * max(len(names), 2))
+    drawn(lambda figure: _pictures(figure, found, data, placed, names), path, size=size)
 
 
-class _Spots:
-    """Places in pixels of what is drawn, radii, and which are really there."""
-
-    def __init__(self, places: NDArray[np.float64], radii: NDArray[np.float64], inside: NDArray[np.bool_]) -> None:
-        self.places, self.radii, self.inside = places, radii, inside
-
-    def __len__(self) -> int:
-        return len(self.places)
+def _chosen(found: xr.Dataset, most: int) -> list[str]:
+    """From the best to the worst, by the best head, in even steps."""
+    own = _of_picture(found, BEST)
+    order = np.argsort(-own)
+    at = np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))
+    return [str(found["picture"].values[i]) for i in order[at]]
 
 
-def _spots(path: Scanpath, size: tuple[int, ...]) -> _Spots:
-    shares = np.asarray(path.places, np.float64) / path.size
-    places = np.clip(shares, 0, 1) * size
-    inside = ((shares >= 0) & (shares <= 1)).all(1)
-    radius = 0.022 * max(size)
-    if path.durations is None or not path.durations.any():
-        return _Spots(places, np.full(len(path), radius), inside)
-    share = path.durations / path.durations.mean()
-    return _Spots(places, radius * np.sqrt(np.clip(share, 0.3, 4)), inside)
+def _of_picture(found: xr.Dataset, kind: str) -> NDArray[np.float64]:
+    return found["score"].sel(map=kind, metric="nss").mean("subject").values
 
 
-def _paint(screen: Image.Image, spots: _Spots, until: int, present: int | None = None) -> Image.Image:
-    """Fixations before `until`; `present` in another colour."""
-    scale = 2  # drawn larger, so that edges are smooth
-    layer = Image.new("RGBA", (scale * screen.width, scale * screen.height))
-    pen = ImageDraw.Draw(layer)
-    at = [tuple(scale * place) for place in spots.places[:until]]
-    if len(at) > 1:
-        pen.line(at, fill="black", width=scale * 6, joint="curve")
-        pen.line(at, fill="white", width=scale * 3, joint="curve")
-    for i, ((x, y), radius, inside) in enumerate(zip(at, scale * spots.radii, spots.inside)):
-        colour = COLOUR if i == present else PAST
-        box = [x - radius, y - radius, x + radius, y + radius]
-        pen.ellipse(box, fill=colour + "d0" if inside else None, outline="black" if inside else colour, width=scale * 2)
-        font = ImageFont.load_default(size=radius * 1.1)
-        pen.text((x, y), str(i + 1), fill="black", anchor="mm", font=font, stroke_width=scale, stroke_fill="white")
-    over = layer.resize(screen.size, Image.Resampling.LANCZOS)
-    return Image.alpha_composite(screen.convert("RGBA"), over).convert("RGB")
+def _pictures(figure: Any, found: xr.Dataset, data: GazeData, placed: Placed, names: list[str]) -> None:
+    kinds = [kind for kind in SHOWN if kind in found["map"].values]
+    left, right = figure.subfigures(1, 2, width_ratios=(2.1 * (1 + len(kinds)), 4))
+    grid = left.subplots(len(names), 1 + len(kinds), squeeze=False)
+    subjects = [str(name) for name in found["subject"].values]
+    for row, name in zip(grid, names):
+        image = data.picture(name)
+        shown = np.asarray(image, dtype=np.float64) / 255
+        _fixations(row[0], image, [(t, subjects) for t in data.of(name)], placed)
+        for axes, kind in zip(row[1:], kinds):
+            axes.imshow(_over(shown, found["maps"].sel(map=kind, picture=name).values))
+            worth = float(found["score"].sel(map=kind, picture=name, metric="nss").mean("subject"))
+            box = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2}
+            place = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+            axes.text(0.98, 0.03, f"{worth:.2f}", fontsize=9, color="white", bbox=box, **place)
+        for axes in row:
+            axes.set(xticks=[], yticks=[], xlim=(0, image.width), ylim=(image.height, 0))
+            for side in axes.spines.values():
+                side.set_visible(False)
+    grid[0][0].set_title("fixations", fontsize=11, color=DARK)
+    for axes, kind in zip(grid[0][1:], kinds):
+        axes.set_title(_named(found, kind), fontsize=11, color=DARK)
+    _bars(right.subplots(), found, kinds)
 
 
-def _png(screen: Image.Image, spots: _Spots) -> bytes:
-    buffer = io.BytesIO()
-    _paint(screen, spots, len(spots)).save(buffer, "PNG")
-    return buffer.getvalue()
+def _fixations(axes: Any, image: Image.Image, trials: list[Any], placed: Placed) -> None:
+    from matplotlib import colormaps
+
+    axes.imshow(np.asarray(image.convert("RGB")))
+    for trial, subjects in trials:
+        path = on_picture(trial.scanpath, image.size, placed, trial.stimulus)
+        if trial.subject not in subjects:
+            continue
+        colour = colormaps["turbo"]((subjects.index(trial.subject) + 0.5) / len(subjects))
+        x, y = path.places.T
+        area = np.full(len(path), 22.0) if path.durations is None else 6 + np.clip(path.durations, 0, 1000) / 9
+        axes.plot(x, y, color=colour, linewidth=0.5, alpha=0.45)
+        axes.scatter(x, y, s=area, color=colour, alpha=0.8, edgecolors="white", linewidths=0.5, zorder=3)
 
 
-def _gif(screen: Image.Image, spots: _Spots, lasting: list[float]) -> bytes:
-    frames = [_paint(screen, spots, i + 1, i) for i in range(len(spots))]
-    frames.append(_paint(screen, spots, len(spots)))
-    palette = screen.quantize(200)  # one for all, so that the picture does not flicker
-    marks = Image.new("P", (1, 1))
-    marks.putpalette((palette.getpalette() or [])[: 3 * 200] + _ramp())
-    frames = [frame.quantize(palette=marks, dither=Image.Dither.NONE) for frame in frames]
-    buffer = io.BytesIO()
-    durations = [max(20, round(d)) for d in (*lasting, 1500.0)]
-    frames[0].save(
-        buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False, disposal=1
-    )
-    return buffer.getvalue()
+def _over(picture: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A map over its picture, which is dark and grey where the map is low."""
+    from matplotlib import colormaps
+
+    high, wide = picture.shape[:2]
+    low, top = np.quantile(values, [0.02, 0.995])
+    share = np.clip((values - low) / (top - low), 0, 1) if top > low else np.zeros_like(values)
+    large = Image.fromarray(share.astype(np.float32)).resize((wide, high), Image.Resampling.BICUBIC)
+    strength = np.clip(np.asarray(large, dtype=np.float64), 0, 1)[..., None]
+    grey = picture.mean(-1, keepdims=True) * 0.55
+    hot = colormaps["inferno"](0.15 + 0.85 * strength[..., 0])[..., :3]
+    return np.clip((1 - 0.85 * strength) * grey + 0.85 * strength * hot, 0, 1)
 
 
-def _ramp() -> list[int]:
-    """Colours of the marks, and steps from black to white. [168]"""
-    marks = [int(colour[i : i + 2], 16) for colour in (COLOUR, PAST) for i in (1, 3, 5)]
-    return marks + [value for step in range(54) for value in [round(255 * step / 53)] * 3]
+def _named(found: xr.Dataset, kind: str) -> str:
+    if kind == BEST:
+        layer, head = found.attrs["best_head"]
+        return f"head {layer}.{head}"
+    return {PEOPLE: "other people", "grad_cam": "Grad-CAM"}.get(kind, kind)
 
 
-def _svg(screen: Image.Image, spots: _Spots, title: str, lasting: list[float] | None = None) -> str:
-    """With `lasting`, ms, fixations appear one after another, in a loop, where motion is not unwanted."""
-    buffer = io.BytesIO()
-    screen.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width, height = screen.size
-    marks, style, total = [], "", 1500.0 + sum(lasting or [])
-    for i, ((x, y), radius, inside) in enumerate(zip(spots.places, spots.radii, spots.inside)):
-        fill = f'fill="{PAST}" fill-opacity="0.82" stroke="black"' if inside else f'fill="none" stroke="{PAST}"'
-        line = ""
-        if i:
-            ends = " ".join(f'{end}="{value:.1f}"' for end, value in zip(("x1", "y1"), spots.places[i - 1]))
-            ends += f' x2="{x:.1f}" y2="{y:.1f}"'
-            line = f'<line {ends} stroke="black" stroke-width="6"/><line {ends} stroke="white" stroke-width="3"/>'
-        marks.append(
-            f'<g class="f{i}">{line}</g>',
+def _bars(axes: Any, found: xr.Dataset, kinds: list[str]) -> None:
+    of = found.sel(metric="nss")
+    order = [kind for kind in kinds if kind not in (PEOPLE, CENTRE)]
+    order = [PEOPLE, *sorted(order, key=lambda kind: -float(of["mean"].sel(map=kind))), CENTRE]
+    for i, kind in enumerate(order):
+        mean, low, high = (float(of[name].sel(map=kind)) for name in ("mean", "low", "high"))
+        colour = THEIRS if kind == PEOPLE else GREY if kind == CENTRE else OURS
+        axes.barh(-i, mean, color=colour, height=0.62)
+        if np.isfinite([low, high]).all():
+            axes.plot([low, high], [-i, -i], color=DARK, linewidth=1.6, solid_capstyle="butt")
+        axes.text(
+            max(mean, high, 0.0),
+            -i,
+            f"  {mean:.2f}",
+            va="center",
+            fontsize=10,
+            color=DARK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=4,
         )
-        marks.append(
-            f'<g class="f{i}"><circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" {fill} stroke-width="2"/>'
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{1.1 * radius:.1f}">{i + 1}</text></g>'
-        )
-        if lasting is not None:
-            starts = 100 * sum(lasting[:i]) / total
-            style += f".f{i}{{animation:a{i} {total / 1000:.2f}s step-end infinite}}"
-            begin = "" if i == 0 else "0%{opacity:0}"
-            style += f"@keyframes a{i}{{{begin}{starts:.2f}%{{opacity:1}}}}"
-    if style:
-        style = f"@media (prefers-reduced-motion: no-preference){{{style}}}"
-    lines, circles = marks[::2], marks[1::2]  # circles lie over all lines
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-        f"<title>{html.escape(title)}</title>"
-        f"<style>text{{font-family:sans-serif;text-anchor:middle;dominant-baseline:central;"
-        f"paint-order:stroke;stroke:white;stroke-width:2px}}{style}</style>"
-        f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>'
-        f"{''.join(lines)}{''.join(circles)}</svg>"
+    centre = float(of["mean"].sel(map=CENTRE))
+    axes.axvline(centre, color=GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.axvline(0, color=DARK, linewidth=0.8)
+    axes.set_yticks(range(0, -len(order), -1), [_named(found, kind) for kind in order], fontsize=10)
+    right = max(float(np.nanmax(of["high"].fillna(of["mean"]))), 0.1) * 1.2
+    axes.set_xlim(min(0.0, float(of["low"].fillna(of["mean"]).min()) * 1.1), right)
+    axes.set_xlabel("NSS, 0 is chance; 95% of draws of people", fontsize=9)
+    told = found.attrs
+    axes.set_title(
+        f"{told['people']} people, {told['pictures']} pictures, {told['fixations']:,} fixations",
+        fontsize=10,
+        color=DARK,
     )
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
-def _html(screen: Image.Image, spots: _Spots, title: str, lasting: list[float]) -> str:
-    said = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{said}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>body{{margin:1rem;font-family:sans-serif;'
-        f"background:#111;color:#eee}}svg{{max-width:100%;max-height:90vh}}</style></head><body>"
-        f"{_svg(screen, spots, title, lasting)}<p>{said}</p></body></html>"
+def _scores(figure: Any, found: xr.Dataset) -> None:
+    """A panel a metric: both groups with each other, within, and on different pictures."""
+    metrics = [str(name) for name in found["metric"].values]
+    rows = (("between", "A with B", OURS), ("within_a", "within A", THEIRS), ("within_b", "within B", THEIRS))
+    rows = (*rows, ("other", "other pictures", GREY))
+    columns = min(5, len(metrics))
+    grid = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False)
+    for axes, name in zip(grid.flat, metrics):
+        of = found.sel(metric=name)
+        for i, (key, _, colour) in enumerate(rows):
+            value, low, high = (float(of[f"{key}{suffix}"]) for suffix in ("", "_low", "_high"))
+            if np.isfinite([low, high]).all():
+                axes.plot([low, high], [-i, -i], color=colour, linewidth=2.5, alpha=0.5, solid_capstyle="round")
+            if np.isfinite(value):
+                axes.plot([value], [-i], "o", color=colour, markersize=8)
+        p = float(of["p"])
+        told = "" if np.isnan(p) else f"   p = {p:.3f}"
+        lower = "  (lower is alike)" if name in found.attrs["lower"] else ""
+        axes.set_title(f"{name.replace('_', ' ')}{lower}{told}", fontsize=9, color=DARK, loc="left")
+        axes.set_ylim(-len(rows) + 0.5, 0.5)
+        first = axes in grid[:, 0]
+        axes.set_yticks(range(0, -len(rows), -1), [label if first else "" for _, label, _ in rows], fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", alpha=0.2)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    for axes in grid.flat[len(metrics) :]:
+        axes.set_axis_off()
+    told = found.attrs
+    figure.suptitle(
+        f"{told['people_a']} in A, {told['people_b']} in B, {told['pictures']} pictures; lines hold 95% of draws",
+        fontsize=11,
+        color=DARK,
     )
-
-
-def _said(path: Scanpath) -> str:
-    places = ", ".join(f"({x:.0f}, {y:.0f})" for x, y in path.places)
-    return f"{len(path)} fixations on {path.size[0]} by {path.size[1]} pixels: {places}"

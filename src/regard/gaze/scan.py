@@ -41,7 +41,7 @@ def scan(
 
         model, processor = regard.load("openai/clip-vit-base-patch32")
         path = scan(model, processor, Image.open("kitchen.jpg"), "a kettle")
-        draw(path, Image.open("kitchen.jpg"), "kettle.html")
+        draw_scanpath(path, Image.open("kitchen.jpg"), "kettle.html")
     """
     was = model.training
     try:

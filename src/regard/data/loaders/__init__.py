@@ -2,6 +2,7 @@
 
 | set | loader | licence of the set |
 |---|---|---|
+| your own fixations: tables, EyeLink's text | `read_gaze` | yours |
 | WebQAmGaze: reading, webcam gaze | `webqamgaze` | CC BY 4.0, texts CC BY-SA 4.0 |
 | Interiors, hybrid search: scanpaths | `visual_search`, `search_scenes` | MIT |
 | POPE: is there a ...? | `pope` | MIT; COCO's pictures have their own |
@@ -25,6 +26,7 @@ format raises `DataError`, with file, line and column.
 from .bandit import BanditLog, open_bandit
 from .brain import BrainRdms, brain_rdms
 from .files import DataError, Lazy
+from .fixations import GazeData, GazeTrial, LeftOut, read_gaze
 from .gaze import Reading, Scanpath, SearchScene, SearchTrial, search_scenes, visual_search, webqamgaze
 from .language import (
     PopeQuestion,
@@ -60,7 +62,10 @@ __all__ = [
     "DataError",
     "Drawing",
     "Ecg",
+    "GazeData",
+    "GazeTrial",
     "Lazy",
+    "LeftOut",
     "Mnist",
     "OneShotRun",
     "PopeQuestion",
@@ -87,6 +92,7 @@ __all__ = [
     "omniglot_strokes",
     "open_bandit",
     "pope",
+    "read_gaze",
     "search_scenes",
     "spoken_digits",
     "truth_statements",

@@ -69,10 +69,10 @@ def text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text, at byte {error.start}") from error
 
 
-def csv_rows(file: Iterable[str]) -> Any:
+def csv_rows(file: Iterable[str], separator: str = ",") -> Any:
     """A reader of rows of cells, which may be as long as a text is; raises csv.Error."""
     csv.field_size_limit(LARGEST_CELL)
-    return csv.reader(file, strict=True)
+    return csv.reader(file, strict=True, delimiter=separator)
 
 
 def unlike(names: list[str], where: str) -> list[str]:
