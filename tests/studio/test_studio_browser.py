@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import statistics
 import threading
 import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("uvicorn")
-sync_api = pytest.importorskip("playwright.sync_api")
-import uvicorn
 from PIL import Image
 
-from regard.studio.server import app
-from regard.studio.work import Desk
-
+uvicorn = pytest.importorskip("uvicorn")
+sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = "/usr/bin/chromium"
 pytestmark = [
     pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs {CHROMIUM}"),
@@ -35,7 +31,8 @@ PROMPT = "The king spoke to the queen, and the queen spoke to the"
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
     """Its address; it serves until the module's tests are done."""
-    import socket
+    from regard.studio.server import app
+    from regard.studio.work import Desk
 
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -70,7 +67,7 @@ def visit(browser, studio):
         one = browser.new_context(**context)
         contexts.append(one)
         page = one.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(30_000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))

@@ -112,11 +112,12 @@ def processes(step: Any) -> bool:
 def forms() -> list[dict[str, Any]]:
     """Of every intervention of the catalog, what a form asks: its words, and of each knob its kind and default."""
     found = []
+    titles = {row.object.partition(":")[2]: row.title for row in catalog.rows().values() if row.room == "interventions"}
     for key in catalog.methods("interventions"):
-        row, method = catalog.row(key), _method(key)
+        method = _method(key)
         doc = inspect.getdoc(method) or ""
         about = doc.partition("\n\n")[0].replace("\n", " ")
-        found.append({"key": key, "title": row.title, "about": about, "knobs": _fields(method, doc)})
+        found.append({"key": key, "title": titles.get(key, key), "about": about, "knobs": _fields(method, doc)})
     return found
 
 
