@@ -36,7 +36,7 @@ class Job:
         self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._lock = threading.Lock()
 
-    def tell(self, name: str, **what: Any) -> None:
+    def tell(self, name: str, /, **what: Any) -> None:
         with self._lock:
             # Of how far it is, the last word counts: what a slow page has not read yet is not kept.
             if name == "progress" and self.events and self.events[-1][0] == "progress":
