@@ -197,6 +197,12 @@ def test_wrong_requests_are_told_what_is_wrong(client, path, body):
     assert answer.json()["why"]
 
 
+@pytest.mark.parametrize(("name", "takes"), [("reader", {"text", "generate"}), ("painter", {"text", "paints"})])
+def test_what_a_model_takes_is_told(client, name, takes):
+    told_of = dict(told(client, "/api/jobs/open", {"model": name}))["model"]
+    assert {what for what, does in told_of["takes"].items() if does} == takes
+
+
 # Jobs.
 
 
@@ -333,7 +339,8 @@ def test_pictures_and_classes(client, picture):
     events = dict(told(client, "/api/jobs/look", {"model": "viewer", "upload": sent["id"]}))
     assert sum(bar["share"] for bar in events["page"]["bars"]) <= 1 + 1e-6
     header = client.get(f"/api/recordings/{events['page']['id']}").json()
-    change = {"recording": events["saved"]["id"], "steps": [{**MUTE, "stack": header["stacks"][0]["name"]}]}
+    change = {"recording": events["saved"]["id"], "steps": []}
+    change["steps"] = [{"kind": "heads", "stack": header["stacks"][0]["name"], "heads": [[1, 0, 0.0]]}]
     assert dict(told(client, "/api/jobs/change", change))["answer"]["kind"] == "class"
 
 

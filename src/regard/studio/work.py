@@ -364,7 +364,7 @@ class Desk:
         else:
             attributes = look.attributes(model, given.model) | {"attention": model.config._attn_implementation}
             statistics = look.statistics(model, ready.inputs, ready.generate) | {"tick": tick}
-            streamer = _Tokens(heard) if ready.generate else None
+            streamer = _Tokens(heard) if ready.generate and base is None else None
             with (
                 _taken(loaded, ready, steps) as options,
                 record(model, processor=processor, roles=ready.roles, attributes=attributes, **statistics) as recording,
