@@ -344,6 +344,20 @@ def test_pictures_and_classes(client, picture):
     assert dict(told(client, "/api/jobs/change", change))["answer"]["kind"] == "class"
 
 
+def test_two_methods_explain_side_by_side(client, desk, looked):
+    asked = {"recording": looked, "methods": ["gradient_x_input", "integrated_gradients"]}
+    events = told(client, "/api/jobs/explain", asked)
+    scores = [what for name, what in events if name == "scores"]
+    assert [one["method"] for one in scores] == asked["methods"], events
+    model, tokenizer = desk.model("reader")
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    wanted = regard.attribute(model, inputs, method="gradient_x_input", processor=tokenizer)[0]
+    assert scores[0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert scores[0]["words"] == wanted.text.values.tolist()
+    wrong = {"recording": looked, "methods": ["nothing_like_it"]}
+    assert told(client, "/api/jobs/explain", wrong)[-1][0] == "failed"
+
+
 # Forms and papers.
 
 

@@ -143,7 +143,7 @@ def test_a_token_is_cut_and_a_form_of_the_catalog_is_filled(visit):
     page.wait_for_selector(".before-after")
     page.get_by_label("Keys: positions").fill("three")
     page.get_by_role("button", name="Add this step").click()
-    assert "no position" in page.locator(".change .working").inner_text()
+    assert "no position" in page.get_by_role("alert").inner_text()
 
 
 def test_keyboard_alone(visit):
@@ -206,7 +206,7 @@ def test_two_recordings_are_compared(visit):
 
 def test_a_picture_is_asked_about(visit, tmp_path):
     page = visit(viewport={"width": 1360, "height": 1000})
-    page.get_by_label("Model", exact=True).select_option("describer")
+    page.locator(".look .menu select").first.select_option("describer")
     page.wait_for_selector("text=LlavaForConditionalGeneration")
     image = Image.new("RGB", (64, 64), "white")
     image.paste("red", (10, 10, 40, 40))

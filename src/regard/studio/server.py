@@ -34,7 +34,7 @@ with needs("the studio", "studio"):
 
 from . import steps as stepping
 from .jobs import PLAIN, Busy, Job, Jobs, plainly
-from .work import Change, Desk, Given
+from .work import Asked, Change, Desk, Given
 
 LARGEST_UPLOAD = 16 * 2**20  # bytes
 LARGEST_REQUEST = 2**20
@@ -203,6 +203,15 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     def change(asked: Change) -> dict[str, str]:
         model = desk.card(asked.recording)["model"]
         return added(model, lambda job: desk.change(job, asked))
+
+    @api.post("/api/jobs/explain")
+    def explain(asked: Asked) -> dict[str, str]:
+        model = desk.card(asked.recording)["model"]
+        return added(model, lambda job: desk.explain(job, asked))
+
+    @api.get("/api/attributions")
+    def attributions() -> list[str]:
+        return catalog.methods("attribution")
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

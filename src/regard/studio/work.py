@@ -23,9 +23,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from .. import catalog, report, sites
 from .. import recording as recordings
-from .. import report, sites
+from ..attribution import attribute
 from ..cli import look
+from ..cli.explain import named_target
 from ..cli.inputs import InputError, generated, hear, png, prepare, seen
 from ..data import media
 from ..files import written_aside
@@ -40,6 +42,7 @@ from . import steps as stepping
 from .jobs import Job
 from .steps import Name, Step
 
+MAP = 64  # blocks a side of a map of pixels
 BARS = 10  # of the likeliest next tokens, before and after
 MOST_TEXT = 400_000  # characters
 LOADED = 2  # models that stay in memory
@@ -70,6 +73,14 @@ class Change(BaseModel):
 
     recording: Name
     steps: Annotated[list[Step], Field(max_length=64)]
+
+
+class Asked(BaseModel):
+    """What a prediction rests on, by one or two methods of attribution."""
+
+    recording: Name
+    methods: Annotated[list[Name], Field(min_length=1, max_length=2)]
+    target: Name | None = None  # a class, or a text of one token; None for the model's own
 
 
 @dataclass
@@ -398,6 +409,23 @@ class Desk:
                 draft.write_bytes(png(ready.picture))
         job.tell("saved", id=key)
 
+    def explain(self, job: Job, asked: Asked) -> None:
+        """Tell the scores of the words or pixels, method by method."""
+        given = Given(**self.card(asked.recording)["given"])
+        for method in asked.methods:
+            catalog.method("attribution", method)  # a wrong name is told before anything runs
+        loaded = self.model(given.model)
+        if hasattr(loaded.processor, "scheduler"):
+            raise InputError(f"{type(loaded.model).__name__} makes no prediction of a class or token to explain")
+        source = self.folder / asked.recording / "source.png"
+        ready = self._prepared(loaded, given, Image.open(source) if source.is_file() else None)
+        target = int(asked.target) if asked.target and asked.target.isdecimal() else asked.target or None
+        for method in asked.methods:
+            job.check()
+            job.tell("progress", what=f"asking {method}")
+            found = attribute(loaded.model, ready.inputs, target, method=method, processor=loaded.processor)[0]
+            job.tell("scores", method=method, target=named_target(loaded, found, [given.text]), **_scores(found))
+
     def python(self, change: Change) -> str:
         """Code that does the same from a terminal."""
         given = Given(**self.card(change.recording)["given"])
@@ -454,6 +482,18 @@ def _chat(loaded: Loaded, given: Given, picture: Image.Image | None) -> tuple[di
 
 def _page(tree: xr.DataTree, pictures: Sequence[Image.Image], observed: bool = True) -> Page:
     return Page(*report.pack(tree, findings=observe(tree) if observed else (), pictures=pictures))
+
+
+def _scores(found: xr.DataArray) -> dict[str, Any]:
+    """Words with their scores; of pixels, means of blocks, at most `MAP` a side."""
+    logit = float(found.score)
+    if found.dims == ("token",):
+        words = found.text.values.tolist() if "text" in found.coords else [str(i) for i in range(found.size)]
+        return {"score": logit, "words": words, "values": found.values.tolist()}
+    if found.dims != ("row", "column"):
+        raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
+    blocks = found.coarsen(**{dim: -(-found.sizes[dim] // MAP) for dim in found.dims}, boundary="pad").mean()
+    return {"score": logit, "map": np.nan_to_num(blocks.values).tolist()}
 
 
 def _title(given: Given) -> str:

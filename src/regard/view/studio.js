@@ -5,6 +5,7 @@ import { changing } from "./changing.js";
 import { setTheme } from "./colour.js";
 import { differences } from "./differences.js";
 import { choice, make, menu } from "./dom.js";
+import { explaining } from "./explaining.js";
 import { explore } from "./explore.js";
 import { papers } from "./papers.js";
 import { Places } from "./places.js";
@@ -79,6 +80,7 @@ const asking = card("look", "What it is given",
 
 const answerBox = make("div", { "aria-live": "polite" }), answer = card("said", "What it gives", answerBox);
 const changeBox = make("div", {}), changeStatus = make("div", { class: "working", role: "status" });
+const wrong = make("p", { class: "notice strong", role: "alert", hidden: true });
 const python = make("pre", { hidden: true, tabindex: "0", "aria-label": "The change as Python" });
 const run = make("button", { type: "button", class: "go", id: "run", disabled: true, onclick: () => apply() }, "Run");
 const atOnce = make("input", { type: "checkbox", checked: true, id: "at-once" });
@@ -89,13 +91,14 @@ const asPython = make("button", { type: "button", class: "quiet-button", disable
   } catch (error) { fail(changeStatus, error); }
 } }, "As Python");
 const changeCard = card("change", "Change it", changeBox, make("div", { class: "row" }, run,
-  make("label", { class: "labelled" }, atOnce, "Run after each change"), asPython), changeStatus, python);
+  make("label", { class: "labelled" }, atOnce, "Run after each change"), asPython), wrong, changeStatus, python);
 const differencesBox = make("div", {}), compared = make("div", { class: "stacked" });
 const differencesCard = card("differences", "What changed in the heads", differencesBox);
+const explainStatus = make("div", { class: "working", role: "status" }), explainCard = card("explain", "What it rests on");
 const viewsBox = make("div", { id: "views" });
 const which = make("div", { class: "row" });
 byId("studio").append(make("div", { class: "split" }, asking.element, make("div", { class: "stacked" }, answer.element)),
-  make("div", { class: "split", id: "changing", hidden: true }, changeCard.element, compared), which, viewsBox);
+  make("div", { class: "split", id: "changing", hidden: true }, make("div", { class: "stacked" }, changeCard.element, explainCard.element), compared), which, viewsBox);
 
 function fail(place, error) {
   place.classList.toggle("failed", !error.stopped);
@@ -321,8 +324,11 @@ byId("tabs").append(tabs.element);
 theme();
 turnsBox.before(addTurnButton);
 addTurnButton.hidden = true;
-const [{ models, start }, forms] = await Promise.all([get("/api/models"), get("/api/interventions")]);
-change = changing(changeBox, forms, at, { failed: (words) => fail(changeStatus, new Error(words)), changed: (steps) => {
+const [{ models, start }, forms, attributions] = await Promise.all(["models", "interventions", "attributions"].map((of) => get(`/api/${of}`)));
+explainCard.element.append(explaining(attributions, (what, heard) => does(explainStatus, "/api/jobs/explain", { recording: base.id, ...what },
+  (name, found) => { if (name === "scores") heard(found); })).element, explainStatus);
+change = changing(changeBox, forms, at, { failed: (words) => { wrong.hidden = false; wrong.textContent = words; }, changed: (steps) => {
+  wrong.hidden = true;
   run.disabled = asPython.disabled = !steps.some(({ on }) => on);
   python.hidden = true;
   clearTimeout(soon);
