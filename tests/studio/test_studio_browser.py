@@ -220,6 +220,15 @@ def test_a_picture_is_asked_about(visit, tmp_path):
     shot(page, "picture")
 
 
+def test_two_methods_explain_a_token(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    look(page, generate=1)
+    page.get_by_role("button", name="Explain").click()
+    page.wait_for_function("document.querySelectorAll('.explain .scored').length === 2")
+    assert page.locator(".explain .scored span[style]").count()
+    shot(page, "explain")
+
+
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):
     """From the click on a head to the new answer, on a text of 130 tokens: printed, not asserted."""
     page = visit()
