@@ -88,13 +88,7 @@ def write(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"report: the folder {path.parent} does not exist; create it first")
-    blocks: list[bytes] = []
-    stacks = [_Stack(name, node, blocks) for name, node in _nodes(tree).items()]
-    page = _Page(tree, stacks, findings, [picture(one) for one in pictures])
-    for stack in stacks:
-        stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
-    _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
-    _fit(stacks, blocks, lambda: len(page.html(blocks)), budget)
+    page, blocks = _packed(tree, findings, pictures, budget)
     html = page.html(blocks)
     if len(html) > budget:
         raise ValueError(_too_large(len(html), budget))
@@ -106,6 +100,37 @@ def write(
     except OSError as error:
         raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     return path
+
+
+def pack(
+    tree: xr.DataTree,
+    *,
+    findings: Sequence[Observation] = (),
+    pictures: Sequence[Image.Image] = (),
+    budget: int = BUDGET,
+) -> tuple[dict[str, Any], list[bytes]]:
+    """What the page's modules draw a recording from: the header of a report, and its blocks, raw deflate.
+
+    The header also holds `facts`, `notices` and `findings`, the words that a report says above its views.
+    """
+    page, blocks = _packed(tree, findings, pictures, budget)
+    known = {stack.name: stack for stack in page.stacks}
+    model = page.model
+    words = {"model": model, "facts": page._facts(model), "notices": page._notices()}
+    return page.header() | words | {"findings": [page._finding(one, known) for one in findings]}, blocks
+
+
+def _packed(
+    tree: xr.DataTree, findings: Sequence[Observation], pictures: Sequence[Image.Image], budget: int
+) -> tuple[_Page, list[bytes]]:
+    blocks: list[bytes] = []
+    stacks = [_Stack(name, node, blocks) for name, node in _nodes(tree).items()]
+    page = _Page(tree, stacks, findings, [picture(one) for one in pictures])
+    for stack in stacks:
+        stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
+    _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
+    _fit(stacks, blocks, lambda: len(page.html(blocks)), budget)
+    return page, blocks
 
 
 def _too_large(size: int, budget: int) -> str:
@@ -702,20 +727,26 @@ class _Page:
         self.attrs, self.stacks, self.findings, self.pictures = tree.attrs, stacks, findings, pictures
         self.page = Standalone("report.html", "report.css", script="page.js")
 
-    def html(self, blocks: list[bytes]) -> bytes:
-        attrs = self.attrs
-        known = {stack.name: stack for stack in self.stacks}
-        first = next((finding.stack for finding in self.findings if finding.stack in known), self.stacks[0].name)
-        header = {
+    @property
+    def model(self) -> str:
+        return str(self.attrs.get("model") or self.attrs.get("architecture") or "A recording")
+
+    def header(self) -> dict[str, Any]:
+        known = [stack.name for stack in self.stacks]
+        first = next((finding.stack for finding in self.findings if finding.stack in known), known[0])
+        return {
             "stacks": [stack.header() for stack in self.stacks],
             "pictures": self.pictures,
             "starts": [stack.start(self.findings) for stack in self.stacks],
-            "start": list(known).index(first),
+            "start": known.index(first),
             "sink": {"share": SINK_SHARE, "times": SINK_TIMES},
         }
-        model = str(attrs.get("model") or attrs.get("architecture") or "A recording")
+
+    def html(self, blocks: list[bytes]) -> bytes:
+        attrs, model = self.attrs, self.model
+        known = {stack.name: stack for stack in self.stacks}
         return self.page.html(
-            header,
+            self.header(),
             title=f"{model}: where it looks",
             model=model,
             facts=self._facts(model),

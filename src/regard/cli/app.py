@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import catalog
-from ..extras import shortened
+from ..extras import needs, shortened
 
 app = typer.Typer(no_args_is_help=True, help="See where a transformer looks.", pretty_exceptions_enable=False)
 papers_app = typer.Typer(invoke_without_command=True, help="The papers whose methods Regard makes runnable.")
@@ -119,6 +119,47 @@ def look(
     if seen.partial:
         err.print("[bold yellow]interrupted:[/] what was recorded until then is saved, and says that it is partial")
         raise typer.Exit(130)
+
+
+@app.command()
+def studio(
+    model: Annotated[
+        str | None, typer.Argument(help="A zoo model, a local folder, or a hub id; reader unless given.")
+    ] = None,
+    models: Annotated[Path | None, typer.Option("--models", help="A folder of further models to choose from.")] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder in which recordings are kept.")] = Path(
+        "regard-studio"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; any that is free unless given.")] = 0,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen at. Anything but 127.0.0.1 lets other machines in: whoever has the printed address "
+            "can run models on this one, and the connection is not encrypted."
+        ),
+    ] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+) -> None:
+    """Serve the studio, a page to look, point and try, on this machine alone."""
+    _model(model or "reader", False)
+    with _plainly():
+        with needs("the studio", "studio"):
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401
+        from ..studio import serve
+
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            err.print(f"[bold yellow]warning:[/] other machines can reach this studio at {escape(host)}, unencrypted")
+        out.print("The studio runs until you press Ctrl-C. Open")
+        serve(
+            model,
+            folder=folder,
+            models=models,
+            port=port,
+            host=host,
+            browser=browser,
+            told=lambda address: out.print(address, highlight=False, soft_wrap=True),
+        )
 
 
 @app.command(epilog=f"Interventions: {', '.join(catalog.methods('interventions'))}.")

@@ -170,7 +170,7 @@ def explain(
             status.update("hiding parts of the input")
             sentences += _across(model, inputs)
     found = parts[-1].found
-    told = f"{name}: {told or _said(loaded, found, read)}"
+    told = f"{name}: {told or named_target(loaded, found, read)}"
     score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
     score += " ahead" if "against" in found.coords else ""
     about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
@@ -286,7 +286,7 @@ def _compared(
     return parts
 
 
-def _said(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None]) -> str:
+def named_target(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None]) -> str:
     """What is predicted, in words."""
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     labels = getattr(loaded.model.config, "id2label", None) or {}

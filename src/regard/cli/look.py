@@ -98,14 +98,14 @@ def look(
     if steps and not writes(model):
         raise InputError(f"--generate: {type(model).__name__} does not generate; leave the option out")
 
-    attributes = _attributes(model, name) | {"attention": model.config._attn_implementation}
+    attributes_ = attributes(model, name) | {"attention": model.config._attn_implementation}
     wrote = None
     with _progress(console, model, steps) as tick:
-        statistics = _statistics(model, inputs, steps) | {"tick": tick}
+        chosen = statistics(model, inputs, steps) | {"tick": tick}
         with (
             contextlib.suppress(KeyboardInterrupt),
             torch.inference_mode(),
-            record(model, processor=loaded.processor, roles=roles, attributes=attributes, **statistics) as recording,
+            record(model, processor=loaded.processor, roles=roles, attributes=attributes_, **chosen) as recording,
         ):
             if steps:
                 wrote = written(loaded, inputs, steps)
@@ -113,7 +113,7 @@ def look(
                 model(**inputs)
     seconds = time.perf_counter() - began
     if wrote is not None:
-        _note_said(recording, loaded, wrote)
+        note_said(recording, loaded, wrote)
     pictures = seen(loaded.processor, inputs, picture) if picture else []
     if len(recording) and pictures and pictures[0] is not picture:
         recording[0].attrs["note"] = f"The picture is shown as the model is given it, {_sizes(pictures)}."
@@ -125,7 +125,7 @@ def _sizes(pictures: list[Image.Image]) -> str:
     return f"{first.width} x {first.height} pixels" + (f" and {len(pictures) - 1} more" if len(pictures) > 1 else "")
 
 
-def _note_said(recording: Recording, loaded: Loaded, wrote: Written) -> None:
+def note_said(recording: Recording, loaded: Loaded, wrote: Written) -> None:
     """Keep what was generated with the recording, and its last token, which the model never ran on."""
     tree, tokenizer = recording[0], getattr(loaded.processor, "tokenizer", loaded.processor)
     tree.attrs["said"] = tokenizer.decode(wrote.ids[wrote.start :], skip_special_tokens=True)
@@ -142,7 +142,7 @@ def _announce(model: nn.Module, found: dict[nn.Module, Any], size: str, console:
         console.print(f"[yellow]not read, though they attend:[/] {listed(missed)}", highlight=False)
 
 
-def _attributes(model: Any, name: str) -> dict[str, Any]:
+def attributes(model: Any, name: str) -> dict[str, Any]:
     return {"model": name, "architecture": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
@@ -162,32 +162,47 @@ def _paint(
     began = time.perf_counter()
     found = sites.find(model)
     _announce(model, found, "", console)
+    with _progress(console, model, takes["num_inference_steps"].default) as tick:
+        recording, picture, interrupted = painting(loaded, name, text, tick)
+    seconds = time.perf_counter() - began
+    pictures = [enlarged(picture)] if picture else []
+    return _write(recording, out, pictures, interrupted, seconds, console, picture)
+
+
+def painting(
+    loaded: Loaded, name: str, text: str, tick: Any, **options: Any
+) -> tuple[Recording, Image.Image | None, bool]:
+    """What a pipeline attends to in some of the steps in which it paints a text, as samples, and the picture.
+
+    Whether it was interrupted comes last; then there are the steps until that, and no picture. tick: a statistic that
+    is told of each call.
+    """
+    model, pipeline = loaded
+    takes = inspect.signature(pipeline.__call__).parameters
     steps = takes["num_inference_steps"].default
     kept = sorted({round(i) for i in np.linspace(0, steps - 1, PAINTED)})
-
     pipeline.set_progress_bar_config(disable=True)
     seeded = {"generator": torch.Generator().manual_seed(0)} if "generator" in takes else {}
     painted = None
-    with _progress(console, model, steps) as tick:
-        statistics = {
-            key: _where(lambda _: len(recording) - 1 in kept, f)
-            for key, f in _statistics(model, {}, 0, runs=len(kept)).items()
-        }
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            torch.inference_mode(),
-            record(
-                model, processor=pipeline, attributes=_attributes(model, name), **statistics, tick=tick
-            ) as recording,
-        ):
-            painted = pipeline(prompt=text, **seeded).images[0]
+    chosen = {
+        key: _where(lambda _: len(recording) - 1 in kept, f)
+        for key, f in statistics(model, {}, 0, runs=len(kept)).items()
+    }
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        torch.inference_mode(),
+        record(model, processor=pipeline, attributes=attributes(model, name), **chosen, tick=tick) as recording,
+    ):
+        painted = pipeline(prompt=text, **seeded, **options).images[0]
     whole = len(recording) - recording.interrupted  # a step that was interrupted lacks layers
     runs = {i: recording[i] for i in kept if i < whole}
-    seconds, pictures = time.perf_counter() - began, []
-    if painted:  # a page would blur a small picture
-        larger = max(1, 256 // max(painted.size))
-        pictures = [painted.resize((painted.width * larger, painted.height * larger), Image.Resampling.NEAREST)]
-    return _write(_as_samples(runs, steps), out, pictures, recording.interrupted, seconds, console, painted)
+    return _as_samples(runs, steps), painted, recording.interrupted
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture, which a page would blur, in larger pixels."""
+    larger = max(1, 256 // max(picture.size))
+    return picture.resize((picture.width * larger, picture.height * larger), Image.Resampling.NEAREST)
 
 
 def _as_samples(runs: dict[int, xr.DataTree], steps: int) -> Recording:
@@ -250,7 +265,7 @@ def _where(wanted: Callable[[Any], bool], function: Any) -> Any:
     return chosen
 
 
-def _statistics(model: nn.Module, inputs: dict[str, Any], steps: int, runs: int = 1) -> dict[str, Any]:
+def statistics(model: nn.Module, inputs: dict[str, Any], steps: int, runs: int = 1) -> dict[str, Any]:
     expected = steps + (inputs["input_ids"].shape[1] if "input_ids" in inputs else 0)
     modules = len(sites.find(model)) * runs or 1
 

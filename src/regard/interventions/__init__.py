@@ -15,7 +15,8 @@ it says so in `fit`, by which `regard steer` makes every method: `vhr.fit(model,
 every method passes.
 """
 
+from ._by_hand import scale_attention, scale_heads
 from ._method import Method
 from ._painting import painted
 
-__all__ = ["Method", "painted"]
+__all__ = ["Method", "painted", "scale_attention", "scale_heads"]

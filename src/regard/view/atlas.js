@@ -79,6 +79,7 @@ export function atlas(element, data, events) {
         cell.setAttribute("aria-label", words(l, h));
         if (chosen && document.activeElement?.closest(".atlas") !== grid) rest(cell);
       }));
+      if (!home && cells[0]?.length) rest(cells[0][0]); // where none is chosen, Tab comes to the first
     },
   };
 }

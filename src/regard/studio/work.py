@@ -1,0 +1,594 @@
+"""What the studio does: it looks, and changes and looks again; each run is kept in a folder of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from PIL import Image
+from pydantic import BaseModel, Field
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from .. import catalog, report, sites
+from .. import recording as recordings
+from ..attribution import attribute
+from ..cli import look
+from ..cli.explain import named_target
+from ..cli.inputs import InputError, generated, hear, png, prepare, seen
+from ..data import media
+from ..files import written_aside
+from ..interventions import painted
+from ..loading import INDEX, Loaded, load, parameters, zoo
+from ..observations import observe
+from ..prediction import writes
+from ..recording import statistic
+from ..seam import intervene, record
+from ..tokens import chat_roles
+from . import steps as stepping
+from .jobs import Job
+from .steps import Name, Step
+
+MAP = 64  # blocks a side of a map of pixels
+BARS = 10  # of the likeliest next tokens, before and after
+MOST_TEXT = 400_000  # characters
+LOADED = 2  # models that stay in memory
+HELD = 24  # recordings whose pages stay in memory
+UPLOADS = 16
+EVERY = 0.4  # seconds between pages while a model generates
+HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
+
+
+class Turn(BaseModel):
+    role: Annotated[str, Field(pattern="^(system|user|assistant)$")]
+    content: Annotated[str, Field(max_length=MOST_TEXT)]
+
+
+class Given(BaseModel):
+    """What a model is to look at."""
+
+    model: Name = "reader"
+    text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
+    turns: Annotated[list[Turn], Field(max_length=200)] = []
+    upload: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    generate: Annotated[int, Field(ge=0, le=512)] = 0
+
+
+class Change(BaseModel):
+    """Steps to be taken on what a recording was made of."""
+
+    recording: Name
+    steps: Annotated[list[Step], Field(max_length=64)]
+
+
+class Asked(BaseModel):
+    """What a prediction rests on, by one or two methods of attribution."""
+
+    recording: Name
+    methods: Annotated[list[Name], Field(min_length=1, max_length=2)]
+    target: Name | None = None  # a class, or a text of one token; None for the model's own
+
+
+@dataclass
+class Answer:
+    """What a model gave: words or classes, and the probabilities that the first of them was chosen by."""
+
+    said: str = ""
+    kind: str = ""  # token, class, or none of them
+    shares: Tensor | None = None
+    picture: Image.Image | None = None
+    labels: Any = None
+    ids: tuple[Tensor, int] | None = None  # of prompt and words, and where the words begin
+
+
+@dataclass
+class Prepared:
+    inputs: dict[str, Any]
+    roles: list[str] | None = None
+    picture: Image.Image | None = None
+    pictures: list[Image.Image] = field(default_factory=list)
+    text: str = ""
+    generate: int = 0
+
+
+@dataclass
+class Page:
+    header: dict[str, Any]
+    blocks: list[bytes]
+
+
+class _Kept(OrderedDict[str, Any]):
+    """The last few of what was put in."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def keep(self, key: str, value: Any) -> None:
+        self[key] = value
+        self.move_to_end(key)
+        while len(self) > self.most:
+            self.popitem(last=False)
+
+
+class _Tokens(BaseStreamer):
+    """Hears each token as a model generates it."""
+
+    def __init__(self, heard: Any) -> None:
+        self.heard, self.ids, self.begun = heard, [], False
+
+    def put(self, value: Tensor) -> None:
+        if self.begun:  # the first is the prompt
+            self.ids += value.flatten().tolist()
+            self.heard(self.ids)
+        self.begun = True
+
+    def end(self) -> None:
+        pass
+
+
+class Desk:
+    """Models, uploads and recordings of one studio. `folder` is the user's; `models` a folder of further models."""
+
+    def __init__(self, folder: Path, models: Path | None = None, named: str | None = None) -> None:
+        self.folder, self.models, self.named = folder, models, named
+        folder.mkdir(parents=True, exist_ok=True)
+        self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(HELD), _Kept(UPLOADS)
+        self._answers, self._loading = _Kept(HELD), threading.Lock()
+
+    # What there is.
+
+    def names(self) -> dict[str, str]:
+        """Models by name: where each is."""
+        found = {name: name for name in zoo()}
+        if self.models is not None:
+            for path in sorted(self.models.iterdir()):
+                if (path / "config.json").is_file() or (path / INDEX).is_file():
+                    found[path.name] = str(path)
+        if self.named is not None:
+            found = {self.named: self.named} | found
+        return found
+
+    def where(self, name: str) -> str:
+        """What to load by a name that a page gave: one of `names`, or a hub id, never a path."""
+        names = self.names()
+        if name in names:
+            return names[name]
+        if HUB.fullmatch(name) and not Path(name).exists():
+            return name
+        raise InputError(f"{name!r} is no model of this studio; choose one of {', '.join(names)}, or give a hub id")
+
+    def model(self, name: str) -> Loaded:
+        with self._loading:
+            if name not in self._loaded:
+                self._loaded.keep(name, load(self.where(name)))
+            return self._loaded[name]
+
+    def upload(self, data: bytes) -> dict[str, Any]:
+        """A picture or a WAV file, decoded; DataError where it is none, or too large."""
+        sound = data[:4] in (b"RIFF", b"RIFX")
+        held = media.sound(data, "the sound") if sound else media.picture(data, "the picture")
+        key = secrets.token_hex(8)
+        self._uploads.keep(key, held)
+        told = {"seconds": round(held.seconds, 2)} if sound else {"width": held.width, "height": held.height}
+        return {"id": key, "kind": "sound" if sound else "picture", **told}
+
+    def takes(self, job: Job, name: str) -> None:
+        """Tell what a model takes and gives."""
+        job.tell("progress", what=f"loading {name}")
+        loaded = self.model(name)
+        model, processor = loaded
+        paints = hasattr(processor, "scheduler")
+        main = getattr(model, "main_input_name", "")
+        sees = any("pixel_values" in parameters(m) for m in model.modules() if hasattr(m, "config"))
+        found = {} if paints else sites.find(model)
+        job.tell(
+            "model",
+            name=name,
+            kind=type(model).__name__,
+            takes={
+                "text": paints or main == "input_ids",
+                "chat": bool(getattr(processor, "chat_template", None)) and main == "input_ids" and not paints,
+                "picture": sees and not paints,
+                "sound": main == "input_features",
+                "generate": not paints and writes(model),
+                "paints": paints,
+            },
+            sites=len(found),
+        )
+
+    # Recordings.
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The recordings of the folder, the newest first."""
+        found = []
+        for path in sorted(self.folder.iterdir(), reverse=True):
+            if ID.fullmatch(path.name):
+                with contextlib.suppress(OSError, ValueError):  # one that is being written has no card yet
+                    found.append({"id": path.name, **json.loads((path / "card.json").read_text("utf-8"))})
+        return found
+
+    def card(self, key: str) -> dict[str, Any]:
+        if not ID.fullmatch(key) or not (self.folder / key / "card.json").is_file():
+            raise KeyError(f"there is no recording {key!r}")
+        return json.loads((self.folder / key / "card.json").read_text("utf-8"))
+
+    def page(self, key: str) -> Page:
+        if key not in self._pages:
+            self.card(key)
+            tree = recordings.open(self.folder / key / "recording.zarr")[0]
+            pictures = [Image.open(one) for one in sorted((self.folder / key).glob("picture-*.png"))]
+            self._pages.keep(key, _page(tree, pictures))
+        return self._pages[key]
+
+    def _keep(self, key: str, tree: xr.DataTree, pictures: Sequence[Image.Image], card: dict[str, Any]) -> None:
+        """Save a recording; its card comes last, so that what is listed is whole."""
+        at = self.folder / key
+        at.mkdir()
+        recordings.Recording([tree]).save(at / "recording.zarr")
+        for i, picture in enumerate(pictures):
+            with written_aside(at / f"picture-{i}.png", lasting=True) as draft:
+                draft.write_bytes(png(picture))
+        with written_aside(at / "card.json", lasting=True) as draft:
+            draft.write_text(json.dumps(card), "utf-8")
+
+    # Look and change.
+
+    def look(self, job: Job, given: Given) -> None:
+        job.tell("progress", what=f"loading {given.model}")
+        loaded = self.model(given.model)
+        ready = self._prepared(loaded, given)
+        self._recorded(job, loaded, given, ready, [])
+
+    def change(self, job: Job, change: Change) -> None:
+        card = self.card(change.recording)
+        given = Given(**card["given"])
+        steps = [step for step in change.steps if step.on]
+        if not steps:
+            raise InputError("no step is on: mute a head, cut what flows between tokens, or add an intervention")
+        loaded = self.model(given.model)
+        source = self.folder / change.recording / "source.png"
+        ready = self._prepared(loaded, given, Image.open(source) if source.is_file() else None)
+        before = self._answers.get(change.recording) or self._answer(loaded, ready, [])
+        self._answers.keep(change.recording, before)
+        after = self._answer(loaded, ready, steps)
+        job.tell("answer", **compared(loaded, before, after))
+        self._recorded(job, loaded, given, ready, steps, base=change.recording, answer=after)
+
+    def _prepared(self, loaded: Loaded, given: Given, picture: Image.Image | None = None) -> Prepared:
+        model, processor = loaded
+        held = self._uploads.get(given.upload) if given.upload else None
+        if given.upload and held is None and picture is None:
+            raise InputError("the file is no longer here; choose it again")
+        sound = held if isinstance(held, media.Sound) else None
+        picture = picture or (held if isinstance(held, Image.Image) else None)
+        text = given.text if given.text and given.text.strip() else None
+        if hasattr(processor, "scheduler"):
+            if text is None or picture is not None or given.turns:
+                raise InputError(f"{type(model).__name__} paints a text; give it one, and nothing else")
+            return Prepared({}, text=text)
+        if sound is not None or model.main_input_name == "input_features":
+            inputs = hear(loaded, given.model, sound, text is not None or picture is not None)
+            return Prepared(inputs, generate=given.generate or look.DECODED)
+        roles = None
+        if given.turns:
+            inputs, roles = _chat(loaded, given, picture)
+        else:
+            inputs, roles = prepare(loaded, given.model, text, picture, False, given.generate)
+        decoder = bool(getattr(model.config, "is_encoder_decoder", False)) and model.can_generate()
+        generate = given.generate or (look.DECODED if decoder else 0)
+        if generate and not writes(model):
+            raise InputError(f"{type(model).__name__} does not generate; set the tokens to generate to 0")
+        shown = seen(processor, inputs, picture) if picture else []
+        return Prepared(inputs, roles, picture, shown, text or "", generate)
+
+    def _answer(self, loaded: Loaded, ready: Prepared, steps: Sequence[Any]) -> Answer:
+        with _taken(loaded, ready, steps) as options:
+            return self._run(loaded, ready, options)
+
+    def _run(self, loaded: Loaded, ready: Prepared, options: dict[str, Any], streamer: Any = None) -> Answer:
+        """Run the model once, under whatever is open around it."""
+        model, processor = loaded
+        if hasattr(processor, "scheduler"):
+            picture = painted(processor, {"prompt": [ready.text]}, **options)[0]
+            return Answer(picture=Image.fromarray((255 * picture).round().astype(np.uint8)))
+        if ready.generate:
+            more = {"output_scores": True, "return_dict_in_generate": True, **options}
+            out: Any = generated(loaded, ready.inputs, ready.generate, streamer=streamer, **more)
+            start = 1 if model.config.is_encoder_decoder else ready.inputs["input_ids"].shape[1]
+            tokenizer = getattr(processor, "tokenizer", processor)
+            said = tokenizer.decode(out.sequences[0, start:], skip_special_tokens=True)
+            shares = out.scores[0][0].float().softmax(-1)
+            return Answer(said, "token", shares, labels=tokenizer, ids=(out.sequences, start))
+        if options:
+            raise InputError("a step changes what is said next: set the tokens to generate to 1 or more")
+        out = model(**ready.inputs)
+        logits = getattr(out, "logits", None)
+        if logits is None:
+            return Answer()
+        if logits.ndim == 2 and hasattr(model.config, "id2label"):
+            names = model.config.id2label
+            best = int(logits[0].argmax())
+            return Answer(str(names.get(best, best)), "class", logits[0].float().softmax(-1), labels=names)
+        if writes(model):
+            return Answer(
+                "", "token", logits[0, -1].float().softmax(-1), labels=getattr(processor, "tokenizer", processor)
+            )
+        return Answer()
+
+    def _recorded(
+        self,
+        job: Job,
+        loaded: Loaded,
+        given: Given,
+        ready: Prepared,
+        steps: Sequence[Any],
+        base: str | None = None,
+        answer: Answer | None = None,
+    ) -> None:
+        """Run the model, tell its page, and save what was recorded."""
+        model, processor = loaded
+        began = time.perf_counter()
+        paints = hasattr(processor, "scheduler")
+        key = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        calls = len(sites.find(model)) * max(1, ready.generate)
+
+        @statistic("batch", title="Progress")
+        def tick(call: Any) -> None:
+            nonlocal done
+            job.check()
+            done += 1
+            if done % 16 == 0:
+                job.tell("progress", what="painting" if paints else "looking", done=done, of=calls)
+
+        done, shown_at = 0, time.perf_counter()
+
+        def heard(ids: list[int]) -> None:
+            nonlocal shown_at
+            job.check()
+            job.tell("said", text=getattr(processor, "tokenizer", processor).decode(ids, skip_special_tokens=True))
+            if time.perf_counter() - shown_at > EVERY and len(recording):
+                self._pages.keep(key, _page(recording[0], ready.pictures, observed=False))
+                shown_at = time.perf_counter()
+                job.tell("page", id=key, partial=True)
+
+        if paints:
+            with _taken(loaded, ready, steps) as options:
+                run, picture, _ = look.painting(loaded, given.model, ready.text, tick, **options)
+            if picture is None:
+                raise InputError("the painting was interrupted")
+            tree, answer, pictures = run[0], Answer(picture=picture), [look.enlarged(picture)]
+        else:
+            attributes = look.attributes(model, given.model) | {"attention": model.config._attn_implementation}
+            statistics = look.statistics(model, ready.inputs, ready.generate) | {"tick": tick}
+            streamer = _Tokens(heard) if ready.generate and base is None else None
+            with (
+                _taken(loaded, ready, steps) as options,
+                record(model, processor=processor, roles=ready.roles, attributes=attributes, **statistics) as recording,
+            ):
+                answer = self._run(loaded, ready, options, streamer)
+            if not len(recording):
+                raise InputError(f"{type(model).__name__} attended to nothing that can be read")
+            if answer.ids is not None:
+                look.note_said(recording, loaded, *answer.ids)
+            tree, pictures = recording[0], ready.pictures
+        tree.attrs["seconds"] = round(time.perf_counter() - began, 2)
+        self._pages.keep(key, _page(tree, pictures))
+        self._answers.keep(key, answer)
+        told = {"said": answer.said, "bars": bars(answer)}
+        if answer.picture is not None:
+            told["picture"] = _address(answer.picture)
+        job.tell("page", id=key, partial=False, base=base, **told)
+        stored = given.model_dump() | ({} if ready.picture is None else {"upload": "0" * 16})
+        card = {
+            "model": given.model,
+            "title": _title(given),
+            "when": time.time(),
+            "said": answer.said,
+            "base": base,
+            "given": stored,
+            "steps": [step.model_dump() for step in steps],
+        }
+        self._keep(key, tree, pictures, card)
+        if ready.picture is not None:
+            with written_aside(self.folder / key / "source.png") as draft:
+                draft.write_bytes(png(ready.picture))
+        job.tell("saved", id=key)
+
+    def explain(self, job: Job, asked: Asked) -> None:
+        """Tell the scores of the words or pixels, method by method."""
+        given = Given(**self.card(asked.recording)["given"])
+        for method in asked.methods:
+            catalog.method("attribution", method)  # a wrong name is told before anything runs
+        loaded = self.model(given.model)
+        if hasattr(loaded.processor, "scheduler"):
+            raise InputError(f"{type(loaded.model).__name__} makes no prediction of a class or token to explain")
+        source = self.folder / asked.recording / "source.png"
+        ready = self._prepared(loaded, given, Image.open(source) if source.is_file() else None)
+        target = int(asked.target) if asked.target and asked.target.isdecimal() else asked.target or None
+        for method in asked.methods:
+            job.check()
+            job.tell("progress", what=f"asking {method}")
+            found = attribute(loaded.model, ready.inputs, target, method=method, processor=loaded.processor)[0]
+            job.tell("scores", method=method, target=named_target(loaded, found, [given.text]), **_scores(found))
+
+    def python(self, change: Change) -> str:
+        """Code that does the same from a terminal."""
+        given = Given(**self.card(change.recording)["given"])
+        steps = [step for step in change.steps if step.on]
+        return code(given, self.where(given.model), steps, self.folder / change.recording / "source.png")
+
+
+@contextlib.contextmanager
+def _taken(loaded: Loaded, ready: Prepared, steps: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """The steps in order around a run; gives what the run is to be called with."""
+    model, processor = loaded
+    paints = hasattr(processor, "scheduler")
+    given = {"prompt": [ready.text]} if paints else ready.inputs
+    made = [stepping.made(step, loaded, given, ready.picture) for step in steps]
+    inside = [thing for thing in made if not callable(thing)]
+    options: dict[str, Any] = {}
+    if says := [thing for thing in made if callable(thing)]:
+        if paints:
+            raise InputError(f"{type(says[0]).__name__} changes words that are said, and {type(model).__name__} paints")
+        options["logits_processor"] = says
+    if after := [thing.on_step_end for thing in inside if hasattr(thing, "on_step_end")]:
+
+        def each(pipe: Any, step: int, when: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            for one in after:
+                kept = one(pipe, step, when, kept)
+            return kept
+
+        options["callback_on_step_end"] = each
+    with torch.inference_mode(), intervene(model, *inside):
+        yield options
+
+
+def _chat(loaded: Loaded, given: Given, picture: Image.Image | None) -> tuple[dict[str, Any], list[str] | None]:
+    """Turns in the model's own template."""
+    model, processor = loaded
+    if picture is not None:
+        raise InputError("a picture goes with a text, not with turns; leave one out")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not getattr(tokenizer, "chat_template", None) and not getattr(processor, "chat_template", None):
+        raise InputError(f"{given.model} has no chat template; give a text")
+    turns = [turn.model_dump() for turn in given.turns]
+    if not hasattr(tokenizer, "chat_template") or not tokenizer.chat_template:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        prompt = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return {
+            k: v
+            for k, v in tokenizer(prompt, add_special_tokens=False, return_tensors="pt").items()
+            if k in parameters(model)
+        }, None
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    roles = chat_roles(tokenizer, turns, add_generation_prompt=True)
+    return {k: v for k, v in inputs.items() if k in parameters(model)}, roles
+
+
+def _page(tree: xr.DataTree, pictures: Sequence[Image.Image], observed: bool = True) -> Page:
+    return Page(*report.pack(tree, findings=observe(tree) if observed else (), pictures=pictures))
+
+
+def _scores(found: xr.DataArray) -> dict[str, Any]:
+    """Words with their scores; of pixels, means of blocks, at most `MAP` a side."""
+    logit = float(found.score)
+    if found.dims == ("token",):
+        words = found.text.values.tolist() if "text" in found.coords else [str(i) for i in range(found.size)]
+        return {"score": logit, "words": words, "values": found.values.tolist()}
+    if found.dims != ("row", "column"):
+        raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
+    blocks = found.coarsen(**{dim: -(-found.sizes[dim] // MAP) for dim in found.dims}, boundary="pad").mean()
+    return {"score": logit, "map": np.nan_to_num(blocks.values).tolist()}
+
+
+def _title(given: Given) -> str:
+    text = given.text or " / ".join(turn.content for turn in given.turns) or ("a file" if given.upload else "")
+    return " ".join(text.split())[:80]
+
+
+def _address(picture: Image.Image) -> str:
+    return report._picture(look.enlarged(picture))["source"]
+
+
+def bars(answer: Answer, among: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The likeliest first tokens or classes with their probabilities; of `among` where it is given."""
+    if answer.shares is None:
+        return []
+    if among is None:
+        among = answer.shares.topk(min(BARS, len(answer.shares))).indices.tolist()
+
+    def named(i: int) -> str:
+        return str(answer.labels.get(i, i)) if answer.kind == "class" else answer.labels.decode([i])
+
+    return [{"id": i, "label": named(i), "share": float(answer.shares[i])} for i in among]
+
+
+def compared(loaded: Loaded, before: Answer, after: Answer) -> dict[str, Any]:
+    """Both answers: the words in runs that are the same or not, and what was likeliest in either."""
+    a, b = (re.findall(r"\s*\S+", answer.said) for answer in (before, after))
+    runs = [
+        {"kind": kind, "before": "".join(a[i:j]), "after": "".join(b[k:n])}
+        for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    ]
+    among = list(dict.fromkeys(bar["id"] for answer in (before, after) for bar in bars(answer)))
+    rows = [
+        {"label": x["label"], "before": x["share"], "after": y["share"]}
+        for x, y in zip(bars(before, among), bars(after, among))
+    ]
+    rows = sorted(rows, key=lambda row: -max(row["before"], row["after"]))[: BARS + 2]
+    told: dict[str, Any] = {"texts": runs, "bars": rows, "kind": before.kind}
+    if before.picture is not None and after.picture is not None:
+        apart = np.asarray(after.picture, float) - np.asarray(before.picture, float)
+        told["pictures"] = {
+            "before": _address(before.picture),
+            "after": _address(after.picture),
+            "change": float(abs(apart).mean() / 255),
+        }
+    return told
+
+
+def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
+    """Python that does what the studio did: `shares` are the probabilities of what comes first, `said` the words."""
+    pictured = given.upload is not None
+    lines = ["import torch", "", "import regard", *stepping.imports(steps)]
+    body = [f"model, processor = regard.load({where!r})"]
+    made = [stepping.written(step, pictured) for step in steps]
+    processors = [one for one, step in zip(made, steps) if stepping.processes(step)]
+    inside = [one for one, step in zip(made, steps) if not stepping.processes(step)]
+    lines.append("from regard.cli.inputs import generated, open_picture, prepare")
+    if given.turns:
+        turns = [turn.model_dump() for turn in given.turns]
+        body += [
+            f"turns = {turns!r}",
+            "tokenizer = getattr(processor, 'tokenizer', processor)",
+            "inputs = dict(tokenizer.apply_chat_template(",
+            "    turns, add_generation_prompt=True, return_dict=True, return_tensors='pt'",
+            "))",
+        ]
+    else:
+        text = given.text if given.text and given.text.strip() else None
+        if pictured:
+            lines.append("from pathlib import Path")
+            body.append(f"picture = open_picture(Path({str(source)!r}))")
+        body += [
+            "loaded = regard.loading.Loaded(model, processor)",
+            f"inputs, _ = prepare(loaded, {given.model!r}, {text!r}, {'picture' if pictured else None}, False, "
+            f"{given.generate})",
+        ]
+    body += ["steps = [", *(f"    {one}," for one in inside), "]"]
+    if processors:
+        body += ["processors = [", *(f"    {one}," for one in processors), "]"]
+    body += ["with torch.inference_mode(), regard.intervene(model, *steps):"]
+    if given.generate:
+        more = ", logits_processor=processors" if processors else ""
+        body += [
+            f"    out = generated(regard.loading.Loaded(model, processor), inputs, {given.generate},",
+            f"        output_scores=True, return_dict_in_generate=True{more})",
+            "shares = out.scores[0][0].float().softmax(-1)",
+            "tokenizer = getattr(processor, 'tokenizer', processor)",
+            "start = 1 if model.config.is_encoder_decoder else inputs['input_ids'].shape[1]",
+            "said = tokenizer.decode(out.sequences[0, start:], skip_special_tokens=True)",
+            "print(said)",
+        ]
+    else:
+        body += [
+            "    logits = model(**inputs).logits",
+            "shares = (logits[0, -1] if logits.ndim == 3 else logits[0]).float().softmax(-1)",
+        ]
+        body += ["for share, i in zip(*shares.topk(min(10, len(shares)))):", "    print(f'{share:.1%}', int(i))"]
+    return "\n".join([*lines, "", *body]) + "\n"

@@ -1,0 +1,454 @@
+"""The studio without a browser: who may ask, what is refused, jobs in order, and Python that does the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi")
+from starlette.testclient import TestClient
+
+import regard
+from regard.interventions import scale_attention, scale_heads
+from regard.studio import jobs as queued
+from regard.studio import server, steps
+from regard.studio.work import Desk
+
+TOKEN, HOST = "a-token-of-the-tests", "127.0.0.1:8000"
+TEXT = "The king spoke to the queen, and the queen spoke to the"
+MUTE = {"kind": "heads", "heads": [[3, 5, 0.0]]}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("studio"))
+
+
+@pytest.fixture(scope="module")
+def stranger(desk):
+    """A client that has no token."""
+    app = server.app(desk, TOKEN, {HOST})
+    return TestClient(app, base_url=f"http://{HOST}", follow_redirects=False, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(stranger):
+    known = TestClient(stranger.app, base_url=f"http://{HOST}", follow_redirects=False, raise_server_exceptions=False)
+    known.headers["authorization"] = f"Bearer {TOKEN}"
+    return known
+
+
+def told(client, path: str, body: dict) -> list[tuple[str, dict]]:
+    """What a job tells until it ends."""
+    started = client.post(path, json=body)
+    assert started.status_code == 200, started.text
+    found, name = [], ""
+    with client.stream("GET", f"/api/jobs/{started.json()['id']}/events") as stream:
+        for line in stream.iter_lines():
+            kind, _, rest = line.partition(": ")
+            if kind == "event":
+                name = rest
+            elif kind == "data":
+                found.append((name, json.loads(rest)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def looked(client) -> str:
+    """The id of a recording of the reader."""
+    events = dict(told(client, "/api/jobs/look", {"model": "reader", "text": TEXT, "generate": 6}))
+    assert "done" in events, events
+    return events["saved"]["id"]
+
+
+# Who may ask.
+
+
+@pytest.mark.parametrize("path", ["/", "/api/models", "/view/studio.js", "/api/recordings", "/api/openapi.json"])
+def test_without_the_token_nothing_is_told(stranger, path):
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}, {"cookie": "x=y"}):
+        assert stranger.get(path, headers=headers).status_code == 403
+    assert stranger.get(f"{path}?token=wrong").status_code == 403
+    assert stranger.get(f"{path}?token=").status_code == 403
+
+
+def test_the_printed_address_sets_a_cookie_that_scripts_and_other_sites_do_not_have(stranger):
+    answer = stranger.get(f"/?token={TOKEN}")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert stranger.get("/").status_code == 200  # the client keeps it
+    stranger.cookies.clear()
+    assert stranger.get(f"/api/models?token={TOKEN}").status_code == 403  # addresses of data hold no token
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "127.0.0.1:8001", "localhost.evil.example:8000", ""])
+def test_another_host_is_refused_even_with_the_token(client, host):
+    """A name that was made to point at 127.0.0.1."""
+    assert client.get("/api/models", headers={"host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://127.0.0.1:8000", "http://127.0.0.1:8001"])
+def test_another_origin_is_refused_even_with_the_token(client, origin):
+    assert client.get("/api/models", headers={"origin": origin}).status_code == 403
+    assert client.post("/api/uploads", content=b"x", headers={"origin": origin}).status_code == 403
+    assert client.get("/api/models", headers={"origin": f"http://{HOST}"}).status_code == 200
+    assert client.get("/api/models", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+
+
+def test_every_answer_has_the_policy(client, stranger):
+    for answer in (client.get("/"), client.get("/api/models"), client.get("/none"), stranger.get("/")):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/view/..%2f..%2fcatalog.py",
+        "/view/%2e%2e%2freport.py",
+        "/view/report.html",
+        "/view//etc/passwd",
+        "/api/recordings/..%2f..%2fetc",
+        "/api/recordings/....",
+        "/api/recordings/20260101-000000-abcdef",
+        "/api/recordings/%2fetc%2fpasswd/card",
+        "/api/jobs/..%2f1/events",
+        "/api/papers/..%2f..",
+    ],
+)
+def test_no_path_of_a_client_is_opened(client, path):
+    assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["/etc", "../reader", ".", "~/model", "a/../b", "C:\\models", "a/b/c", ""])
+def test_models_are_named_not_reached_by_a_path(client, name):
+    name, (kind, what) = name, told(client, "/api/jobs/open", {"model": name})[-1]
+    assert kind == "failed"
+    assert "no model of this studio" in what["why"]
+
+
+def test_a_folder_here_is_no_hub_id(desk, tmp_path, monkeypatch):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no model of this studio"):
+        desk.where("own/model")
+    assert desk.where("somebody/model") == "somebody/model"
+
+
+def test_uploads_are_limited_in_bytes_and_pixels(client, monkeypatch):
+    assert client.post("/api/uploads", content=b"x" * (server.LARGEST_UPLOAD + 1)).status_code == 413
+
+    def unsized():
+        for _ in range(20):
+            yield b"x" * 2**20
+
+    assert client.post("/api/uploads", content=unsized()).status_code == 413
+    assert client.post("/api/jobs/look", content=b" " * (server.LARGEST_REQUEST + 1)).status_code == 413
+    held = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(held, "png")  # 10 kB that would be 81 million pixels
+    answer = client.post("/api/uploads", content=held.getvalue())
+    assert answer.status_code == 400
+    assert "pixels" in answer.json()["why"]
+
+
+def test_broken_uploads_are_refused_in_words(client):
+    held = io.BytesIO()
+    Image.new("RGB", (24, 24), "red").save(held, "png")
+    whole, draw = held.getvalue(), random.Random(0)
+    assert client.post("/api/uploads", content=whole).json()["width"] == 24
+    for start in (whole, b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(40), b"", b"GIF89a"):
+        for _ in range(40):
+            broken = bytearray(start[: draw.randrange(len(start) + 1)])
+            for _ in range(draw.randrange(4)):
+                if broken:
+                    broken[draw.randrange(len(broken))] = draw.randrange(256)
+            answer = client.post("/api/uploads", content=bytes(broken))
+            assert answer.status_code in (200, 400), answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/jobs/look", {"generate": -1}),
+        ("/api/jobs/look", {"generate": 10**9}),
+        ("/api/jobs/look", {"upload": "../../etc"}),
+        ("/api/jobs/look", {"turns": [{"role": "root", "content": "x"}]}),
+        ("/api/jobs/change", {"recording": "20260101-000000-abcdef", "steps": [{"kind": "code", "on": True}]}),
+        ("/api/jobs/change", {"recording": "x", "steps": [{"kind": "heads", "heads": [[0, 0, 1e999]]}]}),
+    ],
+)
+def test_wrong_requests_are_told_what_is_wrong(client, path, body):
+    answer = client.post(path, content=json.dumps(body))
+    assert answer.status_code == 422
+    assert answer.json()["why"]
+
+
+@pytest.mark.parametrize(("name", "takes"), [("reader", {"text", "generate"}), ("painter", {"text", "paints"})])
+def test_what_a_model_takes_is_told(client, name, takes):
+    told_of = dict(told(client, "/api/jobs/open", {"model": name}))["model"]
+    assert {what for what, does in told_of["takes"].items() if does} == takes
+
+
+# Jobs.
+
+
+def test_jobs_of_a_model_run_one_at_a_time_and_are_cancelled_where_they_wait_and_run():
+    all_jobs, running, most = queued.Jobs(), 0, 0
+    hold, begun = threading.Event(), threading.Event()
+
+    def work(job):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        begun.set()
+        while not hold.wait(0.005):
+            try:
+                job.check()
+            except queued.Cancelled:
+                running -= 1
+                raise
+        running -= 1
+
+    first, waiting, last = (all_jobs.add("one", work) for _ in range(3))
+    assert begun.wait(5)
+    assert waiting.events[0] == ("queued", {"before": 1})
+    all_jobs.cancel(waiting.id)
+    all_jobs.cancel(first.id)
+
+    def ended(job) -> str:
+        for _ in range(1000):
+            if job.done:
+                return job.events[-1][0]
+            threading.Event().wait(0.005)
+        raise AssertionError("the job does not end")
+
+    assert (ended(first), ended(waiting)) == ("cancelled", "cancelled")
+    hold.set()
+    assert ended(last) == "done"
+    assert most == 1
+
+
+def test_a_stopped_run_leaves_the_model_as_it_was(client, desk, looked):
+    model, tokenizer = desk.model("reader")
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    started = client.post("/api/jobs/look", json={"model": "reader", "text": TEXT, "generate": 400}).json()["id"]
+    names = []
+    with client.stream("GET", f"/api/jobs/{started}/events") as stream:
+        for line in stream.iter_lines():
+            names.append(line)
+            if line == "event: said" and names.count("event: said") == 1:
+                client.delete(f"/api/jobs/{started}")
+    assert "event: cancelled" in names or "event: failed" in names
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+def test_fifty_clients_at_once(client, looked):
+    def ask(i: int) -> int:
+        return client.get(f"/api/recordings/{looked}" if i % 2 else "/api/papers?words=sink").status_code
+
+    with ThreadPoolExecutor(50) as pool:
+        assert set(pool.map(ask, range(50))) == {200}
+
+
+# Look and change.
+
+
+def test_a_look_is_kept_listed_and_opened_by_another_studio(client, desk, looked):
+    assert looked in [one["id"] for one in client.get("/api/recordings").json()]
+    header = client.get(f"/api/recordings/{looked}").json()
+    assert header["stacks"][0]["name"] == "language_model"
+    other = Desk(desk.folder)  # as after kill -9 and a new start
+    page = other.page(looked)
+    assert page.header["stacks"][0]["key"]["token"] == header["stacks"][0]["key"]["token"]
+    assert regard.open(desk.folder / looked / "recording.zarr").tree["language_model"]["rows"].size
+    assert client.get(f"/api/recordings/{looked}/blocks/{len(page.blocks)}").status_code == 404
+
+
+def test_what_was_not_saved_whole_is_not_listed(desk, looked):
+    (desk.folder / "20200101-000000-abcdef").mkdir()
+    assert "20200101-000000-abcdef" not in [one["id"] for one in desk.listed()]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [MUTE],
+        [{"kind": "heads", "heads": [[2, 1, 2.5], [4, 0, 0.0]]}, {"kind": "attention", "keys": [1, 2], "factor": 0.0}],
+        [{"kind": "method", "key": "attention_buckets", "knobs": {}}],
+        [{**MUTE, "on": False}, {"kind": "attention", "keys": [3], "queries": [8], "layers": [2], "factor": 4.0}],
+    ],
+    ids=["mute", "scale and cut", "processor or method", "switched off"],
+)
+def test_as_python_gives_the_same_numbers(client, desk, looked, asked):
+    body = {"recording": looked, "steps": asked}
+    events = told(client, "/api/jobs/change", body)
+    named = dict(events)
+    assert "done" in named, events
+    code = client.post("/api/python", json=body).json()["code"]
+    made: dict = {}
+    exec(compile(code, "studio.py", "exec"), made)
+    page = next(what for name, what in events if name == "page" and not what["partial"])
+    assert made["said"] == page["said"]
+    for bar in page["bars"]:
+        assert float(made["shares"][bar["id"]]) == pytest.approx(bar["share"], rel=1e-5, abs=1e-7)
+    answer = named["answer"]
+    assert "".join(run["after"] for run in answer["texts"]).split() == made["said"].split()
+    assert any(row["before"] != pytest.approx(row["after"], rel=1e-4) for row in answer["bars"])
+
+
+def test_a_change_of_nothing_is_refused(client, looked):
+    for asked in ([], [{**MUTE, "on": False}]):
+        assert told(client, "/api/jobs/change", {"recording": looked, "steps": asked})[-1][0] == "failed"
+    wrong = [{"kind": "heads", "heads": [[99, 0, 0.0]]}]
+    name, what = told(client, "/api/jobs/change", {"recording": looked, "steps": wrong})[-1]
+    assert (name, "no layer 99" in what["why"]) == ("failed", True)
+
+
+def test_the_painter_paints_both(client):
+    events = told(client, "/api/jobs/look", {"model": "painter", "text": "a red circle"})
+    named = dict(events)
+    assert named["page"]["picture"].startswith("data:image/")
+    change = {"recording": named["saved"]["id"], "steps": [{"kind": "heads", "stack": "", "heads": [[0, 0, 0.0]]}]}
+    header = client.get(f"/api/recordings/{change['recording']}").json()
+    change["steps"][0]["stack"] = header["stacks"][0]["name"]
+    answer = dict(told(client, "/api/jobs/change", change))["answer"]
+    assert answer["pictures"]["change"] > 0
+
+
+def test_pictures_and_classes(client, picture):
+    sent = client.post("/api/uploads", content=picture.read_bytes()).json()
+    events = dict(told(client, "/api/jobs/look", {"model": "viewer", "upload": sent["id"]}))
+    assert sum(bar["share"] for bar in events["page"]["bars"]) <= 1 + 1e-6
+    header = client.get(f"/api/recordings/{events['page']['id']}").json()
+    change = {"recording": events["saved"]["id"], "steps": []}
+    change["steps"] = [{"kind": "heads", "stack": header["stacks"][0]["name"], "heads": [[1, 0, 0.0]]}]
+    assert dict(told(client, "/api/jobs/change", change))["answer"]["kind"] == "class"
+
+
+def test_two_methods_explain_side_by_side(client, desk, looked):
+    asked = {"recording": looked, "methods": ["gradient_x_input", "integrated_gradients"]}
+    events = told(client, "/api/jobs/explain", asked)
+    scores = [what for name, what in events if name == "scores"]
+    assert [one["method"] for one in scores] == asked["methods"], events
+    model, tokenizer = desk.model("reader")
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    wanted = regard.attribute(model, inputs, method="gradient_x_input", processor=tokenizer)[0]
+    assert scores[0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert scores[0]["words"] == wanted.text.values.tolist()
+    wrong = {"recording": looked, "methods": ["nothing_like_it"]}
+    assert told(client, "/api/jobs/explain", wrong)[-1][0] == "failed"
+
+
+# Forms and papers.
+
+
+def test_every_intervention_has_a_form(client):
+    from regard import catalog
+
+    forms = {form["key"]: form for form in client.get("/api/interventions").json()}
+    assert list(forms) == catalog.methods("interventions")
+    knobs = {knob["name"]: knob for knob in forms["var"]["knobs"]}
+    assert (knobs["p"]["kind"], knobs["p"]["default"]) == ("number", "0.6")
+    assert knobs["p"]["about"].startswith("share of the attention on sinks that is moved")
+    assert all(form["about"] and form["title"] for form in forms.values())
+
+
+def test_what_a_docstring_says_of_a_knob():
+    doc = "A thing.\n\na: the first, of two\nlines; more. b, c: the others. d: last."
+    assert [steps.told(doc, name) for name in "abde"] == ["the first, of two lines; more", "the others", "last", ""]
+
+
+def test_papers_have_parity_and_verdicts(client):
+    assert "var" in [row["key"] for row in client.get("/api/papers?words=visual+sink").json()]
+    row = client.get("/api/papers/var").json()
+    assert row["parity"]
+    assert row["runs"][0]["verdict"] in ("held", "did not hold", "cannot tell")
+    assert client.post("/api/jobs/claim/none", json={}).status_code == 404
+
+
+# The two interventions by hand.
+
+
+@pytest.fixture(scope="module")
+def reader():
+    model, tokenizer = regard.load("reader")
+    return model, tokenizer(TEXT, return_tensors="pt")
+
+
+def rows(model, inputs, *things):
+    with torch.inference_mode(), regard.intervene(model, *things), regard.record(model, "rows") as recording:
+        model(**inputs)
+    return torch.from_numpy(recording.tree["language_model"]["rows"].values[0])
+
+
+def test_attention_that_is_cut_goes_to_the_other_keys(reader):
+    model, inputs = reader
+    plain, cut = rows(model, inputs), rows(model, inputs, scale_attention([2], queries=[5], layers=[0], heads=[1]))
+    wanted = plain[0, 1, 5].clone()
+    wanted[2] = 0
+    torch.testing.assert_close(cut[0, 1, 5], wanted / wanted.sum(), atol=1e-5, rtol=1e-4)
+    same = torch.ones(plain.shape[:3], dtype=torch.bool)
+    same[0, 1, 5] = False
+    torch.testing.assert_close(cut[0][same[0]], plain[0][same[0]])
+    tripled = rows(model, inputs, scale_attention([2], 3.0, queries=[5], layers=[0], heads=[1]))[0, 1, 5]
+    wanted = plain[0, 1, 5].clone()
+    wanted[2] *= 3
+    torch.testing.assert_close(tripled, wanted / wanted.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_is_doubled_gives_twice(reader):
+    model, inputs = reader
+    seen = []
+
+    class Look:
+        def output(self, call, output):
+            seen.append(output[:, 5].clone())
+            return output
+
+    with torch.inference_mode(), regard.intervene(model, scale_heads({(0, 5): 2.0}), Look()):
+        model(**inputs)
+    doubled = seen[0]
+    seen.clear()
+    with torch.inference_mode(), regard.intervene(model, Look()):
+        model(**inputs)
+    torch.testing.assert_close(doubled, 2 * seen[0])
+
+
+def test_what_is_not_there_is_refused(reader):
+    model, inputs = reader
+    for wrong, match in (
+        (lambda: scale_heads({}), "change nothing"),
+        (lambda: scale_heads({(0, 0): 1.0}), "change nothing"),
+        (lambda: scale_attention([]), "name the keys"),
+        (lambda: scale_attention([1], 1.0), "would change nothing"),
+        (lambda: scale_attention([1], -1.0), "would change nothing"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            wrong()
+    for thing, match in (
+        (scale_heads({(99, 0): 0.0}), "no layer 99"),
+        (scale_heads({(0, 99): 0.0}), "no head 99"),
+        (scale_heads({(0, 0): 0.0}, stack="vision_tower"), "no stack 'vision_tower'"),
+        (scale_attention([1], layers=[99]), "no layer 99"),
+    ):
+        with pytest.raises(ValueError, match=match), torch.no_grad(), regard.intervene(model, thing):
+            model(**inputs)

@@ -1,0 +1,248 @@
+"""The studio in a real browser: look, change a head, see the answer change; keyboard, dark, phone; no other network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+uvicorn = pytest.importorskip("uvicorn")
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = "/usr/bin/chromium"
+pytestmark = [
+    pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs {CHROMIUM}"),
+    pytest.mark.browser,
+    # sockets that a browser leaves open as it closes are found by the collector of another test
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+]
+TOKEN = "a-token-of-the-tests"
+SHOTS = os.environ.get("REGARD_SHOTS")  # a folder for pictures of the page
+PROMPT = "The king spoke to the queen, and the queen spoke to the"
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    """Its address; it serves until the module's tests are done."""
+    from regard.studio.server import app
+    from regard.studio.work import Desk
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{bound.getsockname()[1]}"
+        desk = Desk(tmp_path_factory.mktemp("studio"))
+        config = uvicorn.Config(app(desk, TOKEN, {host}), log_level="error", access_log=False)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.02)
+        yield f"http://{host}"
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, studio):
+    """Opens the studio; at the end nothing may have been complained of and no other host asked."""
+    contexts, said, asked = [], [], []
+
+    def go(**context):
+        one = browser.new_context(**context)
+        contexts.append(one)
+        page = one.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{studio}/?token={TOKEN}")
+        page.wait_for_selector("html[data-ready]", state="attached")
+        return page
+
+    yield go
+    for one in contexts:
+        one.close()
+    assert not said
+    assert not [url for url in asked if not url.startswith((studio, "data:"))]
+
+
+def shot(page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+
+def look(page, text: str | None = PROMPT, generate: int = 8) -> None:
+    if text is not None:
+        page.get_by_label("Text", exact=True).fill(text)
+    page.get_by_label("Tokens to generate").fill(str(generate))
+    page.locator("#look").click()
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+
+
+def mute(page, layer: int, head: int) -> None:
+    page.locator(f'.change .cell[data-layer="{layer}"][data-head="{head}"]').click()
+
+
+def test_a_head_is_muted_and_the_answer_changes(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    look(page)
+    assert page.locator("#views .token").count() > 10
+    assert page.locator(".said .answer").inner_text().strip()
+    shot(page, "look")
+    mute(page, 3, 5)
+    page.wait_for_selector(".differences .cell")
+    assert "mute layer 3, head 5" in page.locator(".steps").inner_text()
+    rows = page.locator(".before-after .bars tbody tr").all()
+    shares = [[cell.inner_text() for cell in row.locator(".number").all()] for row in rows]
+    assert any(before != after for before, after in shares)
+    page.wait_for_selector("text=The views below show")
+    shot(page, "change")
+
+    page.get_by_role("button", name="As Python").click()
+    code = page.get_by_label("The change as Python")
+    code.wait_for()
+    assert "scale_heads({(3, 5): 0.0}" in code.inner_text()
+
+    page.get_by_label("Step 1 is on").uncheck()  # nothing is on: the views show what was before
+    page.wait_for_selector(".before-after", state="detached")
+    assert page.locator("#run").is_disabled()
+
+
+def test_a_token_is_cut_and_a_form_of_the_catalog_is_filled(visit):
+    page = visit()
+    look(page, generate=4)
+    page.get_by_label("Run after each change").uncheck()
+    page.get_by_text("What flows between tokens").click()
+    page.locator("#views .token").nth(2).click()
+    page.get_by_role("button", name="Add the chosen token").first.click()
+    assert page.get_by_label("Keys: positions").input_value().isdecimal()
+    page.get_by_role("button", name="Add this step").click()
+    page.get_by_text("An intervention of the catalog").click()
+    page.locator(".change .menu select").last.select_option("attention_buckets")
+    page.get_by_role("button", name="Add attention_buckets").click()
+    assert page.locator(".steps li").count() == 2
+    page.get_by_label("Step 2 is on").uncheck()
+    page.locator("#run").click()
+    page.wait_for_selector(".before-after")
+    page.get_by_label("Keys: positions").fill("three")
+    page.get_by_role("button", name="Add this step").click()
+    assert "no position" in page.get_by_role("alert").inner_text()
+
+
+def test_keyboard_alone(visit):
+    page = visit()
+
+    def tab_to(selector: str) -> None:
+        for _ in range(400):
+            page.keyboard.press("Tab")
+            if page.evaluate("s => document.activeElement.matches(s)", selector):
+                return
+        raise AssertionError(f"Tab never comes to {selector}")
+
+    tab_to("#text")
+    page.keyboard.type(PROMPT)
+    tab_to("#look")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+    tab_to(".change .cell")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".before-after .bars")
+    assert "mute layer 1, head 1" in page.locator(".steps").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone(visit, scheme):
+    page = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    look(page, generate=3)
+    mute(page, 2, 1)
+    page.wait_for_selector(".differences .cell")
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, f"phone-{scheme}")
+
+
+def test_papers_are_searched_and_opened(visit):
+    page = visit(color_scheme="dark")
+    page.get_by_role("button", name="Papers").click()
+    page.get_by_label("Search the papers").fill("visual sink")
+    page.wait_for_selector('.paper-list [data-key="var"]')
+    page.locator('.paper-list [data-key="var"]').click()
+    page.wait_for_selector(".paper dl")
+    words = page.locator(".paper").inner_text()
+    assert "Parity" in words
+    assert "What its claim checks" in words
+    shot(page, "papers")
+
+
+def test_two_recordings_are_compared(visit):
+    page = visit()
+    look(page, generate=2)
+    look(page, "A dog ran after the cat, and the cat ran after the", generate=2)
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector("#compare .cell")
+    assert page.locator("#compare select").count() >= 3
+    shot(page, "compare")
+
+
+def test_a_picture_is_asked_about(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    page.locator(".look .menu select").first.select_option("describer")
+    page.wait_for_selector("text=LlavaForConditionalGeneration")
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("red", (10, 10, 40, 40))
+    image.save(tmp_path / "square.png")
+    page.get_by_label("Picture or sound").set_input_files(tmp_path / "square.png")
+    page.wait_for_selector("text=64 × 64 pixels")
+    look(page, "describe", generate=6)
+    page.wait_for_selector(".picture-frame img")
+    mute(page, 0, 0)
+    page.wait_for_selector(".differences .cell")
+    shot(page, "picture")
+
+
+def test_two_methods_explain_a_token(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    look(page, generate=1)
+    page.get_by_role("button", name="Explain").click()
+    page.wait_for_function("document.querySelectorAll('.explain .scored').length === 2")
+    assert page.locator(".explain .scored span[style]").count()
+    shot(page, "explain")
+
+
+def test_how_long_a_new_answer_takes(visit, record_property, capsys):
+    """From the click on a head to the new answer, on a text of 130 tokens: printed, not asserted."""
+    page = visit()
+    look(page, " ".join(["It was the best of times, it was the worst of times,"] * 10)[:520], generate=0)
+    tokens = page.locator("#views .stacks .facts").inner_text()
+    times = []
+    for head in range(5):
+        page.evaluate("delete document.documentElement.dataset.answered")
+        mute(page, 1, head)
+        page.wait_for_selector("html[data-answered]", state="attached")
+        times.append(int(page.evaluate("document.documentElement.dataset.answered")))
+        page.wait_for_selector(".change .working:has-text('Took')")
+    median = statistics.median(times)
+    record_property("click_to_answer_ms", median)
+    with capsys.disabled():
+        print(f"\nstudio: from click to new answer {median:.0f} ms, median of {len(times)} ({times}; {tokens})")
+    assert re.search(r"\d+ tokens", tokens)
