@@ -28,7 +28,7 @@ from .. import recording as recordings
 from ..attribution import attribute
 from ..cli import look
 from ..cli.explain import named_target
-from ..cli.inputs import InputError, generated, hear, png, prepare, seen
+from ..cli.inputs import InputError, Written, hear, png, prepare, seen, written
 from ..data import media
 from ..files import written_aside
 from ..interventions import painted
@@ -92,7 +92,7 @@ class Answer:
     shares: Tensor | None = None
     picture: Image.Image | None = None
     labels: Any = None
-    ids: tuple[Tensor, int] | None = None  # of prompt and words, and where the words begin
+    wrote: Written | None = None  # the ids of prompt and words, and what each word was chosen by
 
 
 @dataclass
@@ -307,13 +307,10 @@ class Desk:
             picture = painted(processor, {"prompt": [ready.text]}, **options)[0]
             return Answer(picture=Image.fromarray((255 * picture).round().astype(np.uint8)))
         if ready.generate:
-            more = {"output_scores": True, "return_dict_in_generate": True, **options}
-            out: Any = generated(loaded, ready.inputs, ready.generate, streamer=streamer, **more)
-            start = 1 if model.config.is_encoder_decoder else ready.inputs["input_ids"].shape[1]
+            wrote = written(loaded, ready.inputs, ready.generate, streamer=streamer, **options)
             tokenizer = getattr(processor, "tokenizer", processor)
-            said = tokenizer.decode(out.sequences[0, start:], skip_special_tokens=True)
-            shares = out.scores[0][0].float().softmax(-1)
-            return Answer(said, "token", shares, labels=tokenizer, ids=(out.sequences, start))
+            said = tokenizer.decode(wrote.ids[wrote.start :], skip_special_tokens=True)
+            return Answer(said, "token", wrote.scores[0].float().softmax(-1), labels=tokenizer, wrote=wrote)
         if options:
             raise InputError("a step changes what is said next: set the tokens to generate to 1 or more")
         out = model(**ready.inputs)
@@ -383,8 +380,8 @@ class Desk:
                 answer = self._run(loaded, ready, options, streamer)
             if not len(recording):
                 raise InputError(f"{type(model).__name__} attended to nothing that can be read")
-            if answer.ids is not None:
-                look.note_said(recording, loaded, *answer.ids)
+            if answer.wrote is not None:
+                look.note_said(recording, loaded, answer.wrote)
             tree, pictures = recording[0], ready.pictures
         tree.attrs["seconds"] = round(time.perf_counter() - began, 2)
         self._pages.keep(key, _page(tree, pictures))
@@ -502,7 +499,7 @@ def _title(given: Given) -> str:
 
 
 def _address(picture: Image.Image) -> str:
-    return report._picture(look.enlarged(picture))["source"]
+    return report.picture(look.enlarged(picture))["source"]
 
 
 def bars(answer: Answer, among: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -550,7 +547,7 @@ def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
     made = [stepping.written(step, pictured) for step in steps]
     processors = [one for one, step in zip(made, steps) if stepping.processes(step)]
     inside = [one for one, step in zip(made, steps) if not stepping.processes(step)]
-    lines.append("from regard.cli.inputs import generated, open_picture, prepare")
+    lines.append("from regard.cli.inputs import open_picture, prepare, written")
     if given.turns:
         turns = [turn.model_dump() for turn in given.turns]
         body += [
@@ -577,12 +574,10 @@ def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
     if given.generate:
         more = ", logits_processor=processors" if processors else ""
         body += [
-            f"    out = generated(regard.loading.Loaded(model, processor), inputs, {given.generate},",
-            f"        output_scores=True, return_dict_in_generate=True{more})",
-            "shares = out.scores[0][0].float().softmax(-1)",
+            f"    out = written(regard.loading.Loaded(model, processor), inputs, {given.generate}{more})",
+            "shares = out.scores[0].float().softmax(-1)",
             "tokenizer = getattr(processor, 'tokenizer', processor)",
-            "start = 1 if model.config.is_encoder_decoder else inputs['input_ids'].shape[1]",
-            "said = tokenizer.decode(out.sequences[0, start:], skip_special_tokens=True)",
+            "said = tokenizer.decode(out.ids[out.start :], skip_special_tokens=True)",
             "print(said)",
         ]
     else:
