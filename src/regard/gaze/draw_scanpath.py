@@ -20,7 +20,9 @@ COLOUR, PAST = "#ff3b30", "#ffd60a"  # of the present fixation, and of those bef
 UNTIMED = 300.0  # ms of a fixation whose duration is not known
 
 
-def draw_scanpath(path: Scanpath, picture: Image.Image, out: str | Path, *, title: str = "", speed: float = 1.0) -> Path:
+def draw_scanpath(
+    path: Scanpath, picture: Image.Image, out: str | Path, *, title: str = "", speed: float = 1.0
+) -> Path:
     """Draw fixations as numbered circles, and what joins them, over the picture that was looked at; returns the file.
 
     The name's end says what is made: `.png` and `.svg` show all at once, `.gif` and `.html` one after another, over and
