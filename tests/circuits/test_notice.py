@@ -231,7 +231,7 @@ def test_bad_input_is_named_and_the_model_left_as_it_was():
         ("no effects", lambda: universal([])),
         ("share lies above 0", lambda: universal([effects([0.0] * 3, [1.0] * 3)], share=0)),
         ("of one model", lambda: universal([effects([0.0] * 3, [1.0] * 3), effects([0.0] * 3, [1.0] * 3)[:1]])),
-        ("some of none in each row", lambda: head_roles(model, clean, masks)),
+        ("of an object, and of none, in each row", lambda: head_roles(model, clean, masks)),
         ("masks are of 9", lambda: head_roles(model, clean, one[:, :9])),
         ("masks are of 1 rows", lambda: head_roles(model, clean, one[:1])),
         ("token 40 lies outside", lambda: head_roles(model, clean, one, token=40)),

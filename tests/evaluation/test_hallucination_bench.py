@@ -102,7 +102,7 @@ def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path,
         return capsys.readouterr().out
 
     monkeypatch.setattr(bench.oracles, "FAMILIES", {"attention": bench.oracles.attention})
-    assert run().count("describer, avisc: ") == 7
+    assert run().count("describer, avisc: ") == 8
     kept = tmp_path / "describer-avisc-2-1.json"
     figures = json.loads(kept.read_text())
     measured = figures.pop("polls")
@@ -112,7 +112,7 @@ def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path,
     text = run()
     assert text.count("avisc: ") == 1
     assert json.loads(kept.read_text())["polls"] == measured
-    assert "| `avisc` | 50.0% (" in text
+    assert "| `avisc` | contrasts | 50.0% (" in text
     assert "| attention | " in text
     assert "- `var`: var does not fit" in text
     monkeypatch.setattr("sys.argv", ["hallucination.py", "--only", "aviscc"])

@@ -224,7 +224,7 @@ def test_two_methods_explain_a_token(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
     look(page, generate=1)
     page.get_by_role("button", name="Explain").click()
-    page.wait_for_function("document.querySelectorAll('.explain .scored').length === 2")
+    page.locator(".explain .scored").nth(1).wait_for()
     assert page.locator(".explain .scored span[style]").count()
     shot(page, "explain")
 

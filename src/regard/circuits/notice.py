@@ -70,7 +70,7 @@ def notice(
     ...     return right - wrong
     >>> found = notice(planted(), {"input_ids": task.ids}, {"input_ids": other.ids}, score)
     >>> [int(found.argmax(...)[axis]) for axis in ("layer", "head")]  # what makes the first word the answer
-    [2, 4]
+    [1, 5]
     """
     if part not in Part.__args__:
         raise ValueError(f"part is one of {', '.join(Part.__args__)}, got {part!r}")
@@ -306,7 +306,7 @@ def token_pairs(scenes: Iterable[Scene], task: Task = "colour", *, seed: int = 0
     >>> stars = Scene((Object("star", "red", "small", 0.7, 0.5), Object("ring", "blue", "small", 0.2, 0.5)))
     >>> [pair] = token_pairs([stars])
     >>> pair.text, pair.answer, pair.other_text, pair.wrong
-    ('what colour is the ring?', 'blue', 'what colour is the star?', 'red')
+    ('what colour is the star?', 'red', 'what colour is the ring?', 'blue')
     """
     rng, found = np.random.default_rng(seed), []
     for scene in scenes:

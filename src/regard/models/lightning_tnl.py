@@ -10,7 +10,7 @@ another form. The learned rotation of the first layer (LRPE) is left out, as in 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def simple_rms_norm(x: Tensor) -> Tensor:
     >>> import torch
     >>> from regard.models.lightning_tnl import simple_rms_norm
     >>> simple_rms_norm(torch.tensor([3.0, -3.0]))
-    tensor([ 1., -1.])
+    tensor([ 1.0000, -1.0000])
     """
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
@@ -95,12 +95,13 @@ class TnlAttention(nn.Module):
         )
         if mask is not None:
             key, value = (t.where(mask[:, None, :, None], 0.0) for t in (key, value))
+        rates = cast(Tensor, self.rates)
         if whole and state is None:
-            mixed = lightning_2(query, key, value, causal=True, decay=self.rates)
+            mixed = lightning_2(query, key, value, causal=True, decay=rates)
         else:
             outputs = []
             for i in range(query.shape[2]):
-                output, state = step(state, *(t[:, :, i : i + 1] for t in (query, key, value)), decay=self.rates)
+                output, state = step(state, *(t[:, :, i : i + 1] for t in (query, key, value)), decay=rates)
                 outputs.append(output)
             mixed = torch.cat(outputs, 2)
         mixed = self.norm(mixed.transpose(1, 2).flatten(2))
@@ -150,7 +151,7 @@ class TnlForCausalLM(PreTrainedModel):
         elif isinstance(module, TnlAttention):
             layers = self.config.layers
             layer = next(i for i, of in enumerate(self.layers) if of.attention is module)
-            module.rates.copy_(rates(module.heads, layer, layers) * self.config.decay)
+            cast(Tensor, module.rates).copy_(rates(module.heads, layer, layers) * self.config.decay)
 
     def forward(
         self,
@@ -175,7 +176,7 @@ class TnlForCausalLM(PreTrainedModel):
             states.append(state)
         logits = self.head(simple_rms_norm(hidden))
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=tuple(states) if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=tuple(states) if use_cache else None)  # type: ignore[arg-type]  # states, not a cache
 
     @torch.no_grad()
     def continued(self, input_ids: Tensor, tokens: int, *, attention_mask: Tensor | None = None) -> Tensor:
