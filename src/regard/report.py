@@ -691,7 +691,7 @@ def picture(image: Image.Image) -> dict[str, Any]:
 class Standalone:
     """A page of `view/` as one file, which may load nothing and run nothing but its own style and modules.
 
-    script: the module that the page begins with; what it imports comes along.
+    template: what stands in its body. script: the module that the page begins with; what it imports comes along.
     """
 
     def __init__(self, template: str, *styles: str, script: str) -> None:
@@ -699,7 +699,8 @@ class Standalone:
         self.style = "".join((view / style).read_text("utf-8") for style in styles)
         self.script = _bundle(view, script)
         loader = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-        self.template = loader.from_string((view / template).read_text("utf-8"))
+        parts = [(view / part).read_text("utf-8") for part in ("head.html", template)]
+        self.template = loader.from_string("".join(parts))
         self.policy = (
             f"default-src 'none'; img-src data:; style-src {_digest(self.style)}; script-src {_digest(self.script)}; "
             "base-uri 'none'; form-action 'none'"
