@@ -1,7 +1,8 @@
-"""What looking costs: statistics beside and inside attention, windows, gradients, whole models, decoding.
+"""What looking costs: statistics beside and inside attention, windows, gradients, whole models, decoding, the start.
 
-    make bench                             # everything, about 20 minutes on two cores; writes docs/benchmarks.md
+    make bench                                      # everything, about 25 minutes; writes docs/benchmarks.md
     python bench/attention.py kernel --lengths 1024 4096
+    python bench/attention.py decoding --write      # and writes its section of the page anew
 
 Every time is a ratio to a peer measured in the same process, in turn, medians; peak memory is that of a process of its
 own for each way. Nothing else should run meanwhile: the machine's load is printed, and it stands in the page.
@@ -10,6 +11,7 @@ own for each way. Nothing else should run meanwhile: the machine's load is print
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -27,15 +29,24 @@ from torch.nn import functional as F
 import regard
 from regard import kernels
 from regard.call import Call, Site
+from regard.files import with_section
 from regard.kernels import Reduction, native, strips
 
-DOCS = Path(__file__).parent.parent / "docs"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 SHAPES = {"12 x 64": (12, 12, 64), "32 x 128, 8 kv heads": (32, 8, 128)}
 MODELS = {
     "reader (bundled)": [512, 1024],
     "GPT-2-small, random": [1024, 2048],
     "Llama of 16 layers, random": [1024, 2048],
 }
+DECODED = [  # model, tokens before, rows
+    ("GPT-2-small, random", 256, 1),
+    ("GPT-2-small, random", 1024, 1),
+    ("GPT-2-small, random", 8192, 1),
+    ("GPT-2-small, random", 1024, 8),
+    ("Llama of 16 layers, 8 kv heads, random", 1024, 1),
+    ("Llama of 16 layers, 8 kv heads, random", 1024, 8),
+]
 EAGER_BYTES = 2e9  # of one map of all heads; eager attention with statistics holds about three
 WINDOW = 256
 
@@ -195,7 +206,7 @@ def build(name: str, n: int) -> torch.nn.Module:
         intermediate_size=2816,
         num_hidden_layers=16,
         num_attention_heads=16,
-        num_key_value_heads=4,
+        num_key_value_heads=8 if "8 kv" in name else 4,
         max_position_embeddings=n,
     )
     return transformers.LlamaModel(config).eval()
@@ -233,29 +244,7 @@ def model_memory(name: str, n: int, way: str) -> dict[str, float]:
     return {way: extra_memory(model_ways(name, n)[way])}
 
 
-@torch.inference_mode()
-def decoding_times(context: int) -> dict[str, float]:
-    """Seconds a token of GPT-2-small, after a context."""
-    model = build("GPT-2", 2 * context)
-    ids = torch.randint(0, 50000, (1, context))
-
-    def token() -> float:
-        cache, times = model(ids, use_cache=True).past_key_values, []
-        for _ in range(40):
-            began = time.perf_counter()
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    found: dict[str, list[float]] = {"plain": [], "record": []}
-    for _ in range(3):
-        found["plain"].append(token())
-        with regard.record(model, "entropy", "received", "distance"):
-            found["record"].append(token())
-    return {name: statistics.median(t) for name, t in found.items()}
-
-
-def models() -> dict[str, list[dict]]:
+def models() -> list[dict]:
     rows = []
     for name, lengths in MODELS.items():
         for n in lengths:
@@ -264,10 +253,64 @@ def models() -> dict[str, list[dict]]:
                 row["megabytes"] |= in_a_process(model_memory, name, n, way)
             rows.append(row)
             print(f"{name}, {n}: plain {row['seconds']['plain']:.2f} s", *ratios(row["seconds"], "plain"), sep="; ")
-    decoding = [{"context": n, "seconds": in_a_process(decoding_times, n)} for n in (256, 1024)]
-    for row in decoding:
-        print(f"a token after {row['context']}", *ratios(row["seconds"], "plain"), sep="; ")
-    return {"models": rows, "decoding": decoding}
+    return rows
+
+
+@torch.inference_mode()
+def decoding_times(name: str, context: int, batch: int) -> dict[str, float]:
+    """Seconds of a step after a context, of processor time: one of a row has no use for the second core."""
+    torch.set_num_threads(1)
+    model = build(name, 2 * context)
+    ids = torch.randint(0, 30000, (batch, context))
+    full = model(ids, use_cache=True).past_key_values
+    times: dict[str, list[float]] = {"plain": [], "record": []}
+
+    def steps(into: list[float], count: int = 20) -> None:
+        cache = copy.deepcopy(full)
+        for _ in range(count):
+            began = time.process_time()
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            into.append(time.process_time() - began)
+
+    for _ in range(5):
+        steps(times["plain"])
+        with regard.record(model, "entropy", "received"):
+            steps(times["record"])
+    return {way: statistics.median(t) for way, t in times.items()}
+
+
+def decoding() -> list[dict]:
+    rows = []
+    for name, context, batch in DECODED:
+        row = {
+            "model": name,
+            "n": context,
+            "batch": batch,
+            "seconds": in_a_process(decoding_times, name, context, batch),
+        }
+        rows.append(row)
+        print(f"{name}, a step of {batch} after {context}", *ratios(row["seconds"], "plain"), sep="; ", flush=True)
+    return rows
+
+
+def start() -> list[dict]:
+    """Processor seconds of fresh processes, medians of five in turn."""
+    ways = {"torch, transformers": [sys.executable, "-c", "import torch, transformers"]}
+    ways |= {"import regard": [sys.executable, "-c", "import torch, transformers, regard"]}
+    ways |= {f"regard {what}": [sys.executable, "-m", "regard", *what.split()] for what in ("--help", "papers", "info")}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(6):
+        for way, command in ways.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if turn:  # the first reads files from the disk
+                times[way].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    base, *rest = ((way, statistics.median(t)) for way, t in times.items())
+    rows = [{"what": way, "seconds": {"base": base[1], "way": seconds}} for way, seconds in rest]
+    for row in rows:
+        print(row["what"], *ratios(row["seconds"], "base"), sep="; ", flush=True)
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------------- the page
@@ -285,7 +328,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def page(found: dict) -> str:
+def kernel_page(rows: list[dict]) -> str:
     ways = ["native", "torch", "eager", "statistics alone", "statistics given lse"]
     calls = [
         [
@@ -296,37 +339,9 @@ def page(found: dict) -> str:
             *(ratio(row["seconds"], way, "sdpa") for way in ways),
             ", ".join(f"{row['megabytes'][w]:,.0f}" if w in row["megabytes"] else "-" for w in ("sdpa", *ways[:3])),
         ]
-        for row in found["kernel"]
+        for row in rows
     ]
-    windows = [
-        [
-            f"{window['n']:,}",
-            f"{window['faster']:.1f}",
-            f"{window['limit']:.1f}",
-            f"{window['limit'] / window['faster']:.2f}",
-            ratio(backward["seconds"], "native", "sdpa"),
-            ratio(backward["seconds"], "window", "sdpa"),
-        ]
-        for window, backward in zip(found["window"], found["backward"])
-    ]
-    whole = [
-        [
-            row["model"],
-            f"{row['n']:,}",
-            f"{row['seconds']['plain']:.2f} s",
-            *(ratio(row["seconds"], way, "plain") for way in ("record", "own output", "eager maps")),
-            ", ".join(f"{m:,.0f}" for m in row["megabytes"].values()),
-        ]
-        for row in found["models"]
-    ]
-    tokens = ", ".join(f"{ratio(r['seconds'], 'record', 'plain')} after {r['context']:,}" for r in found["decoding"])
-    return f"""# Benchmarks
-
-`make bench`: {found["machine"]}.
-Times are ratios to a peer measured in the same process, in turn; memory is the peak beyond the inputs, in a process of
-its own for each way.
-
-## One attention call
+    return f"""## One attention call
 
 PyTorch's `scaled_dot_product_attention` (*sdpa*) gives the output alone. The other columns give entropy, attention
 received and the maximum too: *native* together with the output in one pass; *torch*, plain torch beside sdpa; *eager*
@@ -335,22 +350,84 @@ log-sum-exp. A dash: not run, the map would be over {EAGER_BYTES / 1e9:.0f} GB.
 
 ![Time and memory against length](assets/benchmarks.svg)
 
-{table(["heads x dim", "", "tokens", "sdpa", *ways, "MB: sdpa, native, torch, eager"], calls)}
-## Windows and gradients
+{table(["heads x dim", "", "tokens", "sdpa", *ways, "MB: sdpa, native, torch, eager"], calls)}"""
+
+
+def extras_page(rows: dict[str, list[dict]]) -> str:
+    cells = [
+        [
+            f"{window['n']:,}",
+            f"{window['faster']:.1f}",
+            f"{window['limit']:.1f}",
+            f"{window['limit'] / window['faster']:.2f}",
+            ratio(backward["seconds"], "native", "sdpa"),
+            ratio(backward["seconds"], "window", "sdpa"),
+        ]
+        for window, backward in zip(rows["window"], rows["backward"])
+    ]
+    return f"""## Windows and gradients
 
 12 heads of 64, causal. How much faster a window of {WINDOW} is than causal sdpa, beside what the number of its pairs
 allows; and backward passes, as ratios to that of causal sdpa.
 
-{table(["tokens", "window: faster", "operations allow", "off by", "backward", "backward, window"], windows)}
-## Whole models
+{table(["tokens", "window: faster", "operations allow", "off by", "backward", "backward, window"], cells)}"""
+
+
+def models_page(rows: list[dict]) -> str:
+    cells = [
+        [
+            row["model"],
+            f"{row['n']:,}",
+            f"{row['seconds']['plain']:.2f} s",
+            *(ratio(row["seconds"], way, "plain") for way in ("record", "own output", "eager maps")),
+            ", ".join(f"{m:,.0f}" for m in row["megabytes"].values()),
+        ]
+        for row in rows
+    ]
+    return f"""## Whole models
 
 Entropy, attention received and distance of every layer and head, over the plain forward pass with sdpa. *own output*:
 the model's own attention runs too, and its output stays the same to the bit. *eager maps*: the same statistics from
 `output_attentions=True`.
 
-{table(["model", "tokens", "plain", "record", "own output", "eager maps", "MB: plain, record, eager"], whole)}
-A token of GPT-2-small decoded with these statistics takes, over one decoded without: {tokens} tokens.
-"""
+{table(["model", "tokens", "plain", "record", "own output", "eager maps", "MB: plain, record, eager"], cells)}"""
+
+
+def decoding_page(rows: list[dict]) -> str:
+    cells = [
+        [
+            row["model"],
+            f"{row['n']:,}",
+            str(row["batch"]),
+            f"{row['seconds']['plain'] * 1e3:.0f} ms",
+            ratio(row["seconds"], "record", "plain"),
+        ]
+        for row in rows
+    ]
+    return f"""## Decoding
+
+A step of one token a row, with entropy and attention received of every layer and head, over one without; processor
+time, one thread.
+
+{table(["model", "tokens before", "rows", "plain", "record"], cells)}"""
+
+
+def start_page(rows: list[dict]) -> str:
+    cells = [[f"`{row['what']}`", ratio(row["seconds"], "way", "base")] for row in rows]
+    return f"""## The start
+
+Processor time of a fresh process, over one that imports torch and transformers ({rows[0]["seconds"]["base"]:.1f} s).
+
+{table(["", "over importing both"], cells)}"""
+
+
+PARTS = {
+    "kernel": (kernel, kernel_page),
+    "extras": (extras, extras_page),
+    "models": (models, models_page),
+    "decoding": (decoding, decoding_page),
+    "start": (start, start_page),
+}
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -391,26 +468,23 @@ def main() -> None:
         print(json.dumps(globals()[sys.argv[2]](*json.loads(sys.argv[3]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "kernel", "extras", "models"], default="all")
+    parser.add_argument("what", nargs="?", choices=["all", *PARTS], default="all")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and its plot")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md, or the part's section of it")
     args = parser.parse_args()
-    if args.write and args.what != "all":
-        parser.error("--write needs everything measured: leave out what to measure")
     cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    found: dict = {
-        "machine": f"{cores}, {kernels.describe()}, torch {torch.__version__}, load {os.getloadavg()[0]:.2f} before"
-    }
-    print(found["machine"], flush=True)
-    if args.what in ("all", "kernel"):
-        found["kernel"] = kernel(args.lengths)
-    if args.what in ("all", "extras"):
-        found |= extras(args.lengths)
-    if args.what in ("all", "models"):
-        found |= models()
-    if args.write:
-        plot(found["kernel"], DOCS / "assets" / "benchmarks.svg")
-        (DOCS / "benchmarks.md").write_text(page(found))
+    machine = f"{cores}, {kernels.describe()}, torch {torch.__version__}"
+    for part in PARTS if args.what == "all" else [args.what]:
+        measure, shown = PARTS[part]
+        said = f"`python bench/attention.py {part} --write`: {machine}, load {os.getloadavg()[0]:.2f} before"
+        print(said, flush=True)
+        found = measure(args.lengths) if part in ("kernel", "extras") else measure()
+        if args.write:  # each as soon as it is there
+            title, text = shown(found).split("\n\n", 1)
+            page = with_section(PAGE.read_text(encoding="utf-8"), part, f"{title}\n\n{said}.\n\n{text}")
+            PAGE.write_text(page, encoding="utf-8")
+            if part == "kernel":
+                plot(found, PAGE.parent / "assets" / "benchmarks.svg")
 
 
 if __name__ == "__main__":
