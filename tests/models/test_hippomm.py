@@ -100,7 +100,7 @@ def test_what_was_said_while_it_was_shown():
 def test_gists_come_first_where_they_are_sure():
     memory = watched()
     memory.gist = lambda event: f"{event.start:.0f} to {event.end:.0f}"
-    memory.watch([[6, 9]], pictures=[np.eye(4)[0]], picture_times=[6])
+    memory.watch([[6, 9]], pictures=[np.eye(4)[0]], picture_times=[6], sounds=[np.eye(6)[0]], sound_times=[6])
     found = memory.recall("gist")
     assert found.used_gist
     assert found.answer[-1] == "6 to 9"

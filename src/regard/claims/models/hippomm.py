@@ -28,7 +28,7 @@ from .._measure import mean
 
 SCALES = "small", "large"
 EPISODES = {"small": 60, "large": 120}
-RATE, WINDOW, BANDS, TEMPLATES = 8000, 10.0, 20, 30
+RATE, WINDOW, BANDS, TEMPLATES, NOISE = 8000, 10.0, 20, 30, 0.02
 GAIN, SHARE, SINGLE = 0.05, 0.5, 0.7
 Array = np.ndarray
 
@@ -132,7 +132,7 @@ def streamed(seed: int, episodes: int) -> Stream:
         if second not in silent:
             said = recordings[digits[i]][draws.integers(TEMPLATES, len(recordings[digits[i]]))][:RATE]
             wave[second * RATE : second * RATE + len(said)] += said
-            wave[second * RATE : (second + 1) * RATE] += draws.normal(0, 0.02, RATE).astype(np.float32)
+            wave[second * RATE : (second + 1) * RATE] += draws.normal(0, NOISE, RATE).astype(np.float32)
     return Stream(
         similar,
         wave,
@@ -180,9 +180,9 @@ def _templates() -> Array:
     """The mean of some recordings of each digit, embedded. [digit, dim]"""
     means = []
     for said in _recordings():
-        waves = np.zeros((TEMPLATES, RATE), np.float32)
+        waves = np.random.default_rng(0).normal(0, NOISE, (TEMPLATES, RATE)).astype(np.float32)
         for row, wave in zip(waves, said[:TEMPLATES], strict=True):
-            row[: len(wave)] = wave[:RATE]
+            row[: len(wave)] += wave[:RATE]
         means.append(_heard(waves).mean(0))
     return np.stack(means)
 
