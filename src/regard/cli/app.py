@@ -385,6 +385,54 @@ def circuits(
         out.print(f"{path.stem:<14}{path}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def features(
+    model: Annotated[str, typer.Argument(help="A zoo model, a local folder, or a hub id; one that reads text.")],
+    data: Annotated[
+        Path, typer.Argument(help="A text file, .jsonl, .csv, .parquet, or a folder of texts; the more the better.")
+    ],
+    layer: Annotated[int, typer.Option("--layer", "-l", min=0, help="Whose heads' outputs are taken apart.")] = 0,
+    field: Annotated[str | None, typer.Option(help="The column of a table that holds the text.")] = None,
+    number: Annotated[
+        int | None, typer.Option("--features", "-n", min=1, help="How many; 32 for each dimension unless given.")
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option(min=0.0, help="What a feature costs: the more, the fewer there are at a token.")
+    ] = 0.5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 256 tokens.")] = 1000,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a row of text.")] = 128,
+    shown: Annotated[int, typer.Option(min=1, help="Features that the page shows.")] = 20,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for sae/, which SAELens reads, features.html and features.json.")
+    ] = Path("regard-features"),
+    seed: int = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train a sparse autoencoder on what the heads of a layer of MODEL write on DATA, and show its features."""
+    from . import features as work
+
+    _model(model, trust_remote_code)
+    with _plainly():
+        printed, paths = work.run(
+            model,
+            layer=layer,
+            data=data,
+            field=field,
+            features=number,
+            sparsity=sparsity,
+            steps=steps,
+            length=length,
+            shown=shown,
+            out=folder,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            console=out,
+        )
+    printed.to(out)
+    for path in paths:
+        out.print(f"{path.name:<16}{path}", highlight=False, soft_wrap=True)
+
+
 @app.command(epilog=f"Methods: {', '.join(catalog.methods('attribution'))}.")
 def explain(
     model: Model,
