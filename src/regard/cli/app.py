@@ -671,17 +671,28 @@ def papers(
     if context.invoked_subcommand is None:
         with _plainly():
             found = catalog.chosen(catalog.tagged(*(tag or ())), verdict=verdict, premise=premise, parity=parity)
+            for name in tag or ():
+                _about(name)
             _list(sorted(found, key=lambda row: row.room))
+
+
+def _about(tag: str) -> None:
+    """What a tag means, whose it is, and which heads are of it."""
+    out.print(f"[bold]{tag}[/]: {escape(catalog.tags()[tag])}", highlight=False)
+    for survey, heading in catalog.surveys(tag):
+        out.print(f"  {escape(heading)}, of {survey}: `regard papers show {survey}`", highlight=False)
+    if kinds := catalog.heads(tag):
+        out.print(f"  heads: {', '.join(kinds)}: `regard atlas MODEL` finds them", highlight=False)
 
 
 @papers_app.command("tags")
 def papers_tags() -> None:
-    """The tags, what they mean, and how many papers carry each."""
+    """The tags, what they mean, how many papers carry each, and the kinds of heads of it that the atlas finds."""
     table = Table(box=None, header_style="bold")
-    for name in ("tag", "papers", "meaning"):
+    for name in ("tag", "papers", "meaning", "heads"):
         table.add_column(name, justify="right" if name == "papers" else "left", no_wrap=name == "tag")
     for tag, meaning in catalog.tags().items():
-        table.add_row(tag, str(len(catalog.tagged(tag))), meaning)
+        table.add_row(tag, str(len(catalog.tagged(tag))), meaning, ", ".join(catalog.heads(tag)))
     out.print(table)
 
 
