@@ -45,10 +45,21 @@ to call it. Claims are run at `--scale small`, of two minutes on two cores; some
 
 {sentence}
 
+[By tag](tags.md): what each tag means, its papers, and the heads that the atlas finds of it.
+
 <div id="paper-filters"></div>
 
 | paper | verdict | premises | parity | real | room | tags | title |
 |---|---|---|---|---|---|---|---|
+"""
+TAGS = """# Tags
+
+What each tag means, the papers that carry it, the survey whose taxonomy it is from, and the kinds of heads of it that
+[`regard atlas`](../guides/atlas.md#kinds) finds. `regard papers --tag TAG` lists the papers of one, and of several
+those that carry all.
+
+| tag | meaning | papers | survey | heads |
+|---|---|---|---|---|
 """
 
 
@@ -72,6 +83,7 @@ def pages() -> dict[Path, str]:
     """Every page, and the README, as they should be."""
     found = {FOLDER / f"{row.key}.md": page(row) for row in built()}
     found[FOLDER / "index.md"] = index()
+    found[FOLDER / "tags.md"] = tags()
     text = README.read_text(encoding="utf-8")
     found[README] = re.sub(r"(?<=\n)\*\*Every claim runs\.\*\*.*?(?=\n\n)", lambda _: promise(), text, flags=re.DOTALL)
     return found
@@ -98,13 +110,33 @@ def page(row: Row) -> str:
 
 def _taxonomy(survey: str) -> str:
     """Its tags under their headings: what each means, and the papers that carry it, linked where they have a page."""
-    lines = ["| heading | tag | meaning | papers |", "|---|---|---|---|"]
+    lines = ["| heading | tag | meaning | papers | heads |", "|---|---|---|---|---|"]
     for heading, tagging in catalog.taxonomy(survey).items():
-        lines += [] if tagging else [f"| {heading} | | | none here |"]
+        lines += [] if tagging else [f"| {heading} | | | none here | |"]
         for tag, of in tagging.items():
-            linked = ", ".join(f"[{row.key}]({row.key}.md)" if row.object else row.key for row in of)
-            lines.append(f"| {heading} | {tag} | {_plain(catalog.tags()[tag])} | {len(of)}: {linked} |")
+            named = f"[{tag}](tags.md#{tag})"
+            lines.append(f"| {heading} | {named} | {_plain(catalog.tags()[tag])} | {_linked(of)} | {_heads(tag)} |")
     return "\n".join(lines)
+
+
+def _linked(rows: list[Row]) -> str:
+    """How many, and which, linked where they have a page."""
+    named = ", ".join(f"[{row.key}]({row.key}.md)" if row.object else row.key for row in rows)
+    return f"{len(rows)}: {named}" if rows else "none here"
+
+
+def _heads(tag: str) -> str:
+    kinds = catalog.heads(tag)
+    return f"[{', '.join(kinds)}](../guides/atlas.md#kinds)" if kinds else ""
+
+
+def tags() -> str:
+    text = TAGS
+    for tag, meaning in catalog.tags().items():
+        surveys = ", ".join(f"[{survey}]({survey}.md), {heading}" for survey, heading in catalog.surveys(tag))
+        name = f'<span id="{tag}">{tag}</span>'
+        text += f"| {name} | {_plain(meaning)} | {_linked(catalog.tagged(tag))} | {surveys} | {_heads(tag)} |\n"
+    return text
 
 
 def index() -> str:

@@ -203,6 +203,22 @@ def tags() -> dict[str, str]:
     return tomllib.loads((_FOLDER / "tags.toml").read_text())["tags"]
 
 
+def heads(tag: str) -> list[str]:
+    """The kinds of heads of this tag that `regard atlas` finds.
+
+    >>> heads("latent-reasoning")
+    ['induction', 'suppression']
+    """
+    kinds = tomllib.loads((_FOLDER / "tags.toml").read_text())["heads"]
+    return [kind for kind, of in kinds.items() if tag in of]
+
+
+def surveys(tag: str) -> list[tuple[str, str]]:
+    """The surveys whose taxonomy has this tag, and under which heading."""
+    every = ((survey, heading, of) for survey, headings in taxonomies().items() for heading, of in headings.items())
+    return [(survey, heading) for survey, heading, of in every if tag in of]
+
+
 def tagged(*wanted: str) -> list[Row]:
     """Rows that carry all of these tags."""
     for tag in wanted:

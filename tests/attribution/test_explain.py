@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import regard
 from regard.cli import app
 from regard.cli import explain as explaining
+from regard.cli import painted as painting
 from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _given, _page, _quarters
 from regard.data.scenes import Object, Scene, render
 from regard.evaluation.cross_attention_saliency import cross_attention_saliency
@@ -118,6 +119,7 @@ def test_a_sound_and_what_was_written(tmp_path):
     done = run("listener", "-a", tmp_path / "a.wav", "--written", "one", "-m", "gradient_x_input", "-o", out)
     assert done.exit_code == 0, done.output
     assert "written" in done.output
+    assert "sound" in [line.strip() for line in done.output.splitlines()]
     assert "'<|startoftranscript|>'" in done.output
     assert "[transformers]" not in done.output
     assert out.read_text().count("<h2>") == 2
@@ -142,6 +144,56 @@ def saved(folder, model, processor):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path):
+    out = tmp_path / "a.html"
+    done = run("namer", "-t", "zzz qqq the", "-m", "gradient_x_input", "-o", out)
+    assert "2 of 5 tokens are [UNK]" in done.output
+    assert "[UNK]:" not in run("namer", "-t", "the", "-m", "gradient_x_input", "-o", out).output
+
+
+def test_words_in_a_picture_that_is_painted_or_given(tmp_path, scene):
+    """The picture on the page is the one that the method read: painted from the same noise."""
+    out = tmp_path / "a.html"
+    done = run("painter", "-t", "a red circle and a blue star", "-m", "stable-semantics", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert {"red circle", "blue star"} <= {line.strip() for line in done.output.splitlines()}
+    page = out.read_text()
+    assert page.count("<h2>") == 2
+    assert page.count("data:image/png") == 4
+    _, pipeline = regard.load("painter")
+    painted_here = pipeline("a red circle and a blue star", generator=torch.Generator().manual_seed(0)).images[0]
+    parts = painting.painted(regard.load("painter"), "stable_semantics", "a red circle and a blue star", None)
+    assert [of for of, _, _ in parts] == ["red circle", "blue star"]
+    assert parts[0][2].tobytes() == painted_here.tobytes()
+    done = run("painter", "-t", "a blue fork", "-i", scene, "-m", "refam", "-o", tmp_path / "b.png")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "b.png") as made:
+        assert made.size[0] > made.size[1]  # the picture, and beside it the map
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("-t", "a star"), "--method is one of refam, stable_semantics"),
+        (("-t", "a star", "-m", "refam"), "give one with --image"),
+        (("-t", "a star", "-m", "refam", "--judge"), "--judge: PixArtTransformer2DModel paints"),
+        (("-t", "a star", "-m", "refam", "--target", "star"), "--target: PixArt"),
+        (("-t", "a star", "-t", "a ring", "-m", "refam"), "give --text once"),
+        (("-m", "stable-semantics"), "give one with --text"),
+        (("-t", "the of", "-m", "stable-semantics"), "no noun chunk"),
+    ],
+)
+def test_what_a_painter_is_not_asked(tmp_path, more, said):
+    done = run("painter", *more, "-o", tmp_path / "a.html")
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+
+
+def test_a_method_that_paints_takes_no_picture(tmp_path, scene):
+    done = run("painter", "-t", "a red star", "-i", scene, "-m", "stable-semantics", "-o", tmp_path / "a.html")
+    assert "leave out --image" in " ".join(done.output.split())
 
 
 def test_pairs_and_likeness(tmp_path, scene):
@@ -176,6 +228,8 @@ def test_pairs_and_likeness(tmp_path, scene):
     assert "how alike the two texts are" in " ".join(done.output.split())
     assert "cosine" in done.output
     assert [line.strip() for line in done.output.splitlines() if "words" in line] == ["first words", "second words"]
+    done = run(bert, "-t", "a red star", "-t", "a red fork", "-m", "gradient_x_input", "--judge", "-o", out)
+    assert ["judged: first words" in done.output, "judged: second words" in done.output] == [True, True]
     done = run(bert, "-t", "a red star", "-m", "gradient_x_input", "-o", out)
     assert done.exit_code == 2
     assert "--text or --image twice" in done.output.replace("\n", " ")

@@ -460,6 +460,17 @@ def test_words():
         joined(found.drop_vars("text"), tokenizer)
 
 
+def test_bytes_of_characters_are_joined_to_words():
+    reader, tokenizer = regard.load("reader")
+    inputs = dict(tokenizer("日本語の文 naïve 🙂 word", return_tensors="pt"))
+    found = regard.attribute(reader, inputs, method=PLAIN, processor=tokenizer)
+    assert any("\ufffd" in str(text) for text in found.text.values[0])  # what is joined here
+    words = regard.attribute(reader, inputs, method=PLAIN, processor=tokenizer, words=True)
+    texts = [str(text).strip() for text in words.text.values[0]]
+    assert {"日本語の文", "naïve", "🙂", "word"} <= set(texts)
+    assert float(words.sum()) == pytest.approx(float(found.sum()), abs=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:integrated_gradients")
 @pytest.mark.parametrize("method", [m for m in METHODS if "relevance" not in m and "guided" not in m])
 def test_scores_of_words_add_up_on_every_method(method):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import transformers as t
 from typer.testing import CliRunner
 
 from regard import zoo
 from regard.circuits.notice import semantic_pairs
-from regard.cli import app, circuits
+from regard.cli import app, circuits, drawn
 from regard.data.prompts import ioi
 from regard.data.scenes import Object, Scene, render
 
@@ -156,3 +157,13 @@ def test_bad_input_is_named(folders, tmp_path):
     assert "line 1: not JSON" in run(folders["gpt2"], "--task", tmp_path / "e.jsonl", "--out", tmp_path / "out").output
     assert "does not say which token comes next" in run("viewer", "--out", tmp_path / "out").output
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edge_passes_no_node_that_it_is_not_of():
+    """Straight where it can be, aside where a node stands in between."""
+    assert drawn._bend((0, 0), (100, 0), [(50, 60)]) == (50, 0)
+    start, end, between = np.array([0.0, 0.0]), np.array([0.0, 180.0]), (0.0, 90.0)
+    middle = np.array(drawn._bend(tuple(start), tuple(end), [between]))
+    t = np.linspace(0, 1, 200)[:, None]
+    curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
+    assert np.hypot(*(curve - between).T).min() > 17

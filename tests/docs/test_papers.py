@@ -41,12 +41,27 @@ def test_a_survey_s_page_shows_its_taxonomy(papers):
     """Every tag with its count and its papers, linked where they have a page; headings without a paper too."""
     page = papers.page(catalog.row("attention-survey"))
     local = catalog.taxonomy("attention-survey")["positions"]["local-positions"]
-    (line,) = [line for line in page.splitlines() if line.startswith("| positions | local-positions |")]
+    (line,) = [line for line in page.splitlines() if line.startswith("| positions | [local-positions]")]
     assert f"| {len(local)}: " in line
+    assert "[local-positions](tags.md#local-positions)" in line
     assert line.count(".md)") == sum(bool(row.object) for row in local)
     assert "[halonet](halonet.md)" in line
-    assert "| medicine | | | none here |" in papers.page(catalog.row("human-attention-survey"))
+    assert "| medicine | | | none here | |" in papers.page(catalog.row("human-attention-survey"))
     assert "## Taxonomy" not in papers.page(catalog.row("halonet"))
+
+
+def test_the_page_of_tags_has_every_tag_its_papers_and_its_heads(papers):
+    lines = papers.tags().splitlines()
+    for tag, meaning in catalog.tags().items():
+        (line,) = [line for line in lines if f'id="{tag}"' in line]
+        assert papers._plain(meaning) in line
+        assert f"| {len(catalog.tagged(tag))}: " in line
+        assert line.count("|") == lines[-1].count("|")
+        for kind in catalog.heads(tag):
+            assert kind in line.rpartition("[")[2]
+    (line,) = [line for line in lines if 'id="sink-use"' in line]
+    assert "[sink-survey](sink-survey.md), lines of work" in line
+    assert "(tags.md)" in papers.index()
 
 
 def test_other_times_alone_are_no_change(papers, monkeypatch, tmp_path):

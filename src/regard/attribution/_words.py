@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 CONTINUES = "##"  # before a piece that goes on a word, as WordPiece writes it
+PART = "\ufffd"  # of a character, where a token holds some of its bytes
 BLANKS = ("\u0120", "\u2581")  # before one that begins a word, as byte-level tokenizers and SentencePiece write it
 
 
@@ -35,7 +36,10 @@ def joined(found: xr.DataArray, tokenizer: Any) -> xr.DataArray:
         values = found.values.reshape(rows.shape)[i]
         for j, span in enumerate(words):
             scores[i, j], first[i, j] = values[span].sum(), span.start
-            texts[i, j] = "".join(str(t).removeprefix(CONTINUES * bool(k)) for k, t in enumerate(rows[i][span]))
+            text = "".join(str(t).removeprefix(CONTINUES * bool(k)) for k, t in enumerate(rows[i][span]))
+            if PART in text and "id" in found.coords:  # bytes make a character together
+                text = tokenizer.decode(found["id"].values.reshape(rows.shape)[i][span].tolist())
+            texts[i, j] = text
     coordinates = {}
     for name, value in found.coords.items():
         if name == "text":
@@ -54,11 +58,12 @@ def spans(tokens: Sequence[str], special: Collection[str], carried: bool) -> lis
     """Which tokens make up each word.
 
     A token goes on the word before it where it says so, as WordPiece's do, or, of a tokenizer whose tokens carry their
-    blanks (`carried`), where it carries none; special tokens, and signs that are no letter or digit, stand alone.
+    blanks (`carried`), where it carries none; special tokens, and signs that are no letter or digit, stand alone. Bytes
+    of a character belong to a word.
     """
 
     def alone(token: str) -> bool:
-        return token in special or not any(c.isalnum() for c in token)
+        return token in special or not any(c.isalnum() or c == PART for c in token)
 
     starts = [
         i

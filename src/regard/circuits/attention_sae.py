@@ -20,7 +20,6 @@ the output projection, so subtract it from ours before they are used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +30,11 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..call import Call, Site
-from ..files import replaced
 from ..recording import statistic
 from ..seam import intervene
 from ._gates import Gates, Loss, frozen, layout, losses, without
 from ._outputs import Inputs, apart, head_outputs, of_layer, real, side_by_side
+from ._sae_files import Weights, load, save
 
 __all__ = [
     "AttentionSAE",
@@ -49,9 +48,6 @@ __all__ = [
     "loss_recovered",
     "outputs",
 ]
-
-WEIGHTS, ABOUT = "sae_weights.safetensors", "cfg.json"  # the names that SAELens looks for
-LAYOUT = "6.0.0"  # of SAELens, whose names of settings these are
 
 
 @statistic("batch head query dim", title="Output of heads")
@@ -146,44 +142,22 @@ class AttentionSAE(nn.Module):
         return torch.cat([torch.einsum("bhqk,bhk->bqk", rows, told) for _, rows in call.weights.strips()], 1)
 
     def save(self, folder: str | Path, *, heads: int | None = None, **metadata: Any) -> None:
-        """Write weights and configuration into a folder, as SAELens reads them.
+        """Write weights and settings into a folder that SAELens's `SAE.load_from_disk` reads.
 
-        heads: where SAELens is to take outputs as [..., head, dim]. metadata: such as `model_name` and `hook_name`.
+        heads: where SAELens is to take outputs as [..., head, dim]. metadata: such as `model_name` and `hook_name`,
+        which with `heads` ends in _z. Raises FileExistsError where the folder holds another's.
         """
-        from safetensors.torch import save_file
-
-        dim, features = self.W_enc.shape
-        about = {
-            "architecture": "standard",
-            "d_in": dim,
-            "d_sae": features,
-            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": "none",
-            "reshape_activations": "none" if heads is None else "hook_z",
-            "metadata": {"sae_lens_version": LAYOUT, "l1_coefficient": self.sparsity, **metadata},
-        }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with replaced(folder / WEIGHTS) as draft:
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, draft)
-        with replaced(folder / ABOUT) as draft:
-            draft.write_text(json.dumps(about, indent=2), encoding="utf-8")
+        weights = Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.sparsity)
+        save(folder, weights, heads=heads, metadata=metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> AttentionSAE:
         """Of a folder that `save` or SAELens wrote. ValueError where it is of another architecture."""
-        from safetensors.torch import load_file
-
-        about = json.loads((Path(folder) / ABOUT).read_text(encoding="utf-8"))
-        wanted = {"architecture": "standard", "apply_b_dec_to_input": True, "normalize_activations": "none"}
-        if other := [
-            f"{name} {about.get(name)!r}" for name, value in wanted.items() if about.get(name, value) != value
-        ]:
-            raise ValueError(f"{folder} holds an autoencoder of another kind: {', '.join(other)}")
-        sae = cls(about["d_in"], about["d_sae"], sparsity=about.get("metadata", {}).get("l1_coefficient", 0.0))
-        sae.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        *tensors, sparsity = load(folder)
+        sae = cls(*tensors[0].shape, sparsity=sparsity)
+        with torch.no_grad():
+            for mine, given in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), tensors, strict=True):
+                mine.copy_(given)
         return sae
 
 

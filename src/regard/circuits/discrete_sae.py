@@ -19,7 +19,8 @@ well, see the claim.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from ..seam import intervene
 from ..stream import Stream, read
 from ._gates import frozen, table
 from ._outputs import Inputs, Watch, real
+from ._sae_files import Weights, load, save
 
 __all__ = ["DiscreteSAE", "codes", "discrete_sae", "pairs_apart", "train", "unique", "written"]
 
@@ -74,6 +76,31 @@ class DiscreteSAE(nn.Module):
             if matrix.grad is not None:
                 rows = matrix / matrix.norm(dim=-1, keepdim=True)
                 matrix.grad -= (matrix.grad * rows).sum(-1, keepdim=True) * rows
+
+    def save(self, folder: str | Path, **metadata: Any) -> None:
+        """Write weights and settings into a folder that SAELens's `SAE.load_from_disk` reads.
+
+        The loss there is a sum over dimensions, here a mean, so that l1_coefficient is `sparsity` times these.
+        """
+        sparsity = self.sparsity * len(self.bias)
+        save(
+            folder,
+            Weights(self.encoder.T, self.offset, self.decoder.T, self.bias, sparsity),
+            heads=None,
+            metadata=metadata,
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DiscreteSAE:
+        """Of a folder that `save` or SAELens wrote, lengths of rows kept. ValueError for another architecture."""
+        found = load(folder)
+        dim, features = found.W_enc.shape
+        sae = cls(dim, features, sparsity=found.sparsity / dim)
+        given = (found.W_enc.T, found.b_enc, found.W_dec.T, found.b_dec)
+        with torch.no_grad():
+            for mine, value in zip((sae.encoder, sae.offset, sae.decoder, sae.bias), given, strict=True):
+                mine.copy_(value)
+        return sae
 
 
 def train(sae: DiscreteSAE, written: Tensor, *, steps: int = 500, rate: float = 1e-3) -> list[float]:

@@ -385,6 +385,54 @@ def circuits(
         out.print(f"{path.stem:<14}{path}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def features(
+    model: Annotated[str, typer.Argument(help="A zoo model, a local folder, or a hub id; one that reads text.")],
+    data: Annotated[
+        Path, typer.Argument(help="A text file, .jsonl, .csv, .parquet, or a folder of texts; the more the better.")
+    ],
+    layer: Annotated[int, typer.Option("--layer", "-l", min=0, help="Whose heads' outputs are taken apart.")] = 0,
+    field: Annotated[str | None, typer.Option(help="The column of a table that holds the text.")] = None,
+    number: Annotated[
+        int | None, typer.Option("--features", "-n", min=1, help="How many; 32 for each dimension unless given.")
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option(min=0.0, help="What a feature costs: the more, the fewer there are at a token.")
+    ] = 0.5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 256 tokens.")] = 1000,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a row of text.")] = 128,
+    shown: Annotated[int, typer.Option(min=1, help="Features that the page shows.")] = 20,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for sae/, which SAELens reads, features.html and features.json.")
+    ] = Path("regard-features"),
+    seed: int = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train a sparse autoencoder on what the heads of a layer of MODEL write on DATA, and show its features."""
+    from . import features as work
+
+    _model(model, trust_remote_code)
+    with _plainly():
+        printed, paths = work.run(
+            model,
+            layer=layer,
+            data=data,
+            field=field,
+            features=number,
+            sparsity=sparsity,
+            steps=steps,
+            length=length,
+            shown=shown,
+            out=folder,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            console=out,
+        )
+    printed.to(out)
+    for path in paths:
+        out.print(f"{path.name:<16}{path}", highlight=False, soft_wrap=True)
+
+
 @app.command(epilog=f"Methods: {', '.join(catalog.methods('attribution'))}.")
 def explain(
     model: Model,
@@ -623,17 +671,28 @@ def papers(
     if context.invoked_subcommand is None:
         with _plainly():
             found = catalog.chosen(catalog.tagged(*(tag or ())), verdict=verdict, premise=premise, parity=parity)
+            for name in tag or ():
+                _about(name)
             _list(sorted(found, key=lambda row: row.room))
+
+
+def _about(tag: str) -> None:
+    """What a tag means, whose it is, and which heads are of it."""
+    out.print(f"[bold]{tag}[/]: {escape(catalog.tags()[tag])}", highlight=False)
+    for survey, heading in catalog.surveys(tag):
+        out.print(f"  {escape(heading)}, of {survey}: `regard papers show {survey}`", highlight=False)
+    if kinds := catalog.heads(tag):
+        out.print(f"  heads: {', '.join(kinds)}: `regard atlas MODEL` finds them", highlight=False)
 
 
 @papers_app.command("tags")
 def papers_tags() -> None:
-    """The tags, what they mean, and how many papers carry each."""
+    """The tags, what they mean, how many papers carry each, and the kinds of heads of it that the atlas finds."""
     table = Table(box=None, header_style="bold")
-    for name in ("tag", "papers", "meaning"):
+    for name in ("tag", "papers", "meaning", "heads"):
         table.add_column(name, justify="right" if name == "papers" else "left", no_wrap=name == "tag")
     for tag, meaning in catalog.tags().items():
-        table.add_row(tag, str(len(catalog.tagged(tag))), meaning)
+        table.add_row(tag, str(len(catalog.tagged(tag))), meaning, ", ".join(catalog.heads(tag)))
     out.print(table)
 
 

@@ -87,7 +87,13 @@ def graph(
         (x1, y1), (x2, y2) = at(edge.start), at(edge.end)
         colour = MANY if edge.weight > 0 else FEW
         wide = 0.5 + 4 * abs(edge.weight) / thick
-        parts.append(line(x1, y1, x2, y2, colour=colour, width=wide, dash=styles[edge.style]))
+        others = [at(name) for name in nodes if name not in (edge.start, edge.end)]
+        mx, my = _bend((x1, y1), (x2, y2), others)
+        dash = f' stroke-dasharray="{styles[edge.style]}"' if styles[edge.style] else ""
+        parts.append(
+            f'<path d="M{x1:.1f},{y1:.1f} Q{mx:.1f},{my:.1f} {x2:.1f},{y2:.1f}" fill="none" stroke="{colour}" '
+            f'stroke-width="{wide:.2f}"{dash}/>'
+        )
     for name, (*_, value) in nodes.items():
         x, y = at(name)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="17" fill="{shade(value, most)}" stroke="{INK}"/>')
@@ -98,6 +104,25 @@ def graph(
         parts.append(line(left, y - 4, left + 40, y - 4, colour=INK, width=2, dash=dash))
         parts.append(text(left + 48, y, style, anchor="start"))
     save(path, width, height, parts, title)
+
+
+def _bend(
+    start: tuple[float, float], end: tuple[float, float], others: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """The point that draws an edge aside, so that it passes no node that it is not of; half way where none is near."""
+    (x1, y1), (x2, y2) = start, end
+    length = float(np.hypot(x2 - x1, y2 - y1)) or 1.0
+    across = np.array([y2 - y1, x1 - x2]) / length
+    t = np.linspace(0, 1, 33)[:, None]
+    best = (-1.0, ((x1 + x2) / 2, (y1 + y2) / 2))
+    for aside in (0, 56, -56, 90, -90, 130, -130):
+        middle = np.array([x1 + x2, y1 + y2]) / 2 + aside * across
+        curve = (1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * middle + t**2 * np.array(end)
+        near = min((float(np.hypot(*(curve - place).T).min()) for place in others), default=np.inf)
+        if near > 21:  # a node's radius, and a little more
+            return float(middle[0]), float(middle[1])
+        best = max(best, (near, (float(middle[0]), float(middle[1]))))
+    return best[1]
 
 
 def heatmap(path: Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str) -> None:
@@ -134,7 +159,7 @@ def curves(
     title: str,
 ) -> None:
     """Lines over x, and bands between a lower and an upper one; each position of x as far from the next."""
-    width, height, left, top, right, bottom = 520.0, 320.0, 60.0, 40.0, 20.0, 50.0
+    width, height, left, top, right, bottom = 520.0, 340.0, 60.0, 60.0, 20.0, 50.0
     every = [v for of in series.values() for v in of] + [v for pair in bands.values() for of in pair for v in of]
     low, high = min(0.0, *every), max(1.0, *every)
     inner, deep = width - left - right, height - top - bottom
@@ -156,7 +181,7 @@ def curves(
         colour = (MANY, FEW, INK)[number % 3]
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(i, v) for i, v in enumerate(values)))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y, x_end = height - bottom - 10 - 15 * number, width - right - 10
-        parts.append(line(x_end - 24, y - 4, x_end, y - 4, colour=colour, width=2))
-        parts.append(text(x_end - 30, y, name, anchor="end"))
+        begin = left + (width - left - right) * number / len(series)
+        parts.append(line(begin, 38, begin + 24, 38, colour=colour, width=2))
+        parts.append(text(begin + 30, 42, name, anchor="start"))
     save(path, width, height, parts, title)

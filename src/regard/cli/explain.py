@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..attribution import attribute
+from ..attribution._words import joined
 from ..evaluation.cross_attention_saliency import attends_across, cross_attention_saliency
 from ..evaluation.judgement import judge
 from ..evaluation.saliency_verbalization import saliency_verbalization, summary
@@ -31,6 +32,7 @@ from ..files import MARK, replaced
 from ..loading import Loaded, load, parameters
 from ..prediction import predict
 from . import judged as judging
+from . import painted as painting
 from . import sound
 from .inputs import InputError, drawn, hear, open_picture, png, prepare, read_text, writable
 from .judged import Judged
@@ -121,6 +123,7 @@ def explain(
         raise InputError(f"--steps {steps}: {method} takes no steps")
     judgements: list[Judged] = []
     sentences: list[str] = []
+    unknown: list[str] = []
     page_of = partial(_page, judgements=judgements, sentences=sentences)
     writers: dict[str, Callable[..., bytes]] = {".html": page_of, ".png": _drawn}
     if out.suffix not in writers:
@@ -129,8 +132,15 @@ def explain(
     with console.status(f"loading {name}"):
         loaded = load(name, trust_remote_code=trust_remote_code, dtype=torch.float32)  # gradients are small differences
     model: Any = loaded.model
-    if not hasattr(model, "main_input_name") or hasattr(loaded.processor, "scheduler"):
+    paints = hasattr(loaded.processor, "scheduler")
+    if not hasattr(model, "main_input_name") and not paints:
         raise InputError(f"{type(model).__name__} makes no prediction of a class or token to explain")
+    if paints:
+        asked = {"--target": target, "--against": against, "--judge": judged, "--steps": steps, "--words": words}
+        if refused := [option for option, value in asked.items() if value not in (None, False)]:
+            raise InputError(f"{refused[0]}: {type(model).__name__} paints, and predicts nothing that it could be of")
+        if len(read) > 1 or len(pictures) > 1:
+            raise InputError(f"{type(model).__name__} paints one text, and reads one picture: give --text once")
     if written is not None and "decoder_input_ids" not in parameters(model):
         raise InputError(f"--written: {type(model).__name__} has no decoder beside an encoder; add the words to --text")
 
@@ -138,24 +148,33 @@ def explain(
         inputs: Mapping[str, Any], *, words: bool = False, sample: int = 0, which: str = "", **asked: Any
     ) -> xr.DataArray:
         """The scores of one sample, which are judged before words are joined."""
-        made = partial(attribute, model, inputs, method=method, processor=loaded.processor, **asked, **knobs)
-        found = made()
+        found = attribute(model, inputs, method=method, processor=loaded.processor, **asked, **knobs)
+        tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+        if (note := _unknown(found[sample], tokenizer)) is not None:
+            unknown.append(note)
         if judged:
-            heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], "picture")
+            seen = "sound" if heard is not None else "picture"
+            heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], seen)
             judgements.append(
                 Judged(which + heading, judge(model, inputs, found, partial(explained_by, **knobs)).isel(batch=sample))
             )
-        return (made(words=True) if words or (in_words and "text" in found.coords) else found)[sample]
+        if words or (in_words and "text" in found.coords):
+            found = joined(found, tokenizer)
+        return found[sample]
 
     chosen = {"target": _index(target, read), "against": _index(against, read)}
     told = ""
     with console.status(f"asking {method}") as status, warnings.catch_warnings(record=True) as warned:
         if "progress" in takes:
             knobs["progress"] = lambda done, of: status.update(f"asking {method}: step {done} of {of}")
-        if heard is not None or model.main_input_name == "input_features":
+        if paints:
+            of = painting.painted(loaded, method.replace("-", "_"), read[0], pictures[0])
+            parts, inputs, told = [Part(*one) for one in of], {}, str(read[0])
+        elif heard is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
             loud = _spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
             parts = _one(loaded, inputs, loud, written, partial(ask, words=words), chosen)
+            parts = [part._replace(heading=part.heading.replace("picture", "sound")) for part in parts]
         elif pictures != [None] and hasattr(model, "get_text_features"):
             parts = _pair(loaded, read, pictures, words, ask, chosen)
         elif len(read) == len(pictures) == 1:
@@ -171,19 +190,28 @@ def explain(
             sentences += _across(model, inputs)
     found = parts[-1].found
     told = f"{name}: {told or named_target(loaded, found, read)}"
-    score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs["predicts"], "logit")
+    score = {"likeness": "cosine", "pair": "similarity"}.get(found.attrs.get("predicts", ""), "logit")
     score += " ahead" if "against" in found.coords else ""
-    about = f"{method.replace('-', '_')}; {score} {float(found.score):.2f}"
+    scored = f"{score} {float(found.score):.2f}" if "score" in found.coords else found.attrs["long_name"]
+    about = f"{method.replace('-', '_')}; {scored}"
     for part in parts if in_words else ():
         sentences += _sentences(part, len(parts) > 1)
     page = writers[out.suffix](parts, told, about)
     with replaced(out) as draft:
         draft.write_bytes(page)
-    notes = list(dict.fromkeys(str(one.message) for one in warned))
+    notes = list(dict.fromkeys([*unknown, *(str(one.message) for one in warned)]))
     notes += [note for one in judgements for note in judging.notes(one)]
     tables = [_table(part, len(parts) > 1) for part in parts]
     tables += [judging.table(one, len(judgements) > 1) for one in judgements]
     return Explained(out, f"{told}  ({about})", tables, sentences, notes)
+
+
+def _unknown(found: xr.DataArray, tokenizer: Any) -> str | None:
+    """How many of the words the tokenizer does not know: one token stands for all of them."""
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None or "id" not in found.coords or not (n := int((found["id"] == unk).sum())):
+        return None
+    return f"{n} of {found.sizes['token']} tokens are {tokenizer.unk_token}: the tokenizer does not know these words"
 
 
 def _sentences(part: Part, several: bool) -> list[str]:
@@ -281,7 +309,7 @@ def _compared(
     parts = []
     for i, which in enumerate(("first", "second")):
         picture = _given(pictures[i % len(pictures)], both[i], loaded.processor)
-        scored = ask(both[i], beside=both[1 - i])
+        scored = ask(both[i], beside=both[1 - i], which=f"{which} ")
         parts += [part._replace(heading=f"{which} {part.heading}") for part in _parts(scored, picture)]
     return parts
 
