@@ -311,8 +311,8 @@ def test_as_python_gives_the_same_numbers(client, desk, looked, asked):
     for bar in page["bars"]:
         assert float(made["shares"][bar["id"]]) == pytest.approx(bar["share"], rel=1e-5, abs=1e-7)
     answer = named["answer"]
-    assert "".join(run["after"] for run in answer["texts"]).split() == made["said"].split()
-    assert any(row["before"] != pytest.approx(row["after"], rel=1e-4) for row in answer["bars"])
+    assert "".join(words for words, _ in answer["said"]["after"]).split() == made["said"].split()
+    assert any(before != pytest.approx(after, rel=1e-4) for _, before, after in answer["step"]["rows"])
 
 
 def test_a_change_of_nothing_is_refused(client, looked):
@@ -331,7 +331,8 @@ def test_the_painter_paints_both(client):
     header = client.get(f"/api/recordings/{change['recording']}").json()
     change["steps"][0]["stack"] = header["stacks"][0]["name"]
     answer = dict(told(client, "/api/jobs/change", change))["answer"]
-    assert answer["pictures"]["change"] > 0
+    (view,) = answer["views"]
+    assert view["after"]["source"] not in (view["before"]["source"], view["apart"]["source"])
 
 
 def test_pictures_and_classes(client, picture):

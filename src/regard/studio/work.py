@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import re
 import secrets
@@ -26,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from .. import catalog, report, sites
 from .. import recording as recordings
 from ..attribution import attribute
-from ..cli import look
+from ..cli import beside, look
 from ..cli.explain import named_target
 from ..cli.inputs import InputError, Written, hear, png, prepare, seen, written
 from ..data import media
@@ -516,26 +515,20 @@ def bars(answer: Answer, among: Sequence[int] | None = None) -> list[dict[str, A
 
 
 def compared(loaded: Loaded, before: Answer, after: Answer) -> dict[str, Any]:
-    """Both answers: the words in runs that are the same or not, and what was likeliest in either."""
-    a, b = (re.findall(r"\s*\S+", answer.said) for answer in (before, after))
-    runs = [
-        {"kind": kind, "before": "".join(a[i:j]), "after": "".join(b[k:n])}
-        for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    ]
-    among = list(dict.fromkeys(bar["id"] for answer in (before, after) for bar in bars(answer)))
-    rows = [
-        {"label": x["label"], "before": x["share"], "after": y["share"]}
-        for x, y in zip(bars(before, among), bars(after, among))
-    ]
-    rows = sorted(rows, key=lambda row: -max(row["before"], row["after"]))[: BARS + 2]
-    told: dict[str, Any] = {"texts": runs, "bars": rows, "kind": before.kind}
+    """Both answers as the page of `regard steer` has them: the words, and how likely they were where they part."""
+    told: dict[str, Any] = {}
+    if before.wrote is not None and after.wrote is not None:
+        both = [beside.Said(one.said, one.wrote.ids[one.wrote.start :], one.wrote.scores) for one in (before, after)]
+        told["said"] = dict(zip(("before", "after"), beside.pieces(before.said, after.said)))
+        told["step"] = beside.step(*both, loaded.processor)._asdict()
+    elif before.shares is not None and after.shares is not None:
+        among = list(dict.fromkeys(bar["id"] for answer in (before, after) for bar in bars(answer)))
+        pairs = zip(bars(before, among), bars(after, among))
+        rows = [{"label": x["label"], "before": x["share"], "after": y["share"]} for x, y in pairs]
+        told["bars"] = sorted(rows, key=lambda row: -max(row["before"], row["after"]))[: BARS + 2]
+        told["kind"] = before.kind
     if before.picture is not None and after.picture is not None:
-        apart = np.asarray(after.picture, float) - np.asarray(before.picture, float)
-        told["pictures"] = {
-            "before": _address(before.picture),
-            "after": _address(after.picture),
-            "change": float(abs(apart).mean() / 255),
-        }
+        told["views"] = [beside.shown(beside.View("", before.picture, after.picture))]
     return told
 
 

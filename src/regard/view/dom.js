@@ -14,6 +14,12 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+// A part of the page with its title; its tools stand beside that, in `head`.
+export function panel(name, title, ...children) {
+  const heading = make("h2", {}, title), head = make("div", { class: "card-head" }, heading);
+  return { heading, head, element: make("section", { class: `card ${name}` }, head, ...children) };
+}
+
 // A row of buttons of which one is pressed: {show(value), element}. An option is {value, label, disabled, title}.
 export function choice(label, options, chosen, changed) {
   const buttons = options.map((option) => make("button", {

@@ -29,7 +29,7 @@ export function scored({ method, target, score, words, values, map }) {
 export function explaining(methods, ask) {
   const chosen = ["integrated_gradients", "gradient_x_input"].map((name, i) => (methods.includes(name) ? name : methods[i]));
   const target = make("input", { "aria-label": "Class or token to explain", placeholder: "the model’s own" });
-  const box = make("div", { class: "sides" }), key = make("p", { class: "note" });
+  const box = make("div", { class: "answers" }), key = make("p", { class: "note" });
   const pick = (label, i) => menu(label, [...(i ? [{ value: "", label: "none" }] : []), ...methods.map((value) => ({ value, label: value }))], chosen[i],
     (value) => { chosen[i] = value; });
   const go = make("button", { type: "button", class: "quiet-button", onclick: async () => {
