@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import regard
 from regard.cli import app
 from regard.cli import explain as explaining
-from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _given, _page, _quarters
+from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, as_given, _page, _quarters
 from regard.data.scenes import Object, Scene, render
 from regard.evaluation.cross_attention_saliency import cross_attention_saliency
 
@@ -106,7 +106,7 @@ def test_patches_are_shown_on_the_picture_that_the_model_is_given(tmp_path, scen
         model, processor = regard.load("describer")
         wide = image.resize((256, 128))
         inputs = dict(processor(text="<image> what ?", images=wide, return_tensors="pt"))
-        shown = _given(wide, inputs, processor)
+        shown = as_given(wide, inputs, processor)
     assert shown.size == tuple(inputs["pixel_values"].shape[:1:-1])
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 import regard
+from regard.evaluation.faithfulness import deletion_error
 from regard.interventions import scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
@@ -353,10 +354,37 @@ def test_two_methods_explain_side_by_side(client, desk, looked):
     model, tokenizer = desk.model("reader")
     inputs = tokenizer(TEXT, return_tensors="pt")
     wanted = regard.attribute(model, inputs, method="gradient_x_input", processor=tokenizer)[0]
-    assert scores[0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
-    assert scores[0]["words"] == wanted.text.values.tolist()
+    (part,) = scores[0]["parts"]
+    assert part["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert part["words"] == wanted.text.values.tolist()
+    curves = [what for name, what in events if name == "curves"]
+    assert [one["method"] for one in curves] == asked["methods"]
+    batched = regard.attribute(model, inputs, method="gradient_x_input")
+    assert curves[0]["deletion_error"] == pytest.approx(float(deletion_error(model, inputs, batched)[0]), rel=1e-4)
+    assert len(curves[0]["moved_insertion_score"]) > 1
     wrong = {"recording": looked, "methods": ["nothing_like_it"]}
     assert told(client, "/api/jobs/explain", wrong)[-1][0] == "failed"
+
+
+def test_a_generated_token_is_explained_by_what_stood_before_it(client, desk, looked):
+    asked = {"recording": looked, "methods": ["gradient_x_input"], "word": 2}
+    events = told(client, "/api/jobs/explain", asked)
+    scores = next(what for name, what in events if name == "scores")
+    model, tokenizer = desk.model("reader")
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    end = inputs["input_ids"].shape[1] + 2
+    wanted = regard.attribute(model, {"input_ids": ids[:, :end]}, int(ids[0, end]), method="gradient_x_input")[0]
+    assert scores["parts"][0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert told(client, "/api/jobs/explain", {**asked, "word": 99})[-1][0] == "failed"
+
+
+def test_which_methods_fit_is_found_by_asking(client, looked):
+    events = dict(told(client, "/api/jobs/methods", {"recording": looked}))["methods"]
+    assert {"integrated_gradients", "rollout"} <= set(events["fits"])
+    assert "ReLU" in events["others"]["guided_grad_cam"]
+    assert "paint" in events["others"]["refam"]
 
 
 # Forms and papers.

@@ -99,6 +99,11 @@ def look(page, text: str | None = PROMPT, generate: int = 8) -> None:
     page.wait_for_selector("#look:enabled")
 
 
+def pick_model(page, name: str, kind: str) -> None:
+    page.locator(".look .menu select").first.select_option(name)
+    page.wait_for_selector(f"text={kind}")
+
+
 def mute(page, layer: int, head: int) -> None:
     page.locator(f'.change .cell[data-layer="{layer}"][data-head="{head}"]').click()
 
@@ -209,8 +214,7 @@ def test_two_recordings_are_compared(visit):
 
 def test_a_picture_is_asked_about(visit, tmp_path):
     page = visit(viewport={"width": 1360, "height": 1000})
-    page.locator(".look .menu select").first.select_option("describer")
-    page.wait_for_selector("text=LlavaForConditionalGeneration")
+    pick_model(page, "describer", "LlavaForConditionalGeneration")
     image = Image.new("RGB", (64, 64), "white")
     image.paste("red", (10, 10, 40, 40))
     image.save(tmp_path / "square.png")
@@ -223,13 +227,51 @@ def test_a_picture_is_asked_about(visit, tmp_path):
     shot(page, "picture")
 
 
-def test_two_methods_explain_a_token(visit):
+def open_tab(page, name: str) -> None:
+    page.get_by_role("group", name="Parts of the studio").get_by_role("button", name=name, exact=True).click()
+
+
+def test_two_methods_explain_a_generated_token_beside_random_maps(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
-    look(page, generate=1)
-    page.get_by_role("button", name="Explain").click()
-    page.locator(".explain .scored").nth(1).wait_for()
-    assert page.locator(".explain .scored span[style]").count()
+    look(page, generate=3)
+    open_tab(page, "Explain")
+    page.wait_for_selector("#explain:enabled")
+    methods = page.locator("#explain-tab .menu select").first.locator("option").all_inner_texts()
+    assert {"rollout", "grad cam"} <= set(methods)
+    assert "guided grad cam" not in methods  # there is no ReLU
+    page.locator(".word-choice button").nth(1).click()
+    word = page.locator(".word-choice button").nth(1).inner_text().replace("·", " ")
+    page.locator("#explain").click()
+    page.wait_for_selector(".explained:nth-child(2) .curves")
+    heads = page.locator(".explained h3").all_inner_texts()
+    assert [head.partition(":")[0] for head in heads] == ["integrated gradients", "gradient x input"]
+    assert all(repr(word) in head for head in heads)
+    assert page.locator(".explained .scored span[style]").count() >= 2
+    assert page.locator(".chart .curve").count() == 8
+    assert len({path.get_attribute("d") for path in page.locator(".chart .curve").all()}) == 8
     shot(page, "explain")
+
+
+def test_a_class_is_explained_over_the_picture(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000}, color_scheme="dark")
+    pick_model(page, "viewer", "ViTForImageClassification")
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("blue", (10, 10, 40, 40))
+    image.save(tmp_path / "square.png")
+    page.get_by_label("Picture or sound").set_input_files(tmp_path / "square.png")
+    page.wait_for_selector("text=64 × 64 pixels")
+    page.locator("#look").click()
+    page.wait_for_selector("#changing:not([hidden])")
+    open_tab(page, "Explain")
+    page.wait_for_selector("#explain:enabled")
+    page.locator("#explain-tab .menu select").nth(0).select_option(index=3)  # another class
+    wanted = page.locator("#explain-tab .menu select").nth(0).locator("option").nth(3).inner_text()
+    page.locator("#explain-tab .menu select").nth(1).select_option("grad cam")
+    page.locator("#explain").click()
+    page.wait_for_selector(".explained:nth-child(2) .curves")
+    assert page.locator(".score-map img").count() == 2
+    assert all(f": {wanted} (" in head for head in page.locator(".explained h3").all_inner_texts())
+    shot(page, "explain-picture")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):

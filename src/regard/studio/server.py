@@ -33,8 +33,9 @@ with needs("the studio", "studio"):
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from . import steps as stepping
+from .explained import Asked, explain, fitting
 from .jobs import PLAIN, Busy, Job, Jobs, plainly
-from .work import Asked, Change, Desk, Given
+from .work import Change, Desk, Given
 
 LARGEST_UPLOAD = 16 * 2**20  # bytes
 LARGEST_REQUEST = 2**20
@@ -204,14 +205,13 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         model = desk.card(asked.recording)["model"]
         return added(model, lambda job: desk.change(job, asked))
 
-    @api.post("/api/jobs/explain")
-    def explain(asked: Asked) -> dict[str, str]:
-        model = desk.card(asked.recording)["model"]
-        return added(model, lambda job: desk.explain(job, asked))
+    @api.post("/api/jobs/methods")
+    def methods(asked: Asked) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: fitting(desk, job, asked))
 
-    @api.get("/api/attributions")
-    def attributions() -> list[str]:
-        return catalog.methods("attribution")
+    @api.post("/api/jobs/explain")
+    def explaining(asked: Asked) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: explain(desk, job, asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

@@ -77,11 +77,10 @@ const changeCard = panel("change", "Change it", changeBox, make("div", { class: 
   make("label", { class: "labelled" }, atOnce, "Run after each change"), asPython), wrong, changeStatus, python);
 const differencesBox = make("div", {}), compared = make("div", { class: "stacked" });
 const differencesCard = card("changed differences", "What changes in the heads", differencesBox);
-const explainStatus = make("div", { class: "working", role: "status" }), explainCard = panel("explain", "What it rests on");
 const viewsBox = make("div", { id: "views" });
 const which = make("div", { class: "row" });
 byId("studio").append(make("div", { class: "split" }, asking.element, make("div", { class: "stacked" }, answer.element)),
-  make("div", { class: "split", id: "changing", hidden: true }, make("div", { class: "stacked" }, changeCard.element, explainCard.element), compared), which, viewsBox);
+  make("div", { class: "split", id: "changing", hidden: true }, make("div", { class: "stacked" }, changeCard.element), compared), which, viewsBox);
 
 function fail(place, error) {
   place.classList.toggle("failed", !error.stopped);
@@ -183,6 +182,7 @@ function based(next) {
   compared.replaceChildren();
   which.replaceChildren();
   run.disabled = asPython.disabled = true;
+  explainer.of(next.recording, model);
   byId("changing").hidden = false;
 }
 
@@ -293,22 +293,32 @@ fileInput.addEventListener("change", async () => {
 });
 hub.addEventListener("change", () => { if (hub.value.trim()) open(hub.value.trim()); });
 
-// Tabs.
-const parts = { studio: "Look and change", compare: "Compare", papers: "Papers" };
+// Tabs. What explains, and the like, is of the recording that changes are made to.
+const statusOf = (part) => {
+  const place = make("div", { class: "working", role: "status" });
+  part.element.insertBefore(place, part.element.querySelector(".ask")?.nextSibling ?? null);
+  return place;
+};
+const explainer = explaining((path, body, heard) => does(explainStatus, path, { recording: base.id, ...body }, heard));
+const explainStatus = statusOf(explainer);
+byId("explain-tab").append(explainer.element);
+const parts = { studio: "Look and change", "explain-tab": "Explain", compare: "Compare", papers: "Papers" };
+const opens = {
+  papers: () => { if (!byId("papers").childElementCount) papers(byId("papers")); },
+  compare,
+  "explain-tab": () => explainer.open(base),
+};
 const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, label]) => ({ value, label })), "studio", (value) => {
   tabs.show(value);
   for (const part of Object.keys(parts)) byId(part).hidden = part !== value;
-  if (value === "papers" && !byId("papers").childElementCount) papers(byId("papers"));
-  if (value === "compare") compare();
+  opens[value]?.();
 });
 byId("tabs").append(tabs.element);
 
 themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); });
 turnsBox.before(addTurnButton);
 addTurnButton.hidden = true;
-const [{ models, start }, forms, attributions] = await Promise.all(["models", "interventions", "attributions"].map((of) => get(`/api/${of}`)));
-explainCard.element.append(explaining(attributions, (what, heard) => does(explainStatus, "/api/jobs/explain", { recording: base.id, ...what },
-  (name, found) => { if (name === "scores") heard(found); })).element, explainStatus);
+const [{ models, start }, forms] = await Promise.all(["models", "interventions"].map((of) => get(`/api/${of}`)));
 change = changing(changeBox, forms, at, { failed: (words) => { wrong.hidden = false; wrong.textContent = words; }, changed: (steps) => {
   wrong.hidden = true;
   run.disabled = asPython.disabled = !steps.some(({ on }) => on);
