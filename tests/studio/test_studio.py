@@ -8,6 +8,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,9 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 import regard
+from regard.circuits._patching import Contrast
+from regard.cli import circuits
+from regard.data import prompts
 from regard.evaluation.faithfulness import deletion_error
 from regard.interventions import scale_attention, scale_heads
 from regard.studio import jobs as queued
@@ -385,6 +389,27 @@ def test_which_methods_fit_is_found_by_asking(client, looked):
     assert {"integrated_gradients", "rollout"} <= set(events["fits"])
     assert "ReLU" in events["others"]["guided_grad_cam"]
     assert "paint" in events["others"]["refam"]
+
+
+def test_a_circuit_is_that_of_the_command(client, desk):
+    """As `regard circuits` has it of one prompt."""
+    line = dict(told(client, "/api/jobs/example", {"model": "reader", "task": "induction"}))["example"]
+    events = told(client, "/api/jobs/circuit", {"model": "reader", "heads": 3, **line})
+    named = dict(events)
+    assert events[-1][0] == "done", events[-1]
+    assert [name for name, _ in events if name not in ("queued", "progress", "done")] == [
+        "contrast", "heads", "patching", "faithfulness", "paths",
+    ]  # fmt: skip
+    model, tokenizer = desk.model("reader")
+    put = prompts.stacked([circuits.encoded(line, tokenizer)], tokenizer)
+    contrast = Contrast(model, put.inputs, put.corrupted, put.difference, stack="language_model")
+    table = contrast.by_head().transpose("layer", "head").values
+    np.testing.assert_allclose(np.array(named["heads"]["effect"], float), table, rtol=1e-4, atol=1e-5)
+    best = np.unravel_index(np.argsort(-abs(table), axis=None)[:3], table.shape)
+    assert named["paths"]["nodes"] == [[int(layer), int(head)] for layer, head in zip(*best)]
+    assert named["faithfulness"]["ours"][-1] == pytest.approx(1)
+    name, what = told(client, "/api/jobs/circuit", {"model": "reader", **line, "corrupted": "Another one"})[-1]
+    assert (name, "tokens" in what["why"]) == ("failed", True)
 
 
 # Forms and papers.

@@ -264,14 +264,42 @@ def test_a_class_is_explained_over_the_picture(visit, tmp_path):
     page.wait_for_selector("#changing:not([hidden])")
     open_tab(page, "Explain")
     page.wait_for_selector("#explain:enabled")
-    page.locator("#explain-tab .menu select").nth(0).select_option(index=3)  # another class
-    wanted = page.locator("#explain-tab .menu select").nth(0).locator("option").nth(3).inner_text()
+    page.locator(".word-choice select").select_option(index=3)  # another class
+    wanted = page.locator(".word-choice select").locator("option").nth(3).inner_text()
     page.locator("#explain-tab .menu select").nth(1).select_option("grad cam")
     page.locator("#explain").click()
     page.wait_for_selector(".explained:nth-child(2) .curves")
     assert page.locator(".score-map img").count() == 2
     assert all(f": {wanted} (" in head for head in page.locator(".explained h3").all_inner_texts())
     shot(page, "explain-picture")
+
+
+def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    open_tab(page, "Circuits")
+    page.get_by_role("button", name="An example").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    page.get_by_label("Heads in the circuit").fill("4")
+    page.locator("#circuit").click()
+    page.wait_for_selector(".graph")
+    assert page.locator(".found h2").count() == 5
+    rows = page.locator(".atlas.worded .atlas-row").count() - 1
+    assert rows == 4
+    assert page.locator(".graph g").count() == 5
+    assert page.locator(".graph .edge").count() >= 1
+    assert re.search(r"\d%", page.locator(".found .readout").first.inner_text())
+    shot(page, "circuits")
+
+
+def test_a_circuit_is_stopped(visit):
+    page = visit()
+    open_tab(page, "Circuits")
+    page.get_by_role("button", name="An example").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    page.get_by_label("Heads in the circuit").fill("24")
+    page.locator("#circuit").click()
+    page.locator("#circuits-tab .working").get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Stopped')")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):

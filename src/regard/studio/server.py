@@ -33,6 +33,7 @@ with needs("the studio", "studio"):
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from . import steps as stepping
+from .circuit import Contrasted, Example, circuit, example
 from .explained import Asked, explain, fitting
 from .jobs import PLAIN, Busy, Job, Jobs, plainly
 from .work import Change, Desk, Given
@@ -212,6 +213,14 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     @api.post("/api/jobs/explain")
     def explaining(asked: Asked) -> dict[str, str]:
         return added(desk.card(asked.recording)["model"], lambda job: explain(desk, job, asked))
+
+    @api.post("/api/jobs/example")
+    def known_prompt(asked: Example) -> dict[str, str]:
+        return added(asked.model, lambda job: example(job, desk.model(asked.model), asked))
+
+    @api.post("/api/jobs/circuit")
+    def patch(asked: Contrasted) -> dict[str, str]:
+        return added(asked.model, lambda job: circuit(job, desk.model(asked.model), asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import { make, number } from "./dom.js";
 
-const WIDE = 300, HIGH = 130, LEFT = 40, BOTTOM = 32, TOP = 8, RIGHT = 8;
+const WIDE = 300, HIGH = 130, LEFT = 46, BOTTOM = 32, TOP = 8, RIGHT = 8;
 
 // lines: [{label, x: [], y: [], hue: a CSS colour, dashed?}]; band: {x, low, high}? behind them; format: {x, y}?.
 export function chart({ title, lines, band = null, across, up, format = {} }) {

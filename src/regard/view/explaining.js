@@ -113,8 +113,8 @@ export function explaining(ask) {
       } }, label);
       which.replaceChildren(make("span", { class: "note" }, "Of"), ...(words.length
         ? words.map((token, i) => button(i, visible(token)))
-        : [button(null, model.labels.length ? "the class it names" : "the token it would write next")]),
-      ...(model.labels.length ? [menu("or", [{ value: "", label: "its own" }, ...model.labels.map((label, i) => ({ value: String(i), label }))], "", (value) => { state.target = value; })]
+        : model.labels.length ? [] : [button(null, "the token it would write next")]),
+      ...(model.labels.length ? [menu("class", [{ value: "", label: "the one it names" }, ...model.labels.map((label, i) => ({ value: String(i), label }))], "", (value) => { state.target = value; })]
         : words.length ? [] : [target]));
       if (words.length) which.querySelector("button").click();
     },

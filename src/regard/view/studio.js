@@ -2,6 +2,7 @@
 
 import { bars, parting, pictures, texts } from "./answers.js";
 import { changing } from "./changing.js";
+import { circuiting } from "./circuiting.js";
 import { differences, paired } from "./differences.js";
 import { choice, make, menu, panel } from "./dom.js";
 import { explaining } from "./explaining.js";
@@ -296,13 +297,15 @@ hub.addEventListener("change", () => { if (hub.value.trim()) open(hub.value.trim
 // Tabs. What explains, and the like, is of the recording that changes are made to.
 const statusOf = (part) => {
   const place = make("div", { class: "working", role: "status" });
-  part.element.insertBefore(place, part.element.querySelector(".ask")?.nextSibling ?? null);
+  part.element.querySelector(".ask").after(place);
   return place;
 };
 const explainer = explaining((path, body, heard) => does(explainStatus, path, { recording: base.id, ...body }, heard));
 const explainStatus = statusOf(explainer);
+const circuits = circuiting(() => model.name, (...what) => does(circuitStatus, ...what)), circuitStatus = statusOf(circuits);
 byId("explain-tab").append(explainer.element);
-const parts = { studio: "Look and change", "explain-tab": "Explain", compare: "Compare", papers: "Papers" };
+byId("circuits-tab").append(circuits.element);
+const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", compare: "Compare", papers: "Papers" };
 const opens = {
   papers: () => { if (!byId("papers").childElementCount) papers(byId("papers")); },
   compare,
@@ -315,7 +318,7 @@ const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, la
 });
 byId("tabs").append(tabs.element);
 
-themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); });
+themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); circuits.redraw(); });
 turnsBox.before(addTurnButton);
 addTurnButton.hidden = true;
 const [{ models, start }, forms] = await Promise.all(["models", "interventions"].map((of) => get(`/api/${of}`)));
