@@ -21,6 +21,8 @@ from regard.circuits._patching import Contrast
 from regard.cli import circuits
 from regard.data import prompts
 from regard.evaluation.faithfulness import deletion_error
+from regard.gaze.compare_pictures import enlarged_map, model_maps
+from regard.gaze.nss import nss
 from regard.interventions import scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
@@ -410,6 +412,30 @@ def test_a_circuit_is_that_of_the_command(client, desk):
     assert named["faithfulness"]["ours"][-1] == pytest.approx(1)
     name, what = told(client, "/api/jobs/circuit", {"model": "reader", **line, "corrupted": "Another one"})[-1]
     assert (name, "tokens" in what["why"]) == ("failed", True)
+
+
+def test_fixations_beside_maps_are_scored_as_the_library_does(client, desk, picture):
+    sent = client.post("/api/uploads", content=picture.read_bytes()).json()
+    looked_at = dict(told(client, "/api/jobs/look", {"model": "viewer", "upload": sent["id"]}))["saved"]["id"]
+    spots = [(0.3, 0.4), (0.5, 0.5), (0.6, 0.2), (2.0, 0.5)]
+    wide, high = sent["width"], sent["height"]
+    lines = ["subject,x,y,duration", *(f"ann,{x * wide},{y * high},{100 + i}" for i, (x, y) in enumerate(spots))]
+    file = client.post("/api/files", content="\n".join(lines).encode()).json()["id"]
+    asked = {"recording": looked_at, "upload": file}
+    named = dict(told(client, "/api/jobs/gaze", asked))
+    (trial,) = named["gaze"]["trials"]
+    np.testing.assert_allclose(trial["places"], spots, atol=1e-6)
+    assert (trial["starts"], named["gaze"]["beside"]) == ([0, 100, 201, 303], 1)
+    model, processor = desk.model("viewer")
+    maps = model_maps(model, processor, Image.open(picture).convert("RGB"), {})
+    path = regard.gaze.Scanpath(np.array(spots[:3]) * 64, (64, 64))
+    wanted = nss(enlarged_map(maps["rollout"]), path)
+    found = {str(one["name"]): one["scores"] for one in named["maps"]["maps"]}
+    assert found["rollout"]["nss"] == pytest.approx(wanted, rel=1e-3)
+    assert named["maps"]["heads"][1][0] == found["[1, 0]"]["nss"]
+    broken = client.post("/api/files", content=b"subject,x,y\nann,1,two\n").json()["id"]
+    name, what = told(client, "/api/jobs/gaze", {**asked, "upload": broken})[-1]
+    assert (name, "line 2" in what["why"], "/tmp" in what["why"]) == ("failed", True, False)
 
 
 # Forms and papers.

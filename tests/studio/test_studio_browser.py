@@ -104,6 +104,17 @@ def pick_model(page, name: str, kind: str) -> None:
     page.wait_for_selector(f"text={kind}")
 
 
+def look_at_a_square(page, folder) -> None:
+    pick_model(page, "viewer", "ViTForImageClassification")
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("blue", (10, 10, 40, 40))
+    image.save(folder / "square.png")
+    page.get_by_label("Picture or sound").set_input_files(folder / "square.png")
+    page.wait_for_selector("text=64 × 64 pixels")
+    page.locator("#look").click()
+    page.wait_for_selector("#changing:not([hidden])")
+
+
 def mute(page, layer: int, head: int) -> None:
     page.locator(f'.change .cell[data-layer="{layer}"][data-head="{head}"]').click()
 
@@ -254,14 +265,7 @@ def test_two_methods_explain_a_generated_token_beside_random_maps(visit):
 
 def test_a_class_is_explained_over_the_picture(visit, tmp_path):
     page = visit(viewport={"width": 1360, "height": 1000}, color_scheme="dark")
-    pick_model(page, "viewer", "ViTForImageClassification")
-    image = Image.new("RGB", (64, 64), "white")
-    image.paste("blue", (10, 10, 40, 40))
-    image.save(tmp_path / "square.png")
-    page.get_by_label("Picture or sound").set_input_files(tmp_path / "square.png")
-    page.wait_for_selector("text=64 × 64 pixels")
-    page.locator("#look").click()
-    page.wait_for_selector("#changing:not([hidden])")
+    look_at_a_square(page, tmp_path)
     open_tab(page, "Explain")
     page.wait_for_selector("#explain:enabled")
     page.locator(".word-choice select").select_option(index=3)  # another class
@@ -300,6 +304,31 @@ def test_a_circuit_is_stopped(visit):
     page.locator("#circuit").click()
     page.locator("#circuits-tab .working").get_by_role("button", name="Stop").click()
     page.wait_for_selector("#circuits-tab .working:has-text('Stopped')")
+
+
+def test_fixations_are_drawn_in_time_beside_the_models_map(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    look_at_a_square(page, tmp_path)
+    open_tab(page, "Gaze")
+    rows = [("ann", 20 + 2 * i, 22 + (i % 3), 300) for i in range(6)] + [("bob", 12, 50, 200), ("bob", 30, 30, 500)]
+    lines = ["subject,stimulus,x,y,duration", *(f"{who},square,{x},{y},{ms}" for who, x, y, ms in rows)]
+    (tmp_path / "fixations.csv").write_text("\n".join(lines))
+    page.get_by_label("File of fixations").set_input_files(tmp_path / "fixations.csv")
+    page.wait_for_selector(".maps .cell")
+    page.wait_for_selector(".gazed button:has-text('Play')")  # it has played to its end
+    assert page.locator(".scanpath circle").count() == 6
+    slider = page.get_by_label("Time in ms")
+    slider.fill("700")
+    assert page.locator(".scanpath circle").count() == 3
+    assert page.locator(".scanpath circle.present").count() == 1
+    page.get_by_label("Trial").select_option(index=1)
+    assert page.locator(".scanpath circle").count() == 2
+    before = page.locator(".maps td.value").first.inner_text()
+    page.locator('.maps .cell[data-layer="0"][data-head="0"]').click()
+    assert "layer 0, head 0" in page.locator(".maps h3").inner_text()
+    assert page.locator(".maps td.value").first.inner_text() != before
+    page.get_by_label("Trial").select_option(index=0)
+    shot(page, "gaze")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):

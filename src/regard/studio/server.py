@@ -35,6 +35,7 @@ with needs("the studio", "studio"):
 from . import steps as stepping
 from .circuit import Contrasted, Example, circuit, example
 from .explained import Asked, explain, fitting
+from .gazed import Gazed, gazed
 from .jobs import PLAIN, Busy, Job, Jobs, plainly
 from .work import Change, Desk, Given
 
@@ -81,7 +82,7 @@ class Guard:
         refused = self._refused(request)
         if refused is not None:
             return await refused(scope, receive, sent)
-        most = LARGEST_UPLOAD if request.url.path == "/api/uploads" else LARGEST_REQUEST
+        most = LARGEST_UPLOAD if request.url.path in ("/api/uploads", "/api/files") else LARGEST_REQUEST
         told = request.headers.get("content-length", "0")
         if not told.isdecimal() or int(told) > most:
             return await _too_large(most)(scope, receive, sent)
@@ -171,6 +172,10 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         data = await request.body()
         return await anyio.to_thread.run_sync(desk.upload, data)
 
+    @api.post("/api/files")
+    async def keep(request: Request) -> dict[str, str]:
+        return {"id": desk.keep(await request.body())}
+
     @api.get("/api/recordings")
     def recordings() -> list[dict[str, Any]]:
         return desk.listed()
@@ -221,6 +226,10 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     @api.post("/api/jobs/circuit")
     def patch(asked: Contrasted) -> dict[str, str]:
         return added(asked.model, lambda job: circuit(job, desk.model(asked.model), asked))
+
+    @api.post("/api/jobs/gaze")
+    def fixations(asked: Gazed) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: gazed(desk, job, asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

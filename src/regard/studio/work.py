@@ -190,6 +190,17 @@ class Desk:
         told = {"seconds": round(held.seconds, 2)} if sound else {"width": held.width, "height": held.height}
         return {"id": key, "kind": "sound" if sound else "picture", **told}
 
+    def keep(self, data: bytes) -> str:
+        """A file that is read later."""
+        key = secrets.token_hex(8)
+        self._uploads.keep(key, (None, data))
+        return key
+
+    def file(self, key: str) -> bytes:
+        if key not in self._uploads:
+            raise InputError("the file is no longer here; choose it again")
+        return self._uploads[key][1]
+
     def takes(self, job: Job, name: str) -> None:
         """Tell what a model takes and gives."""
         job.tell("progress", what=f"loading {name}")

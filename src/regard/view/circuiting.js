@@ -23,7 +23,7 @@ function grid(data, values, words) {
   const draw = () => view.show({ values: values.map((row) => row.map((x) => x ?? NaN)), scale, words, layer: -1, head: -1 });
   draw();
   say(null);
-  const key = make("div", {}, legend(scale, percent, "Of the difference between the prompts, how much the corrupted output of this head makes by itself."));
+  const key = make("div", {}, legend(scale, percentOf, "Of the difference between the prompts, how much the corrupted output of this head makes by itself."));
   return { element: make("div", {}, readout, box, key), redraw() { draw(); } };
 }
 
@@ -58,7 +58,7 @@ export function circuiting(model, ask) {
   const fields = { clean: area("Clean prompt"), corrupted: area("Corrupted prompt"),
     answer: make("input", { "aria-label": "Answer" }), wrong: make("input", { "aria-label": "Wrong answer" }) };
   const heads = make("input", { type: "number", min: "1", max: "24", value: "8", "aria-label": "Heads in the circuit" });
-  const box = make("div", { class: "stacked" });
+  const box = make("div", { class: "found-grid" });
   let shown = [], seed = 0, task = TASKS[0];
   const sample = make("button", { type: "button", class: "quiet-button", onclick: async () => {
     await ask("/api/jobs/example", { model: model(), task, seed: seed++ }, (name, what) => {
@@ -70,7 +70,7 @@ export function circuiting(model, ask) {
     shown = [];
     let words = null;
     const put = (title, note, ...what) => {
-      const made = panel("found", title, note ? make("p", { class: "lead" }, note) : null, ...what);
+      const made = panel(what.some((part) => part.querySelector(".worded, .graph, .said")) ? "found wide" : "found", title, note ? make("p", { class: "lead" }, note) : null, ...what);
       box.append(made.element);
     };
     const kept = (one) => { shown.push(one); return one.element; };

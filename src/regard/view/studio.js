@@ -7,6 +7,7 @@ import { differences, paired } from "./differences.js";
 import { choice, make, menu, panel } from "./dom.js";
 import { explaining } from "./explaining.js";
 import { explore } from "./explore.js";
+import { gazing } from "./gazing.js";
 import { papers } from "./papers.js";
 import { Places } from "./places.js";
 import { Recording } from "./recording.js";
@@ -305,7 +306,9 @@ const explainStatus = statusOf(explainer);
 const circuits = circuiting(() => model.name, (...what) => does(circuitStatus, ...what)), circuitStatus = statusOf(circuits);
 byId("explain-tab").append(explainer.element);
 byId("circuits-tab").append(circuits.element);
-const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", compare: "Compare", papers: "Papers" };
+const gaze = gazing(() => base, (...what) => does(gazeStatus, ...what)), gazeStatus = statusOf(gaze);
+byId("gaze-tab").append(gaze.element);
+const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", "gaze-tab": "Gaze", compare: "Compare", papers: "Papers" };
 const opens = {
   papers: () => { if (!byId("papers").childElementCount) papers(byId("papers")); },
   compare,
@@ -318,7 +321,7 @@ const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, la
 });
 byId("tabs").append(tabs.element);
 
-themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); circuits.redraw(); });
+themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); circuits.redraw(); gaze.redraw(); });
 turnsBox.before(addTurnButton);
 addTurnButton.hidden = true;
 const [{ models, start }, forms] = await Promise.all(["models", "interventions"].map((of) => get(`/api/${of}`)));
