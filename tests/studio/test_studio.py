@@ -438,6 +438,27 @@ def test_fixations_beside_maps_are_scored_as_the_library_does(client, desk, pict
     assert (name, "line 2" in what["why"], "/tmp" in what["why"]) == ("failed", True, False)
 
 
+def test_edits_by_hand_change_the_vote_as_the_arithmetic_says(client):
+    def edited(**body) -> dict:
+        return dict(told(client, "/api/jobs/edit", {"item": 3, **body}))["edited"]
+
+    plain, mask = edited(), [9, 10, 17]
+    assert plain["votes"][0] == plain["votes"][1]  # correspondences that are given are those that are found
+    near = plain["neighbours"][0]
+    place = (near["own"][9] + 27) % 64
+    after = edited(mask=mask, moved=[[0, 9, place]])
+    assert after["votes"][0] == plain["votes"][0]
+    assert sum(after["votes"][1]) == after["voters"]
+    one, other = (of["neighbours"][0]["similarity"] for of in (plain, after))
+    assert [i for i in range(64) if abs(one[i] - other[i]) > 1e-4] == [9]
+    assert other[9] < one[9]
+    for of in after["neighbours"]:
+        assert of["score"] == pytest.approx(sum(of["similarity"][i] for i in mask) / 64, abs=1e-4)
+    most = max(range(4), key=lambda i: (after["votes"][1][i], -i))
+    assert after["answers"][1] == after["names"][most]
+    assert client.post("/api/jobs/edit", json={"mask": [64]}).status_code == 422
+
+
 # Forms and papers.
 
 

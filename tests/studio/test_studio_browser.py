@@ -331,6 +331,40 @@ def test_fixations_are_drawn_in_time_beside_the_models_map(visit, tmp_path):
     shot(page, "gaze")
 
 
+def test_correspondences_are_edited_by_hand(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    open_tab(page, "By hand")
+    page.wait_for_selector(".by-hand .tie")
+    box = page.locator(".by-hand").bounding_box()
+    assert page.locator(".by-hand path").count() == 5
+
+    def at(column: float, row: float, right: bool = False) -> tuple[float, float]:
+        unit = box["width"] / 224
+        return box["x"] + unit * (124 * right + 12.5 * (column + 0.5)), box["y"] + unit * 12.5 * (row + 0.5)
+
+    before = page.locator(".by-hand-card .share-of").first.inner_text()
+    page.mouse.move(*at(3, 3))
+    page.mouse.down()
+    page.mouse.move(*at(6, 1, right=True), steps=4)
+    page.mouse.up()
+    page.wait_for_selector(".by-hand path.edited")
+    page.mouse.click(*at(2, 2))  # now it alone counts
+    page.wait_for_selector("text=1 patches count")
+    page.wait_for_selector(".by-hand-card .working:has-text('Took')")
+    assert page.locator(".by-hand-card .share-of").first.inner_text() != before
+    page.locator(".by-hand").focus()
+    for key in ("ArrowRight", "Space"):
+        page.keyboard.press(key)
+    page.wait_for_selector("text=2 patches count")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.locator(".by-hand path.edited").nth(1).wait_for()
+    shot(page, "by-hand")
+    page.get_by_role("button", name="Undo the edits").click()
+    page.wait_for_selector(".by-hand path.edited", state="detached")
+
+
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):
     """From the click on a head to the new answer, on a text of 130 tokens: printed, not asserted."""
     page = visit()

@@ -33,6 +33,7 @@ with needs("the studio", "studio"):
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from . import steps as stepping
+from .byhand import Edited, edit
 from .circuit import Contrasted, Example, circuit, example
 from .explained import Asked, explain, fitting
 from .gazed import Gazed, gazed
@@ -230,6 +231,10 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     @api.post("/api/jobs/gaze")
     def fixations(asked: Gazed) -> dict[str, str]:
         return added(desk.card(asked.recording)["model"], lambda job: gazed(desk, job, asked))
+
+    @api.post("/api/jobs/edit")
+    def by_hand(asked: Edited) -> dict[str, str]:
+        return added("viewer by hand", lambda job: edit(job, asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 // Elements and words. Nothing here or elsewhere in these modules parses text as markup: strings become text nodes.
 
 const SVG = "http://www.w3.org/2000/svg";
-const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "text"]);
+const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "text", "image"]);
 
 export function make(tag, attributes = {}, ...children) {
   const element = SVG_TAGS.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);

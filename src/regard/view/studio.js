@@ -1,6 +1,7 @@
 // The studio: what a model is given, what it does with it in the report's views, and what changes when one changes it.
 
 import { bars, parting, pictures, texts } from "./answers.js";
+import { editing } from "./byhand.js";
 import { changing } from "./changing.js";
 import { circuiting } from "./circuiting.js";
 import { differences, paired } from "./differences.js";
@@ -308,10 +309,13 @@ byId("explain-tab").append(explainer.element);
 byId("circuits-tab").append(circuits.element);
 const gaze = gazing(() => base, (...what) => does(gazeStatus, ...what)), gazeStatus = statusOf(gaze);
 byId("gaze-tab").append(gaze.element);
-const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", "gaze-tab": "Gaze", compare: "Compare", papers: "Papers" };
+const hand = editing((...what) => does(handStatus, ...what)), handStatus = statusOf(hand);
+byId("hand-tab").append(hand.element);
+const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", "gaze-tab": "Gaze", "hand-tab": "By hand", compare: "Compare", papers: "Papers" };
 const opens = {
   papers: () => { if (!byId("papers").childElementCount) papers(byId("papers")); },
   compare,
+  "hand-tab": () => hand.open(),
   "explain-tab": () => explainer.open(base),
 };
 const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, label]) => ({ value, label })), "studio", (value) => {
