@@ -17,7 +17,7 @@ import regard
 from regard.cli import app
 from regard.cli import explain as explaining
 from regard.cli import painted as painting
-from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _given, _page, _quarters
+from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _page, _quarters, as_given
 from regard.data.scenes import Object, Scene, render
 from regard.evaluation.cross_attention_saliency import cross_attention_saliency
 
@@ -95,7 +95,7 @@ def test_words_are_joined(tmp_path):
     assert "'unbelievable'" not in pieces.output
 
 
-def test_patches_are_shown_on_the_picture_that_the_model_is_given(tmp_path, scene):
+def test_patches_are_shown_on_the_picture_that_the_model_isas_given(tmp_path, scene):
     out = tmp_path / "page.html"
     done = run("describer", "-i", scene, "-m", "gradient_x_input", "-o", out)
     assert done.exit_code == 0, done.output
@@ -107,7 +107,7 @@ def test_patches_are_shown_on_the_picture_that_the_model_is_given(tmp_path, scen
         model, processor = regard.load("describer")
         wide = image.resize((256, 128))
         inputs = dict(processor(text="<image> what ?", images=wide, return_tensors="pt"))
-        shown = _given(wide, inputs, processor)
+        shown = as_given(wide, inputs, processor)
     assert shown.size == tuple(inputs["pixel_values"].shape[:1:-1])
 
 
@@ -153,7 +153,7 @@ def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path):
     assert "[UNK]:" not in run("namer", "-t", "the", "-m", "gradient_x_input", "-o", out).output
 
 
-def test_words_in_a_picture_that_is_painted_or_given(tmp_path, scene):
+def test_words_in_a_picture_that_is_painted_oras_given(tmp_path, scene):
     """The picture on the page is the one that the method read: painted from the same noise."""
     out = tmp_path / "a.html"
     done = run("painter", "-t", "a red circle and a blue star", "-m", "stable-semantics", "-o", out)

@@ -8,6 +8,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,12 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 import regard
+from regard.circuits._patching import Contrast
+from regard.cli import circuits
+from regard.data import prompts
+from regard.evaluation.faithfulness import deletion_error
+from regard.gaze.compare_pictures import enlarged_map, model_maps
+from regard.gaze.nss import nss
 from regard.interventions import scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
@@ -311,8 +318,8 @@ def test_as_python_gives_the_same_numbers(client, desk, looked, asked):
     for bar in page["bars"]:
         assert float(made["shares"][bar["id"]]) == pytest.approx(bar["share"], rel=1e-5, abs=1e-7)
     answer = named["answer"]
-    assert "".join(run["after"] for run in answer["texts"]).split() == made["said"].split()
-    assert any(row["before"] != pytest.approx(row["after"], rel=1e-4) for row in answer["bars"])
+    assert "".join(words for words, _ in answer["said"]["after"]).split() == made["said"].split()
+    assert any(before != pytest.approx(after, rel=1e-4) for _, before, after in answer["step"]["rows"])
 
 
 def test_a_change_of_nothing_is_refused(client, looked):
@@ -331,7 +338,8 @@ def test_the_painter_paints_both(client):
     header = client.get(f"/api/recordings/{change['recording']}").json()
     change["steps"][0]["stack"] = header["stacks"][0]["name"]
     answer = dict(told(client, "/api/jobs/change", change))["answer"]
-    assert answer["pictures"]["change"] > 0
+    (view,) = answer["views"]
+    assert view["after"]["source"] not in (view["before"]["source"], view["apart"]["source"])
 
 
 def test_pictures_and_classes(client, picture):
@@ -352,10 +360,103 @@ def test_two_methods_explain_side_by_side(client, desk, looked):
     model, tokenizer = desk.model("reader")
     inputs = tokenizer(TEXT, return_tensors="pt")
     wanted = regard.attribute(model, inputs, method="gradient_x_input", processor=tokenizer)[0]
-    assert scores[0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
-    assert scores[0]["words"] == wanted.text.values.tolist()
+    (part,) = scores[0]["parts"]
+    assert part["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert part["words"] == wanted.text.values.tolist()
+    curves = [what for name, what in events if name == "curves"]
+    assert [one["method"] for one in curves] == asked["methods"]
+    batched = regard.attribute(model, inputs, method="gradient_x_input")
+    assert curves[0]["deletion_error"] == pytest.approx(float(deletion_error(model, inputs, batched)[0]), rel=1e-4)
+    assert len(curves[0]["moved_insertion_score"]) > 1
     wrong = {"recording": looked, "methods": ["nothing_like_it"]}
     assert told(client, "/api/jobs/explain", wrong)[-1][0] == "failed"
+
+
+def test_a_generated_token_is_explained_by_what_stood_before_it(client, desk, looked):
+    asked = {"recording": looked, "methods": ["gradient_x_input"], "word": 2}
+    events = told(client, "/api/jobs/explain", asked)
+    scores = next(what for name, what in events if name == "scores")
+    model, tokenizer = desk.model("reader")
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    end = inputs["input_ids"].shape[1] + 2
+    wanted = regard.attribute(model, {"input_ids": ids[:, :end]}, int(ids[0, end]), method="gradient_x_input")[0]
+    assert scores["parts"][0]["values"] == pytest.approx(wanted.values.tolist(), rel=1e-4, abs=1e-6)
+    assert told(client, "/api/jobs/explain", {**asked, "word": 99})[-1][0] == "failed"
+
+
+def test_which_methods_fit_is_found_by_asking(client, looked):
+    events = dict(told(client, "/api/jobs/methods", {"recording": looked}))["methods"]
+    assert {"integrated_gradients", "rollout"} <= set(events["fits"])
+    assert "ReLU" in events["others"]["guided_grad_cam"]
+    assert "paint" in events["others"]["refam"]
+
+
+def test_a_circuit_is_that_of_the_command(client, desk):
+    """As `regard circuits` has it of one prompt."""
+    line = dict(told(client, "/api/jobs/example", {"model": "reader", "task": "induction"}))["example"]
+    events = told(client, "/api/jobs/circuit", {"model": "reader", "heads": 3, **line})
+    named = dict(events)
+    assert events[-1][0] == "done", events[-1]
+    assert [name for name, _ in events if name not in ("queued", "progress", "done")] == [
+        "contrast", "heads", "patching", "faithfulness", "paths",
+    ]  # fmt: skip
+    model, tokenizer = desk.model("reader")
+    put = prompts.stacked([circuits.encoded(line, tokenizer)], tokenizer)
+    contrast = Contrast(model, put.inputs, put.corrupted, put.difference, stack="language_model")
+    table = contrast.by_head().transpose("layer", "head").values
+    np.testing.assert_allclose(np.array(named["heads"]["effect"], float), table, rtol=1e-4, atol=1e-5)
+    best = np.unravel_index(np.argsort(-abs(table), axis=None)[:3], table.shape)
+    assert named["paths"]["nodes"] == [[int(layer), int(head)] for layer, head in zip(*best)]
+    assert named["faithfulness"]["ours"][-1] == pytest.approx(1)
+    name, what = told(client, "/api/jobs/circuit", {"model": "reader", **line, "corrupted": "Another one"})[-1]
+    assert (name, "tokens" in what["why"]) == ("failed", True)
+
+
+def test_fixations_beside_maps_are_scored_as_the_library_does(client, desk, picture):
+    sent = client.post("/api/uploads", content=picture.read_bytes()).json()
+    looked_at = dict(told(client, "/api/jobs/look", {"model": "viewer", "upload": sent["id"]}))["saved"]["id"]
+    spots = [(0.3, 0.4), (0.5, 0.5), (0.6, 0.2), (2.0, 0.5)]
+    wide, high = sent["width"], sent["height"]
+    lines = ["subject,x,y,duration", *(f"ann,{x * wide},{y * high},{100 + i}" for i, (x, y) in enumerate(spots))]
+    file = client.post("/api/files", content="\n".join(lines).encode()).json()["id"]
+    asked = {"recording": looked_at, "upload": file}
+    named = dict(told(client, "/api/jobs/gaze", asked))
+    (trial,) = named["gaze"]["trials"]
+    np.testing.assert_allclose(trial["places"], spots, atol=1e-6)
+    assert (trial["starts"], named["gaze"]["beside"]) == ([0, 100, 201, 303], 1)
+    model, processor = desk.model("viewer")
+    maps = model_maps(model, processor, Image.open(picture).convert("RGB"), {})
+    path = regard.gaze.Scanpath(np.array(spots[:3]) * 64, (64, 64))
+    wanted = nss(enlarged_map(maps["rollout"]), path)
+    found = {str(one["name"]): one["scores"] for one in named["maps"]["maps"]}
+    assert found["rollout"]["nss"] == pytest.approx(wanted, rel=1e-3)
+    assert named["maps"]["heads"][1][0] == found["[1, 0]"]["nss"]
+    broken = client.post("/api/files", content=b"subject,x,y\nann,1,two\n").json()["id"]
+    name, what = told(client, "/api/jobs/gaze", {**asked, "upload": broken})[-1]
+    assert (name, "line 2" in what["why"], "/tmp" in what["why"]) == ("failed", True, False)
+
+
+def test_edits_by_hand_change_the_vote_as_the_arithmetic_says(client):
+    def edited(**body) -> dict:
+        return dict(told(client, "/api/jobs/edit", {"item": 3, **body}))["edited"]
+
+    plain, mask = edited(), [9, 10, 17]
+    assert plain["votes"][0] == plain["votes"][1]  # correspondences that are given are those that are found
+    near = plain["neighbours"][0]
+    place = (near["own"][9] + 27) % 64
+    after = edited(mask=mask, moved=[[0, 9, place]])
+    assert after["votes"][0] == plain["votes"][0]
+    assert sum(after["votes"][1]) == after["voters"]
+    one, other = (of["neighbours"][0]["similarity"] for of in (plain, after))
+    assert [i for i in range(64) if abs(one[i] - other[i]) > 1e-4] == [9]
+    assert other[9] < one[9]
+    for of in after["neighbours"]:
+        assert of["score"] == pytest.approx(sum(of["similarity"][i] for i in mask) / 64, abs=1e-4)
+    most = max(range(4), key=lambda i: (after["votes"][1][i], -i))
+    assert after["answers"][1] == after["names"][most]
+    assert client.post("/api/jobs/edit", json={"mask": [64]}).status_code == 422
 
 
 # Forms and papers.

@@ -69,6 +69,9 @@ def visit(browser, studio):
         page = one.new_page()
         page.set_default_timeout(30_000)
         page.on("console", lambda message: said.append(message.text))
+        page.on(
+            "response", lambda answer: said.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
+        )
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(f"{studio}/?token={TOKEN}")
@@ -96,6 +99,22 @@ def look(page, text: str | None = PROMPT, generate: int = 8) -> None:
     page.wait_for_selector("#look:enabled")
 
 
+def pick_model(page, name: str, kind: str) -> None:
+    page.locator(".look .menu select").first.select_option(name)
+    page.wait_for_selector(f"text={kind}")
+
+
+def look_at_a_square(page, folder) -> None:
+    pick_model(page, "viewer", "ViTForImageClassification")
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("blue", (10, 10, 40, 40))
+    image.save(folder / "square.png")
+    page.get_by_label("Picture or sound").set_input_files(folder / "square.png")
+    page.wait_for_selector("text=64 × 64 pixels")
+    page.locator("#look").click()
+    page.wait_for_selector("#changing:not([hidden])")
+
+
 def mute(page, layer: int, head: int) -> None:
     page.locator(f'.change .cell[data-layer="{layer}"][data-head="{head}"]').click()
 
@@ -104,7 +123,7 @@ def test_a_head_is_muted_and_the_answer_changes(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
     look(page)
     assert page.locator("#views .token").count() > 10
-    assert page.locator(".said .answer").inner_text().strip()
+    assert page.locator(".gives .said").inner_text().strip()
     shot(page, "look")
     mute(page, 3, 5)
     page.wait_for_selector(".differences .cell")
@@ -206,8 +225,7 @@ def test_two_recordings_are_compared(visit):
 
 def test_a_picture_is_asked_about(visit, tmp_path):
     page = visit(viewport={"width": 1360, "height": 1000})
-    page.locator(".look .menu select").first.select_option("describer")
-    page.wait_for_selector("text=LlavaForConditionalGeneration")
+    pick_model(page, "describer", "LlavaForConditionalGeneration")
     image = Image.new("RGB", (64, 64), "white")
     image.paste("red", (10, 10, 40, 40))
     image.save(tmp_path / "square.png")
@@ -220,13 +238,131 @@ def test_a_picture_is_asked_about(visit, tmp_path):
     shot(page, "picture")
 
 
-def test_two_methods_explain_a_token(visit):
+def open_tab(page, name: str) -> None:
+    page.get_by_role("group", name="Parts of the studio").get_by_role("button", name=name, exact=True).click()
+
+
+def test_two_methods_explain_a_generated_token_beside_random_maps(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
-    look(page, generate=1)
-    page.get_by_role("button", name="Explain").click()
-    page.locator(".explain .scored").nth(1).wait_for()
-    assert page.locator(".explain .scored span[style]").count()
+    look(page, generate=3)
+    open_tab(page, "Explain")
+    page.wait_for_selector("#explain:enabled")
+    methods = page.locator("#explain-tab .menu select").first.locator("option").all_inner_texts()
+    assert {"rollout", "grad cam"} <= set(methods)
+    assert "guided grad cam" not in methods  # there is no ReLU
+    page.locator(".word-choice button").nth(1).click()
+    word = page.locator(".word-choice button").nth(1).inner_text().replace("·", " ")
+    page.locator("#explain").click()
+    page.wait_for_selector(".explained:nth-child(2) .curves")
+    heads = page.locator(".explained h3").all_inner_texts()
+    assert [head.partition(":")[0] for head in heads] == ["integrated gradients", "gradient x input"]
+    assert all(repr(word) in head for head in heads)
+    assert page.locator(".explained .scored span[style]").count() >= 2
+    assert page.locator(".chart .curve").count() == 8
+    assert len({path.get_attribute("d") for path in page.locator(".chart .curve").all()}) == 8
     shot(page, "explain")
+
+
+def test_a_class_is_explained_over_the_picture(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000}, color_scheme="dark")
+    look_at_a_square(page, tmp_path)
+    open_tab(page, "Explain")
+    page.wait_for_selector("#explain:enabled")
+    page.locator(".word-choice select").select_option(index=3)  # another class
+    wanted = page.locator(".word-choice select").locator("option").nth(3).inner_text()
+    page.locator("#explain-tab .menu select").nth(1).select_option("grad cam")
+    page.locator("#explain").click()
+    page.wait_for_selector(".explained:nth-child(2) .curves")
+    assert page.locator(".score-map img").count() == 2
+    assert all(f": {wanted} (" in head for head in page.locator(".explained h3").all_inner_texts())
+    shot(page, "explain-picture")
+
+
+def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    open_tab(page, "Circuits")
+    page.get_by_role("button", name="An example").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    page.get_by_label("Heads in the circuit").fill("4")
+    page.locator("#circuit").click()
+    page.wait_for_selector(".graph")
+    assert page.locator(".found h2").count() == 5
+    rows = page.locator(".atlas.worded .atlas-row").count() - 1
+    assert rows == 4
+    assert page.locator(".graph g").count() == 5
+    assert page.locator(".graph .edge").count() >= 1
+    assert re.search(r"\d%", page.locator(".found .readout").first.inner_text())
+    shot(page, "circuits")
+
+
+def test_a_circuit_is_stopped(visit):
+    page = visit()
+    open_tab(page, "Circuits")
+    page.get_by_role("button", name="An example").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    page.get_by_label("Heads in the circuit").fill("24")
+    page.locator("#circuit").click()
+    page.locator("#circuits-tab .working").get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#circuits-tab .working:has-text('Stopped')")
+
+
+def test_fixations_are_drawn_in_time_beside_the_models_map(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    look_at_a_square(page, tmp_path)
+    open_tab(page, "Gaze")
+    rows = [("ann", 20 + 2 * i, 22 + (i % 3), 300) for i in range(6)] + [("bob", 12, 50, 200), ("bob", 30, 30, 500)]
+    lines = ["subject,stimulus,x,y,duration", *(f"{who},square,{x},{y},{ms}" for who, x, y, ms in rows)]
+    (tmp_path / "fixations.csv").write_text("\n".join(lines))
+    page.get_by_label("File of fixations").set_input_files(tmp_path / "fixations.csv")
+    page.wait_for_selector(".maps .cell")
+    page.wait_for_selector(".gazed button:has-text('Play')")  # it has played to its end
+    assert page.locator(".scanpath circle").count() == 6
+    slider = page.get_by_label("Time in ms")
+    slider.fill("700")
+    assert page.locator(".scanpath circle").count() == 3
+    assert page.locator(".scanpath circle.present").count() == 1
+    page.get_by_label("Trial").select_option(index=1)
+    assert page.locator(".scanpath circle").count() == 2
+    before = page.locator(".maps td.value").first.inner_text()
+    page.locator('.maps .cell[data-layer="0"][data-head="0"]').click()
+    assert "layer 0, head 0" in page.locator(".maps h3").inner_text()
+    assert page.locator(".maps td.value").first.inner_text() != before
+    page.get_by_label("Trial").select_option(index=0)
+    shot(page, "gaze")
+
+
+def test_correspondences_are_edited_by_hand(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    open_tab(page, "By hand")
+    page.wait_for_selector(".by-hand .tie")
+    box = page.locator(".by-hand").bounding_box()
+    assert page.locator(".by-hand path").count() == 5
+
+    def at(column: float, row: float, right: bool = False) -> tuple[float, float]:
+        unit = box["width"] / 224
+        return box["x"] + unit * (124 * right + 12.5 * (column + 0.5)), box["y"] + unit * 12.5 * (row + 0.5)
+
+    before = page.locator(".by-hand-card .share-of").first.inner_text()
+    page.mouse.move(*at(3, 3))
+    page.mouse.down()
+    page.mouse.move(*at(6, 1, right=True), steps=4)
+    page.mouse.up()
+    page.wait_for_selector(".by-hand path.edited")
+    page.mouse.click(*at(2, 2))  # now it alone counts
+    page.wait_for_selector("text=1 patches count")
+    page.wait_for_selector(".by-hand-card .working:has-text('Took')")
+    assert page.locator(".by-hand-card .share-of").first.inner_text() != before
+    page.locator(".by-hand").focus()
+    for key in ("ArrowRight", "Space"):
+        page.keyboard.press(key)
+    page.wait_for_selector("text=2 patches count")
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.locator(".by-hand path.edited").nth(1).wait_for()
+    shot(page, "by-hand")
+    page.get_by_role("button", name="Undo the edits").click()
+    page.wait_for_selector(".by-hand path.edited", state="detached")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):

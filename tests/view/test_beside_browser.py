@@ -66,7 +66,7 @@ def test_texts_stand_beside_each_other_with_what_differs_marked(visit, seeing):
     assert marks
     kept = [" ".join(re.sub(r"<mark>.*?</mark>", "", one.inner_html()).split()) for one in (before, after)]
     assert kept[0] == kept[1]
-    boxes = [one.bounding_box() for one in (page.locator(".views-card"), page.locator(".texts"))]
+    boxes = [one.bounding_box() for one in (page.locator(".pictured"), page.locator(".texts"))]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]  # one picture leaves room beside it
     assert page.locator(".views img").count() == 1
 
@@ -77,7 +77,7 @@ def test_bars_are_as_long_as_the_probabilities(visit, seeing):
     assert step["changed"]
     assert all(max(row[1:]) >= 0.005 for row in step["rows"][3:])
     most = max(max(row[1:]) for row in step["rows"])
-    frame = page.locator(".bars .pair-of").first.bounding_box()["width"]
+    frame = page.locator(".bars tbody .track").first.bounding_box()["width"]
     for i, (_, *shares) in enumerate(step["rows"]):
         for side, share in zip(("before", "after"), shares):
             wide = page.locator(f".bars i.{side}").nth(i).bounding_box()["width"]
@@ -99,7 +99,7 @@ def test_heads_are_those_that_were_recorded_and_what_is_chosen_is_told(visit, se
     page.locator(".changed select").select_option(index=wanted)
     page.locator(".atlas").nth(2).locator('.cell[data-layer="3"][data-head="1"]').click()
     a, b = (variables[wanted][way][3][1] for way in ("before", "after"))
-    told = page.locator(".changed > .readout").text_content()
+    told = page.locator(".changed .readout").text_content()
     numbers = [float(x.replace("−", "-")) for x in re.findall(r"[-+−]?\d*\.\d+(?:e-?\d+)?", told)]
     assert numbers[:2] == pytest.approx([a, b], rel=0.01)
     assert numbers[2] == pytest.approx(b - a, rel=0.1, abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -68,19 +69,34 @@ class Step(NamedTuple):
 Heads = Mapping[str, xr.Dataset]  # stack -> statistics of each layer and head
 
 
-def pieces(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts in pieces of words, and whether a piece stands in the one alone.
+Pieces = list[tuple[str, bool]]
+
+
+def pieces(before: str, after: str) -> tuple[Pieces, Pieces]:
+    """Both texts in pieces, and whether the words of a piece stand in the one alone.
 
     >>> pieces("a red ring", "a blue ring")[1]
-    [('a', False), ('blue', True), ('ring', False)]
+    [('a ', False), ('blue', True), (' ring', False)]
     """
-    a, b = before.split(), after.split()
+    a, b = (re.findall(r"(\s*)(\S+)", text) for text in (before, after))  # blanks, and the word after them
     left, right = [], []
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    same = difflib.SequenceMatcher(None, [word for _, word in a], [word for _, word in b], autojunk=False)
+    for kind, i, j, k, n in same.get_opcodes():
         for found, words in ((left, a[i:j]), (right, b[k:n])):
+            text = "".join(blank + word for blank, word in words)
+            if words and kind != "equal" and words[0][0]:  # marks begin with a word
+                _add(found, words[0][0], False)
+                text = text[len(words[0][0]) :]
             if words:
-                found.append((" ".join(words), kind != "equal"))
+                _add(found, text, kind != "equal")
     return left, right
+
+
+def _add(found: Pieces, text: str, own: bool) -> None:
+    if found and found[-1][1] == own:
+        found[-1] = (found[-1][0] + text, own)
+    else:
+        found.append((text, own))
 
 
 def step(before: Said, after: Said, processor: Any) -> Step:
@@ -163,7 +179,9 @@ def _stacks(ways: Sequence[Heads]) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(view: View) -> dict[str, Any]:
+def shown(view: View) -> dict[str, Any]:
+    """A view for the page: pictures as data addresses, small ones drawn larger, and where they differ."""
+
     def large(image: Image.Image) -> Image.Image:
         times = max(1, LARGE // max(image.size))
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
@@ -194,24 +212,27 @@ def write(
     said: both texts. heads: of both ways, on the same tokens; none where the methods leave attention as it is.
     """
     first = step(*said, processor) if said and min(len(one.ids) for one in said) else None
-    page = Standalone("beside.html", "report.css", "beside.css", script="beside.js")
+    page = Standalone("beside.html", "report.css", "answers.css", "beside.css", script="beside.js")
     named = [
         " ".join([method, *(f"{knob}={value}" for knob, value in knobs.items())])
         for method, knobs in about.methods.items()
     ]
-    header = {"step": first and first._asdict(), "stacks": _stacks(heads)}
+    header = {
+        "paints": said is None,
+        "asked": asked,
+        "views": [shown(view) for view in pictures],
+        "said": said and dict(zip(("before", "after"), pieces(*(one.text for one in said)))),
+        "step": first and first._asdict(),
+        "stacks": _stacks(heads),
+    }
     html = page.html(
         header,
         title=f"{about.model} under {' and '.join(about.methods)}",
         model=about.model,
         methods=named,
         kind=about.kind,
-        asked=asked,
         facts=list(facts),
-        texts=said and list(zip(("before", "after"), pieces(*(one.text for one in said)))),
-        same=said is not None and said[0].text == said[1].text,
         paints=said is None,
-        pictures=[_shown(view) for view in pictures],
         versions=[f"{package} {version(package)}" for package in ("regard", "transformers", "torch")],
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def scores(model: nn.Module, asked: Asked, method: str) -> xr.DataArray:
 
 def asked_of(task: str, loaded: Loaded, name: str, *, n: int, seed: int) -> tuple[Asked, list[str]]:
     """Prompts of a task, or of a JSONL file, and what was left out of them."""
-    tokenizer, notes = _reads(loaded, name), []
+    tokenizer, notes = reads(loaded, name), []
     if task in TASKS:
         kept: list[Encoded] = []
         tried, problem = 0, ""
@@ -110,7 +110,7 @@ def asked_of(task: str, loaded: Loaded, name: str, *, n: int, seed: int) -> tupl
     lines = _lines(path)
     if any(key in line for _, line in lines for key in SEEN):
         return _pictured(lines, loaded, name, path), notes
-    return stacked([_encoded(*line, tokenizer, path) for line in lines], tokenizer), notes
+    return stacked([_read(*line, tokenizer, path) for line in lines], tokenizer), notes
 
 
 def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
@@ -133,17 +133,22 @@ def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     return found
 
 
-def _encoded(number: int, line: Mapping[str, Any], tokenizer: Any, path: Path) -> Encoded:
+def encoded(line: Mapping[str, Any], tokenizer: Any) -> Encoded:
+    """A clean and a corrupted text with the answer and a wrong one; ValueError where they do not go together."""
+    prompt = Prompt(
+        task="file",
+        words=(line["clean"],),
+        corrupted=(line["corrupted"],),
+        answers=(line["answer"],),
+        distractors=(line["wrong"],),
+        positions={"END": 0},
+    )
+    return encode(prompt, tokenizer)._replace(positions={})
+
+
+def _read(number: int, line: Mapping[str, Any], tokenizer: Any, path: Path) -> Encoded:
     try:
-        prompt = Prompt(
-            task="file",
-            words=(line["clean"],),
-            corrupted=(line["corrupted"],),
-            answers=(line["answer"],),
-            distractors=(line["wrong"],),
-            positions={"END": 0},
-        )
-        return encode(prompt, tokenizer)._replace(positions={})
+        return encoded(line, tokenizer)
     except ValueError as error:
         raise InputError(f"{path}, line {number}: {error}") from error
 
@@ -226,11 +231,11 @@ def run(
     order = [head for head in ranked(table) if head in set(contrast.heads)]
     circuit = order[: min(heads, len(order))]
     with console.status("measuring faithfulness"):
-        sizes, ours, random = _faithful(contrast, order, seed)
+        sizes, ours, random = faithful(contrast, order, seed)
     with console.status("patching heads by position"):
         where = _by_position(contrast, asked, circuit)
     with console.status("following paths"):
-        edges = _edges(contrast, circuit)
+        edges = edges_of(contrast, circuit)
 
     out.mkdir(parents=True, exist_ok=True)
     by = method or "patching"
@@ -268,7 +273,7 @@ def run(
     return _printed(told, table, contrast, circuit, sizes, ours, random, notes), [out / file for file in FILES]
 
 
-def _reads(loaded: Loaded, name: str) -> Any:
+def reads(loaded: Loaded, name: str) -> Any:
     """The tokenizer of a model that writes."""
     model: Any
     model, processor = loaded
@@ -280,7 +285,7 @@ def _reads(loaded: Loaded, name: str) -> Any:
     return tokenizer
 
 
-def _faithful(contrast: Contrast, order: Sequence[Head], seed: int) -> tuple[list[int], list[float], np.ndarray]:
+def faithful(contrast: Contrast, order: Sequence[Head], seed: int) -> tuple[list[int], list[float], np.ndarray]:
     """Sizes, how faithful the first so many heads are, and random ones. [size], [size], [size, draw]"""
     sizes = [size for size in (0, 1, 2, 4, 8, 16, 32, 64, 128) if size < len(order)] + [len(order)]
     rng = np.random.default_rng(seed)
@@ -309,7 +314,7 @@ def _by_position(contrast: Contrast, asked: Asked, circuit: Sequence[Head]) -> x
     return xr.DataArray(effects.numpy(), {"position": list(places)}, ("head", "position"))
 
 
-def _edges(contrast: Contrast, circuit: Sequence[Head]) -> list[drawn.Edge]:
+def edges_of(contrast: Contrast, circuit: Sequence[Head]) -> list[drawn.Edge]:
     """The paths within a circuit that carry a twentieth of the strongest or more."""
     found = []
     last = contrast.paths([Receiver(max(contrast.sites))], "residual", None, senders=circuit)

@@ -172,14 +172,14 @@ def explain(
             parts, inputs, told = [Part(*one) for one in of], {}, str(read[0])
         elif heard is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, name, heard, read != [None] or pictures != [None])
-            loud = _spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
+            loud = spectrogram(inputs["input_features"][0], inputs.get("attention_mask"))
             parts = _one(loaded, inputs, loud, written, partial(ask, words=words), chosen)
             parts = [part._replace(heading=part.heading.replace("picture", "sound")) for part in parts]
         elif pictures != [None] and hasattr(model, "get_text_features"):
             parts = _pair(loaded, read, pictures, words, ask, chosen)
         elif len(read) == len(pictures) == 1:
             inputs, _ = prepare(loaded, name, read[0], pictures[0], truncate, 0)
-            seen = _given(pictures[0], inputs, loaded.processor)
+            seen = as_given(pictures[0], inputs, loaded.processor)
             parts = _one(loaded, inputs, seen, written, partial(ask, words=words), chosen)
         else:
             parts = _compared(loaded, name, read, pictures, truncate, partial(ask, words=words), chosen)
@@ -262,14 +262,14 @@ def _one(
 ) -> list[Part]:
     """What a prediction of one input rests on, and, where a decoder has written something, on that."""
     if written is None:
-        return _parts(ask(inputs, **chosen), picture)
+        return shown_parts(ask(inputs, **chosen), picture)
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     with predict(loaded.model, inputs) as prediction:  # it begins as `generate` does
         begun = prediction.inputs["decoder_input_ids"]
     ids = tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"]
     inputs = {**inputs, "decoder_input_ids": torch.cat([begun, ids.to(begun)], 1)}
     own = ask(inputs, **chosen, over="decoder_input_ids")
-    return [*_parts(ask(inputs, **chosen), picture), Part("written", own)]
+    return [*shown_parts(ask(inputs, **chosen), picture), Part("written", own)]
 
 
 def _pair(
@@ -289,7 +289,7 @@ def _pair(
     inputs = dict(processor(text=list(texts), images=pictures[0], return_tensors="pt", padding=True))
     seen = ask(inputs, **chosen, over="pixel_values")
     read = ask(inputs, over="input_ids", words=words, sample=int(seen.target))
-    return [Part("words", read), *_parts(seen, _given(pictures[0], inputs, processor))]
+    return [Part("words", read), *shown_parts(seen, as_given(pictures[0], inputs, processor))]
 
 
 def _compared(
@@ -308,9 +308,9 @@ def _compared(
     both = [prepare(loaded, name, text, picture, truncate, 0)[0] for text, picture in each]
     parts = []
     for i, which in enumerate(("first", "second")):
-        picture = _given(pictures[i % len(pictures)], both[i], loaded.processor)
+        picture = as_given(pictures[i % len(pictures)], both[i], loaded.processor)
         scored = ask(both[i], beside=both[1 - i], which=f"{which} ")
-        parts += [part._replace(heading=f"{which} {part.heading}") for part in _parts(scored, picture)]
+        parts += [part._replace(heading=f"{which} {part.heading}") for part in shown_parts(scored, picture)]
     return parts
 
 
@@ -329,7 +329,7 @@ def named_target(loaded: Loaded, found: xr.DataArray, texts: Sequence[str | None
     return f"{named(int(found.target))}{instead}"
 
 
-def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
+def shown_parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
     """Words, and what is seen of the picture: pixels, or the patches that are among the words."""
     if found.dims == ("row", "column"):
         shown = found if picture is None else found[:, : picture.width]  # of a sound, what is not silence at its end
@@ -346,14 +346,14 @@ def _parts(found: xr.DataArray, picture: Image.Image | None) -> list[Part]:
     return parts
 
 
-def _given(picture: Image.Image | None, inputs: Mapping[str, Any], processor: Any) -> Image.Image | None:
+def as_given(picture: Image.Image | None, inputs: Mapping[str, Any], processor: Any) -> Image.Image | None:
     """The picture as the model is given it, cut and scaled, where that is a picture."""
     pixels = inputs.get("pixel_values")
     shown = drawn(processor, pixels) if picture is not None and getattr(pixels, "ndim", 0) == 4 else []
     return shown[0] if shown else picture
 
 
-def _spectrogram(features: Tensor, mask: Tensor | None) -> Image.Image:
+def spectrogram(features: Tensor, mask: Tensor | None) -> Image.Image:
     """A sound as the model takes it, dark where it is loud, without the silence that fills it up."""
     if mask is not None and mask.shape[1] == features.shape[1]:
         features = features[:, : int(mask[0].sum())]

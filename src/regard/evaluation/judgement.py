@@ -61,9 +61,40 @@ def judge(
     >>> bool((judged.deletion_error < judged.moved_deletion_error).mean() > 0.9)
     True
     """
+    found = curves(model, inputs, attribution, steps=steps, draws=draws, baseline=baseline, seed=seed)
+    ask = catalog.method("attribution", str(attribution.name)) if explain is None else explain
+    with predict(model, inputs, Question.of(attribution)) as prediction, torch.no_grad():
+        asked, question = prediction.inputs, prediction.question
+        size = float(prediction.given.square().mean().sqrt()) or 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a method says of models that have forgotten is no news
+        off = sensitivity_error(model, asked, ask, question, radius=radius * size, samples=samples, seed=seed)
+        alike = randomisation_error(model, asked, ask, question, stages=stages, seed=seed)
+    return found.assign({"sensitivity_error": ("batch", off), "alike": alike})
+
+
+def curves(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    attribution: xr.DataArray,
+    *,
+    steps: int = 20,
+    draws: int = 20,
+    baseline: Tensor | float = 0.0,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> xr.Dataset:
+    """The curves of `judge` alone, of a map and of the same scores elsewhere. tick: called before each map.
+
+    >>> import regard
+    >>> model, tokenizer = regard.load("namer")
+    >>> inputs = tokenizer("with a heavy heart , the sailor stood .", return_tensors="pt")
+    >>> found = curves(model, inputs, regard.attribute(model, inputs, method="attention_x_gradient"), steps=5, draws=2)
+    >>> dict(found.sizes)
+    {'batch': 1, 'share': 6, 'draw': 2}
+    """
     if steps < 1 or draws < 1:
         raise ValueError(f"steps={steps}, draws={draws}: one at least")
-    ask = catalog.method("attribution", str(attribution.name)) if explain is None else explain
     shares = np.linspace(0, 1, steps + 1)
     generator = torch.Generator().manual_seed(seed)
     with predict(model, inputs, Question.of(attribution)) as prediction, torch.no_grad():
@@ -74,23 +105,18 @@ def judge(
             )
         own = torch.from_numpy(np.ascontiguousarray(attribution.values)).double()
         maps = [own, *(_moved(prediction, own, generator) for _ in range(draws))]
-        curves = {
-            name: np.stack([curve(prediction, one, shares.tolist(), baseline, keep=keep) for one in maps])
-            for name, keep in (("deletion", False), ("insertion", True))
-        }
-        asked, question = prediction.inputs, prediction.question
-        size = float(prediction.given.square().mean().sqrt()) or 1.0
+        drawn: dict[str, list[Any]] = {"deletion": [], "insertion": []}
+        for one in maps:
+            tick()
+            for name, of in drawn.items():
+                of.append(curve(prediction, one, shares.tolist(), baseline, keep=name == "insertion"))
     found: dict[str, Any] = {}
-    for name, values in curves.items():  # [map, share, batch]
+    for name, of in drawn.items():
+        values = np.stack(of)  # [map, share, batch]
         area, kind = (values[:, 1:] + values[:, :-1]).mean(1) / 2, "error" if name == "deletion" else "score"
         found |= {name: (("batch", "share"), values[0].T), f"{name}_{kind}": ("batch", area[0])}
         found[f"moved_{name}"] = ("batch", "share"), values[1:].mean(0).T
         found[f"moved_{name}_{kind}"] = ("draw", "batch"), area[1:]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a method says of models that have forgotten is no news
-        off = sensitivity_error(model, asked, ask, question, radius=radius * size, samples=samples, seed=seed)
-        alike = randomisation_error(model, asked, ask, question, stages=stages, seed=seed)
-    found |= {"sensitivity_error": ("batch", off), "alike": alike}
     return xr.Dataset(found, {"share": shares}, {"method": str(attribution.name)})
 
 

@@ -99,7 +99,7 @@ def compare_pictures(
             progress(done, len(names))
         made.append(model_maps(model, processor, data.picture(name), notes))
     kinds = [kind for kind in made[0] if all(kind in maps for maps in made)]
-    shown = np.stack([[_large(maps[kind]) for maps in made] for kind in kinds])  # [kind, picture, row, column]
+    shown = np.stack([[enlarged_map(maps[kind]) for maps in made] for kind in kinds])  # [kind, picture, row, column]
 
     human = np.stack([_map(list(paths[name].values()), wide[name]) for name in names])
     many = np.array([sum(map(len, paths[name].values())) for name in names], float)
@@ -320,7 +320,7 @@ def _map(paths: Sequence[Scanpath], wide: tuple[float, float]) -> Floats:
     return fixation_map(paths, (SIDE, SIDE), sigma=wide)
 
 
-def _large(shown: Floats) -> Floats:
+def enlarged_map(shown: Floats) -> Floats:
     """On the grid of all maps, smoothly."""
     small = Image.fromarray(shown.astype(np.float32))
     return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float64)

@@ -33,8 +33,12 @@ with needs("the studio", "studio"):
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from . import steps as stepping
+from .byhand import Edited, edit
+from .circuit import Contrasted, Example, circuit, example
+from .explained import Asked, explain, fitting
+from .gazed import Gazed, gazed
 from .jobs import PLAIN, Busy, Job, Jobs, plainly
-from .work import Asked, Change, Desk, Given
+from .work import Change, Desk, Given
 
 LARGEST_UPLOAD = 16 * 2**20  # bytes
 LARGEST_REQUEST = 2**20
@@ -79,7 +83,7 @@ class Guard:
         refused = self._refused(request)
         if refused is not None:
             return await refused(scope, receive, sent)
-        most = LARGEST_UPLOAD if request.url.path == "/api/uploads" else LARGEST_REQUEST
+        most = LARGEST_UPLOAD if request.url.path in ("/api/uploads", "/api/files") else LARGEST_REQUEST
         told = request.headers.get("content-length", "0")
         if not told.isdecimal() or int(told) > most:
             return await _too_large(most)(scope, receive, sent)
@@ -169,6 +173,10 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         data = await request.body()
         return await anyio.to_thread.run_sync(desk.upload, data)
 
+    @api.post("/api/files")
+    async def keep(request: Request) -> dict[str, str]:
+        return {"id": desk.keep(await request.body())}
+
     @api.get("/api/recordings")
     def recordings() -> list[dict[str, Any]]:
         return desk.listed()
@@ -204,14 +212,29 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         model = desk.card(asked.recording)["model"]
         return added(model, lambda job: desk.change(job, asked))
 
-    @api.post("/api/jobs/explain")
-    def explain(asked: Asked) -> dict[str, str]:
-        model = desk.card(asked.recording)["model"]
-        return added(model, lambda job: desk.explain(job, asked))
+    @api.post("/api/jobs/methods")
+    def methods(asked: Asked) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: fitting(desk, job, asked))
 
-    @api.get("/api/attributions")
-    def attributions() -> list[str]:
-        return catalog.methods("attribution")
+    @api.post("/api/jobs/explain")
+    def explaining(asked: Asked) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: explain(desk, job, asked))
+
+    @api.post("/api/jobs/example")
+    def known_prompt(asked: Example) -> dict[str, str]:
+        return added(asked.model, lambda job: example(job, desk.model(asked.model), asked))
+
+    @api.post("/api/jobs/circuit")
+    def patch(asked: Contrasted) -> dict[str, str]:
+        return added(asked.model, lambda job: circuit(job, desk.model(asked.model), asked))
+
+    @api.post("/api/jobs/gaze")
+    def fixations(asked: Gazed) -> dict[str, str]:
+        return added(desk.card(asked.recording)["model"], lambda job: gazed(desk, job, asked))
+
+    @api.post("/api/jobs/edit")
+    def by_hand(asked: Edited) -> dict[str, str]:
+        return added("viewer by hand", lambda job: edit(job, asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:

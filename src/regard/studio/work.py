@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import re
 import secrets
@@ -23,11 +22,9 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from .. import catalog, report, sites
 from .. import recording as recordings
-from ..attribution import attribute
-from ..cli import look
-from ..cli.explain import named_target
+from .. import report, sites
+from ..cli import beside, look
 from ..cli.inputs import InputError, Written, hear, png, prepare, seen, written
 from ..data import media
 from ..files import written_aside
@@ -42,14 +39,16 @@ from . import steps as stepping
 from .jobs import Job
 from .steps import Name, Step
 
-MAP = 64  # blocks a side of a map of pixels
 BARS = 10  # of the likeliest next tokens, before and after
 MOST_TEXT = 400_000  # characters
 LOADED = 2  # models that stay in memory
 HELD = 24  # recordings whose pages stay in memory
 UPLOADS = 16
+MOST_LABELS = 1000
 EVERY = 0.4  # seconds between pages while a model generates
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+SOURCES = ("source.png", "source.wav")  # the file that a recording was made of
+SOUND = (b"RIFF", b"RIFX")
 ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 
 
@@ -75,14 +74,6 @@ class Change(BaseModel):
     steps: Annotated[list[Step], Field(max_length=64)]
 
 
-class Asked(BaseModel):
-    """What a prediction rests on, by one or two methods of attribution."""
-
-    recording: Name
-    methods: Annotated[list[Name], Field(min_length=1, max_length=2)]
-    target: Name | None = None  # a class, or a text of one token; None for the model's own
-
-
 @dataclass
 class Answer:
     """What a model gave: words or classes, and the probabilities that the first of them was chosen by."""
@@ -103,6 +94,18 @@ class Prepared:
     pictures: list[Image.Image] = field(default_factory=list)
     text: str = ""
     generate: int = 0
+    source: tuple[str, bytes] | None = None  # the file that was given: its name here, and what it holds
+
+
+@dataclass
+class Again:
+    """What a recording was made of, to run it anew."""
+
+    given: Given
+    loaded: Loaded
+    ready: Prepared
+    inputs: dict[str, Any]
+    next: int = -1  # the token that comes next, where one of those generated is asked for
 
 
 @dataclass
@@ -180,12 +183,23 @@ class Desk:
 
     def upload(self, data: bytes) -> dict[str, Any]:
         """A picture or a WAV file, decoded; DataError where it is none, or too large."""
-        sound = data[:4] in (b"RIFF", b"RIFX")
+        sound = data[:4] in SOUND
         held = media.sound(data, "the sound") if sound else media.picture(data, "the picture")
         key = secrets.token_hex(8)
-        self._uploads.keep(key, held)
+        self._uploads.keep(key, (held, data))
         told = {"seconds": round(held.seconds, 2)} if sound else {"width": held.width, "height": held.height}
         return {"id": key, "kind": "sound" if sound else "picture", **told}
+
+    def keep(self, data: bytes) -> str:
+        """A file that is read later."""
+        key = secrets.token_hex(8)
+        self._uploads.keep(key, (None, data))
+        return key
+
+    def file(self, key: str) -> bytes:
+        if key not in self._uploads:
+            raise InputError("the file is no longer here; choose it again")
+        return self._uploads[key][1]
 
     def takes(self, job: Job, name: str) -> None:
         """Tell what a model takes and gives."""
@@ -208,6 +222,7 @@ class Desk:
                 "generate": not paints and writes(model),
                 "paints": paints,
             },
+            labels=list(getattr(model.config, "id2label", {}).values())[:MOST_LABELS] if _classes(model) else [],
             sites=len(found),
         )
 
@@ -235,7 +250,14 @@ class Desk:
             self._pages.keep(key, _page(tree, pictures))
         return self._pages[key]
 
-    def _keep(self, key: str, tree: xr.DataTree, pictures: Sequence[Image.Image], card: dict[str, Any]) -> None:
+    def _keep(
+        self,
+        key: str,
+        tree: xr.DataTree,
+        pictures: Sequence[Image.Image],
+        card: dict[str, Any],
+        source: tuple[str, bytes] | None,
+    ) -> None:
         """Save a recording; its card comes last, so that what is listed is whole."""
         at = self.folder / key
         at.mkdir()
@@ -243,6 +265,9 @@ class Desk:
         for i, picture in enumerate(pictures):
             with written_aside(at / f"picture-{i}.png", lasting=True) as draft:
                 draft.write_bytes(png(picture))
+        if source is not None:
+            with written_aside(at / source[0], lasting=True) as draft:
+                draft.write_bytes(source[1])
         with written_aside(at / "card.json", lasting=True) as draft:
             draft.write_text(json.dumps(card), "utf-8")
 
@@ -255,27 +280,45 @@ class Desk:
         self._recorded(job, loaded, given, ready, [])
 
     def change(self, job: Job, change: Change) -> None:
-        card = self.card(change.recording)
-        given = Given(**card["given"])
         steps = [step for step in change.steps if step.on]
         if not steps:
             raise InputError("no step is on: mute a head, cut what flows between tokens, or add an intervention")
-        loaded = self.model(given.model)
-        source = self.folder / change.recording / "source.png"
-        ready = self._prepared(loaded, given, Image.open(source) if source.is_file() else None)
-        before = self._answers.get(change.recording) or self._answer(loaded, ready, [])
-        self._answers.keep(change.recording, before)
+        again = self.again(change.recording)
+        loaded, ready = again.loaded, again.ready
+        before = self.answer(change.recording, again)
         after = self._answer(loaded, ready, steps)
         job.tell("answer", **compared(loaded, before, after))
-        self._recorded(job, loaded, given, ready, steps, base=change.recording, answer=after)
+        self._recorded(job, loaded, again.given, ready, steps, base=change.recording, answer=after)
 
-    def _prepared(self, loaded: Loaded, given: Given, picture: Image.Image | None = None) -> Prepared:
+    def again(self, key: str) -> Again:
+        """What a recording was made of."""
+        given = Given(**self.card(key)["given"])
+        loaded = self.model(given.model)
+        source = next((path for path in self.sources(key) if path.is_file()), None)
+        held = None if source is None else _decoded(source.read_bytes())
+        ready = self._prepared(loaded, given, held)
+        return Again(given, loaded, ready, ready.inputs)
+
+    def sources(self, key: str) -> list[Path]:
+        """Where the file that a recording was made of is, if it was made of one."""
+        return [self.folder / key / name for name in SOURCES]
+
+    def answer(self, key: str, again: Again) -> Answer:
+        """What a model gave as a recording was made."""
+        found = self._answers.get(key) or self._answer(again.loaded, again.ready, [])
+        self._answers.keep(key, found)
+        return found
+
+    def _prepared(self, loaded: Loaded, given: Given, held: Any = None) -> Prepared:
         model, processor = loaded
-        held = self._uploads.get(given.upload) if given.upload else None
-        if given.upload and held is None and picture is None:
-            raise InputError("the file is no longer here; choose it again")
+        source = None
+        if given.upload and held is None:
+            if given.upload not in self._uploads:
+                raise InputError("the file is no longer here; choose it again")
+            held, data = self._uploads[given.upload]
+            source = (SOURCES[1], data) if isinstance(held, media.Sound) else (SOURCES[0], png(held))
         sound = held if isinstance(held, media.Sound) else None
-        picture = picture or (held if isinstance(held, Image.Image) else None)
+        picture = held if isinstance(held, Image.Image) else None
         text = given.text if given.text and given.text.strip() else None
         if hasattr(processor, "scheduler"):
             if text is None or picture is not None or given.turns:
@@ -283,7 +326,7 @@ class Desk:
             return Prepared({}, text=text)
         if sound is not None or model.main_input_name == "input_features":
             inputs = hear(loaded, given.model, sound, text is not None or picture is not None)
-            return Prepared(inputs, generate=given.generate or look.DECODED)
+            return Prepared(inputs, generate=given.generate or look.DECODED, source=source)
         roles = None
         if given.turns:
             inputs, roles = _chat(loaded, given, picture)
@@ -294,7 +337,7 @@ class Desk:
         if generate and not writes(model):
             raise InputError(f"{type(model).__name__} does not generate; set the tokens to generate to 0")
         shown = seen(processor, inputs, picture) if picture else []
-        return Prepared(inputs, roles, picture, shown, text or "", generate)
+        return Prepared(inputs, roles, picture, shown, text or "", generate, source)
 
     def _answer(self, loaded: Loaded, ready: Prepared, steps: Sequence[Any]) -> Answer:
         with _taken(loaded, ready, steps) as options:
@@ -390,7 +433,7 @@ class Desk:
         if answer.picture is not None:
             told["picture"] = _address(answer.picture)
         job.tell("page", id=key, partial=False, base=base, **told)
-        stored = given.model_dump() | ({} if ready.picture is None else {"upload": "0" * 16})
+        stored = given.model_dump() | ({"upload": "0" * 16} if given.upload else {})
         card = {
             "model": given.model,
             "title": _title(given),
@@ -400,28 +443,12 @@ class Desk:
             "given": stored,
             "steps": [step.model_dump() for step in steps],
         }
-        self._keep(key, tree, pictures, card)
-        if ready.picture is not None:
-            with written_aside(self.folder / key / "source.png") as draft:
-                draft.write_bytes(png(ready.picture))
+        source = ready.source
+        if source is None and base is not None:
+            there = next((path for path in self.sources(base) if path.is_file()), None)
+            source = None if there is None else (there.name, there.read_bytes())
+        self._keep(key, tree, pictures, card, source)
         job.tell("saved", id=key)
-
-    def explain(self, job: Job, asked: Asked) -> None:
-        """Tell the scores of the words or pixels, method by method."""
-        given = Given(**self.card(asked.recording)["given"])
-        for method in asked.methods:
-            catalog.method("attribution", method)  # a wrong name is told before anything runs
-        loaded = self.model(given.model)
-        if hasattr(loaded.processor, "scheduler"):
-            raise InputError(f"{type(loaded.model).__name__} makes no prediction of a class or token to explain")
-        source = self.folder / asked.recording / "source.png"
-        ready = self._prepared(loaded, given, Image.open(source) if source.is_file() else None)
-        target = int(asked.target) if asked.target and asked.target.isdecimal() else asked.target or None
-        for method in asked.methods:
-            job.check()
-            job.tell("progress", what=f"asking {method}")
-            found = attribute(loaded.model, ready.inputs, target, method=method, processor=loaded.processor)[0]
-            job.tell("scores", method=method, target=named_target(loaded, found, [given.text]), **_scores(found))
 
     def python(self, change: Change) -> str:
         """Code that does the same from a terminal."""
@@ -477,20 +504,17 @@ def _chat(loaded: Loaded, given: Given, picture: Image.Image | None) -> tuple[di
     return {k: v for k, v in inputs.items() if k in parameters(model)}, roles
 
 
+def _classes(model: Any) -> bool:
+    return not writes(model) and type(model).__name__.endswith("Classification")
+
+
+def _decoded(data: bytes) -> Any:
+    """A file of `SOURCES`."""
+    return media.sound(data, "the sound") if data[:4] in SOUND else media.picture(data, "the picture")
+
+
 def _page(tree: xr.DataTree, pictures: Sequence[Image.Image], observed: bool = True) -> Page:
     return Page(*report.pack(tree, findings=observe(tree) if observed else (), pictures=pictures))
-
-
-def _scores(found: xr.DataArray) -> dict[str, Any]:
-    """Words with their scores; of pixels, means of blocks, at most `MAP` a side."""
-    logit = float(found.score)
-    if found.dims == ("token",):
-        words = found.text.values.tolist() if "text" in found.coords else [str(i) for i in range(found.size)]
-        return {"score": logit, "words": words, "values": found.values.tolist()}
-    if found.dims != ("row", "column"):
-        raise InputError(f"scores over {', '.join(map(str, found.dims))} are read from Python: regard.attribute")
-    blocks = found.coarsen(**{dim: -(-found.sizes[dim] // MAP) for dim in found.dims}, boundary="pad").mean()
-    return {"score": logit, "map": np.nan_to_num(blocks.values).tolist()}
 
 
 def _title(given: Given) -> str:
@@ -516,26 +540,20 @@ def bars(answer: Answer, among: Sequence[int] | None = None) -> list[dict[str, A
 
 
 def compared(loaded: Loaded, before: Answer, after: Answer) -> dict[str, Any]:
-    """Both answers: the words in runs that are the same or not, and what was likeliest in either."""
-    a, b = (re.findall(r"\s*\S+", answer.said) for answer in (before, after))
-    runs = [
-        {"kind": kind, "before": "".join(a[i:j]), "after": "".join(b[k:n])}
-        for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    ]
-    among = list(dict.fromkeys(bar["id"] for answer in (before, after) for bar in bars(answer)))
-    rows = [
-        {"label": x["label"], "before": x["share"], "after": y["share"]}
-        for x, y in zip(bars(before, among), bars(after, among))
-    ]
-    rows = sorted(rows, key=lambda row: -max(row["before"], row["after"]))[: BARS + 2]
-    told: dict[str, Any] = {"texts": runs, "bars": rows, "kind": before.kind}
+    """Both answers as the page of `regard steer` has them: the words, and how likely they were where they part."""
+    told: dict[str, Any] = {}
+    if before.wrote is not None and after.wrote is not None:
+        both = [beside.Said(one.said, one.wrote.ids[one.wrote.start :], one.wrote.scores) for one in (before, after)]
+        told["said"] = dict(zip(("before", "after"), beside.pieces(before.said, after.said)))
+        told["step"] = beside.step(*both, loaded.processor)._asdict()
+    elif before.shares is not None and after.shares is not None:
+        among = list(dict.fromkeys(bar["id"] for answer in (before, after) for bar in bars(answer)))
+        pairs = zip(bars(before, among), bars(after, among))
+        rows = [{"label": x["label"], "before": x["share"], "after": y["share"]} for x, y in pairs]
+        told["bars"] = sorted(rows, key=lambda row: -max(row["before"], row["after"]))[: BARS + 2]
+        told["kind"] = before.kind
     if before.picture is not None and after.picture is not None:
-        apart = np.asarray(after.picture, float) - np.asarray(before.picture, float)
-        told["pictures"] = {
-            "before": _address(before.picture),
-            "after": _address(after.picture),
-            "change": float(abs(apart).mean() / 255),
-        }
+        told["views"] = [beside.shown(beside.View("", before.picture, after.picture))]
     return told
 
 

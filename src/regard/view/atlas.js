@@ -3,17 +3,18 @@
 import { paint } from "./colour.js";
 import { make } from "./dom.js";
 
-// data: {layers, heads, sites}; events: choose(layer, head), look(layer, head | null) with indices.
+// data: {layers, heads, sites}, or other rows and columns: {layers, heads, axes: {label, down, across}}, the columns words;
+// events: choose(layer, head), look(layer, head | null) with indices.
 // Handle: show({values [layer][head], scale, words(layer, head), layer, head}).
 export function atlas(element, data, events) {
-  const { layers, heads } = data;
-  const every = heads.length > 40 ? 8 : heads.length > 20 ? 4 : heads.length > 12 ? 2 : 1;
+  const { layers, heads } = data, axes = data.axes ?? { label: "Heads: layers down, heads across", down: "layer", across: "head" };
+  const every = data.axes ? 1 : heads.length > 40 ? 8 : heads.length > 20 ? 4 : heads.length > 12 ? 2 : 1;
   const everyLayer = layers.length > 40 ? 4 : layers.length > 24 ? 2 : 1;
   const cells = [];
-  const grid = make("div", { class: "atlas", role: "grid", "aria-label": "Heads: layers down, heads across" });
+  const grid = make("div", { class: data.axes ? "atlas worded" : "atlas", role: "grid", "aria-label": axes.label });
   grid.style.setProperty("--heads", heads.length);
   const top = make("div", { role: "row", class: "atlas-row" },
-    make("span", { role: "columnheader", "aria-label": "layer" }));
+    make("span", { role: "columnheader", "aria-label": axes.down }));
   heads.forEach((head, h) => top.append(make("span", { role: "columnheader" }, h % every ? "" : String(head))));
   grid.append(top);
   layers.forEach((layer, l) => {
@@ -27,7 +28,7 @@ export function atlas(element, data, events) {
     grid.append(row);
   });
   const axis = (way, words) => make("span", { class: `axis ${way}`, "aria-hidden": "true" }, words);
-  element.append(make("div", { class: "atlas-frame" }, axis("across", "head →"), axis("down", "layer →"), grid));
+  element.append(make("div", { class: "atlas-frame" }, axis("across", `${axes.across} →`), axis("down", `${axes.down} →`), grid));
 
   const place = (target) => (target.dataset?.layer ? [Number(target.dataset.layer), Number(target.dataset.head)] : null);
   let home = null;

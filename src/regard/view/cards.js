@@ -10,18 +10,11 @@ import { legend, shadeScale, straightScale } from "./colour.js";
 import { line, list, map, numbers, sinks } from "./detail.js";
 import { choice, lowered, make, measure, menu, named, percent, visible } from "./dom.js";
 import { picture, strip } from "./picture.js";
-import { saveButtons } from "./save.js";
+import { card } from "./save.js";
 import { text } from "./text.js";
 
 const UNREAD = "It was generated last, and the model was never run on it: the row of the token before chose it.";
 const MUTE = new Set(["bos", "special", "register", "pad"]);
-
-function card(name, title, ...children) {
-  const heading = make("h2", {}, title), head = make("div", { class: "card-head" }, heading);
-  const element = make("section", { class: `card ${name}` }, head, ...children);
-  head.append(saveButtons(element, name));
-  return { heading, head, element };
-}
 
 const note = (words) => make("p", { class: "note" }, words);
 

@@ -1,7 +1,7 @@
 // Elements and words. Nothing here or elsewhere in these modules parses text as markup: strings become text nodes.
 
 const SVG = "http://www.w3.org/2000/svg";
-const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g"]);
+const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "text", "image"]);
 
 export function make(tag, attributes = {}, ...children) {
   const element = SVG_TAGS.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
@@ -12,6 +12,12 @@ export function make(tag, attributes = {}, ...children) {
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
+}
+
+// A part of the page with its title; its tools stand beside that, in `head`.
+export function panel(name, title, ...children) {
+  const heading = make("h2", {}, title), head = make("div", { class: "card-head" }, heading);
+  return { heading, head, element: make("section", { class: `card ${name}` }, head, ...children) };
 }
 
 // A row of buttons of which one is pressed: {show(value), element}. An option is {value, label, disabled, title}.

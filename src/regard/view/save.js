@@ -1,6 +1,6 @@
-// A card as a drawing of its own: what stands on the page, element by element, as SVG, and from that as PNG.
+// A card, and it as a drawing of its own: what stands on the page, element by element, as SVG, and from that as PNG.
 
-import { make } from "./dom.js";
+import { make, panel } from "./dom.js";
 
 const SKIPPED = ".choice, .menu, .save, .plain, .hint, select";
 const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
@@ -138,7 +138,7 @@ async function painted(svg) {
 }
 
 // Buttons that save a card as it stands, the hidden part of its scrolled boxes too.
-export function saveButtons(element, name) {
+function saveButtons(element, name) {
   async function save(kind) {
     element.classList.add("whole");
     const svg = drawing(element);
@@ -152,4 +152,11 @@ export function saveButtons(element, name) {
   const button = (kind, label) => make("button", { type: "button", title: `Save this as ${label}`,
     "aria-label": `Save this as ${label}`, onclick: () => save(kind) }, label);
   return make("div", { class: "save" }, button("svg", "SVG"), button("png", "PNG"));
+}
+
+// A panel with buttons that save it.
+export function card(name, title, ...children) {
+  const made = panel(name, title, ...children);
+  made.head.append(saveButtons(made.element, name.split(" ")[0]));
+  return made;
 }

@@ -1,31 +1,22 @@
 // The studio: what a model is given, what it does with it in the report's views, and what changes when one changes it.
 
-import { bars, pictures, texts } from "./answers.js";
+import { bars, parting, pictures, texts } from "./answers.js";
+import { editing } from "./byhand.js";
 import { changing } from "./changing.js";
-import { setTheme } from "./colour.js";
-import { differences } from "./differences.js";
-import { choice, make, menu } from "./dom.js";
+import { circuiting } from "./circuiting.js";
+import { differences, paired } from "./differences.js";
+import { choice, make, menu, panel } from "./dom.js";
 import { explaining } from "./explaining.js";
 import { explore } from "./explore.js";
+import { gazing } from "./gazing.js";
 import { papers } from "./papers.js";
 import { Places } from "./places.js";
 import { Recording } from "./recording.js";
+import { card } from "./save.js";
+import { themed } from "./theme.js";
 import { get, inflated, job, post, upload } from "./wire.js";
 
 const byId = (id) => document.getElementById(id);
-
-// The theme: the system's, until one chooses.
-const dark = matchMedia("(prefers-color-scheme: dark)");
-let wanted = null, views = null;
-function theme() {
-  const name = wanted ?? (dark.matches ? "dark" : "light");
-  document.documentElement.dataset.theme = name;
-  setTheme(name);
-  byId("theme").textContent = name === "dark" ? "Light" : "Dark";
-}
-const retheme = () => { theme(); views?.redraw(); change?.draw(); if (pair) drawDifferences(); };
-byId("theme").addEventListener("click", () => { wanted = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; retheme(); });
-dark.addEventListener("change", retheme);
 
 async function opened(id) {
   const header = await get(`/api/recordings/${id}`);
@@ -34,12 +25,7 @@ async function opened(id) {
 }
 
 // What is looked at: the recording on the screen, the one that changes are made to, the model's description.
-let base = null, shown = null, pair = null, model = null, file = null, change = null, working = null;
-
-const card = (name, title, ...children) => {
-  const head = make("div", { class: "card-head" }, make("h2", {}, title));
-  return { head, element: make("section", { class: `card ${name}` }, head, ...children) };
-};
+let views = null, base = null, shown = null, pair = null, heads = null, model = null, file = null, change = null, working = null;
 
 // Look: what is given.
 const text = make("textarea", { id: "text", "aria-label": "Text", rows: "4", maxlength: "400000" });
@@ -73,12 +59,12 @@ const addTurnButton = make("button", { type: "button", class: "quiet-button", on
 const go = make("button", { type: "button", class: "go", id: "look", onclick: () => look() }, "Look");
 const status = make("div", { class: "working", role: "status" });
 const modelBox = make("span", {}), kept = make("ul", { class: "kept" });
-const asking = card("look", "What it is given",
+const asking = panel("look", "What it is given",
   make("div", { class: "ask" }, make("div", { class: "row" }, modelBox, hub, style.element), text,
     turnsBox, fileRow, make("div", { class: "row" }, generateRow, go), status,
     make("details", {}, make("summary", {}, "Recordings"), kept)));
 
-const answerBox = make("div", { "aria-live": "polite" }), answer = card("said", "What it gives", answerBox);
+const answerBox = make("div", { "aria-live": "polite" }), answer = panel("gives", "What it gives", answerBox);
 const changeBox = make("div", {}), changeStatus = make("div", { class: "working", role: "status" });
 const wrong = make("p", { class: "notice strong", role: "alert", hidden: true });
 const python = make("pre", { hidden: true, tabindex: "0", "aria-label": "The change as Python" });
@@ -90,15 +76,14 @@ const asPython = make("button", { type: "button", class: "quiet-button", disable
     python.hidden = false;
   } catch (error) { fail(changeStatus, error); }
 } }, "As Python");
-const changeCard = card("change", "Change it", changeBox, make("div", { class: "row" }, run,
+const changeCard = panel("change", "Change it", changeBox, make("div", { class: "row" }, run,
   make("label", { class: "labelled" }, atOnce, "Run after each change"), asPython), wrong, changeStatus, python);
 const differencesBox = make("div", {}), compared = make("div", { class: "stacked" });
-const differencesCard = card("differences", "What changed in the heads", differencesBox);
-const explainStatus = make("div", { class: "working", role: "status" }), explainCard = card("explain", "What it rests on");
+const differencesCard = card("changed differences", "What changes in the heads", differencesBox);
 const viewsBox = make("div", { id: "views" });
 const which = make("div", { class: "row" });
 byId("studio").append(make("div", { class: "split" }, asking.element, make("div", { class: "stacked" }, answer.element)),
-  make("div", { class: "split", id: "changing", hidden: true }, make("div", { class: "stacked" }, changeCard.element, explainCard.element), compared), which, viewsBox);
+  make("div", { class: "split", id: "changing", hidden: true }, make("div", { class: "stacked" }, changeCard.element), compared), which, viewsBox);
 
 function fail(place, error) {
   place.classList.toggle("failed", !error.stopped);
@@ -154,7 +139,7 @@ const remembered = () => (views ? { ...views.state, name: shown.recording.stacks
 
 function tell({ said, bars: rows, picture }) {
   const words = rows?.length && model?.takes.generate ? "The first token, by likelihood" : "Classes, by likelihood";
-  answerBox.replaceChildren(...[said ? make("p", { class: "answer" }, said) : null,
+  answerBox.replaceChildren(...[said ? make("p", { class: "said" }, said) : null,
     picture ? make("img", { src: picture, alt: "What it painted" }) : null,
     rows?.length ? bars(rows, words) : null].filter(Boolean));
   if (!answerBox.childElementCount) answerBox.append(make("p", { class: "note" }, "It writes nothing and names no class: see where it looks below."));
@@ -175,8 +160,7 @@ async function look() {
   try {
     await does(status, "/api/jobs/look", given(), (name, what) => {
       if (name === "said") {
-        answerBox.querySelector(".answer.live")?.remove();
-        answerBox.replaceChildren(make("p", { class: "answer live" }, what.text));
+        answerBox.replaceChildren(make("p", { class: "said live" }, what.text));
       }
       if (name === "page") {
         if (!what.partial) tell(what);
@@ -201,6 +185,7 @@ function based(next) {
   compared.replaceChildren();
   which.replaceChildren();
   run.disabled = asPython.disabled = true;
+  explainer.of(next.recording, model);
   byId("changing").hidden = false;
 }
 
@@ -219,10 +204,9 @@ async function apply() {
   try {
     await does(changeStatus, "/api/jobs/change", asked(), async (name, what) => {
       if (name === "answer") {
-        const same = what.texts.every(({ kind }) => kind === "equal");
-        const parts = [what.pictures ? pictures(what.pictures) : null, what.texts.length ? texts(what.texts) : null,
-          what.texts.length && same ? make("p", { class: "note" }, "The same words: see the likelihoods.") : null,
-          what.bars.length ? bars(what.bars, what.kind === "class" ? "Class" : "First token") : null].filter(Boolean);
+        const parts = [what.views ? pictures(what.views) : null, what.said ? texts(what.said) : null,
+          what.step ? parting(what.step) : null,
+          what.bars ? bars(what.bars, what.kind === "class" ? "Class" : "Next token") : null];
         compared.replaceChildren(card("before-after", "Before and after", ...parts).element);
         document.documentElement.dataset.answered = String(Math.round(performance.now() - began));
       }
@@ -242,7 +226,7 @@ async function apply() {
     });
   } catch { /* told */ }
 }
-const drawDifferences = () => differences(differencesBox, pair[0].recording, pair[1].recording);
+const drawDifferences = async () => { heads = differences(differencesBox, await paired(pair[0].recording, pair[1].recording)); };
 
 // Recordings, and two of them side by side.
 async function list() {
@@ -261,6 +245,7 @@ async function list() {
   return found;
 }
 
+let twins = null;
 async function compare() {
   const found = await list(), box = make("div", {}), options = found.map((one) => ({ value: one.id,
     label: `${one.model}: ${one.title || "its own text"}${one.steps.length ? ` (${one.steps.length} steps)` : ""}, ${new Date(1000 * one.when).toLocaleTimeString()}` }));
@@ -268,11 +253,11 @@ async function compare() {
   const draw = async () => {
     try {
       const [a, b] = await Promise.all(chosen.map(opened));
-      await differences(box, a.recording, b.recording);
+      twins = differences(box, await paired(a.recording, b.recording));
     } catch (error) { box.replaceChildren(make("p", { class: "notice strong" }, error.message)); }
   };
   const pick = (label, i) => menu(label, options, chosen[i], (value) => { chosen[i] = value; draw(); });
-  byId("compare").replaceChildren(card("compare", "Two recordings, head by head", make("p", { class: "lead" },
+  byId("compare").replaceChildren(card("compare changed", "Two recordings, head by head", make("p", { class: "lead" },
     "Stacks are aligned by name, heads by layer and number; of each head, the second less the first."),
   ...(options.length ? [make("div", { class: "ask" }, pick("First", 0), pick("Second", 1)), box] : [make("p", { class: "note" }, "Look at something first.")])).element);
   if (options.length) await draw();
@@ -311,22 +296,39 @@ fileInput.addEventListener("change", async () => {
 });
 hub.addEventListener("change", () => { if (hub.value.trim()) open(hub.value.trim()); });
 
-// Tabs.
-const parts = { studio: "Look and change", compare: "Compare", papers: "Papers" };
+// Tabs. What explains, and the like, is of the recording that changes are made to.
+const statusOf = (part) => {
+  const place = make("div", { class: "working", role: "status" });
+  part.element.querySelector(".ask").after(place);
+  return place;
+};
+const explainer = explaining((path, body, heard) => does(explainStatus, path, { recording: base.id, ...body }, heard));
+const explainStatus = statusOf(explainer);
+const circuits = circuiting(() => model.name, (...what) => does(circuitStatus, ...what)), circuitStatus = statusOf(circuits);
+byId("explain-tab").append(explainer.element);
+byId("circuits-tab").append(circuits.element);
+const gaze = gazing(() => base, (...what) => does(gazeStatus, ...what)), gazeStatus = statusOf(gaze);
+byId("gaze-tab").append(gaze.element);
+const hand = editing((...what) => does(handStatus, ...what)), handStatus = statusOf(hand);
+byId("hand-tab").append(hand.element);
+const parts = { studio: "Look and change", "explain-tab": "Explain", "circuits-tab": "Circuits", "gaze-tab": "Gaze", "hand-tab": "By hand", compare: "Compare", papers: "Papers" };
+const opens = {
+  papers: () => { if (!byId("papers").childElementCount) papers(byId("papers")); },
+  compare,
+  "hand-tab": () => hand.open(),
+  "explain-tab": () => explainer.open(base),
+};
 const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, label]) => ({ value, label })), "studio", (value) => {
   tabs.show(value);
   for (const part of Object.keys(parts)) byId(part).hidden = part !== value;
-  if (value === "papers" && !byId("papers").childElementCount) papers(byId("papers"));
-  if (value === "compare") compare();
+  opens[value]?.();
 });
 byId("tabs").append(tabs.element);
 
-theme();
+themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); circuits.redraw(); gaze.redraw(); });
 turnsBox.before(addTurnButton);
 addTurnButton.hidden = true;
-const [{ models, start }, forms, attributions] = await Promise.all(["models", "interventions", "attributions"].map((of) => get(`/api/${of}`)));
-explainCard.element.append(explaining(attributions, (what, heard) => does(explainStatus, "/api/jobs/explain", { recording: base.id, ...what },
-  (name, found) => { if (name === "scores") heard(found); })).element, explainStatus);
+const [{ models, start }, forms] = await Promise.all(["models", "interventions"].map((of) => get(`/api/${of}`)));
 change = changing(changeBox, forms, at, { failed: (words) => { wrong.hidden = false; wrong.textContent = words; }, changed: (steps) => {
   wrong.hidden = true;
   run.disabled = asPython.disabled = !steps.some(({ on }) => on);

@@ -15,6 +15,8 @@ export const post = async (path, body) => (await asked(path, { method: "POST",
 
 export const upload = async (file) => (await asked("/api/uploads", { method: "POST", body: file })).json();
 
+export const keep = async (file) => (await asked("/api/files", { method: "POST", body: file })).json();
+
 export const bytes = async (path) => new Uint8Array(await (await asked(path)).arrayBuffer());
 
 // Raw deflate, as the report's blocks are.
@@ -36,7 +38,8 @@ export function job(path, body, heard) {
     if (stopped) stop();
     const source = new EventSource(`/api/jobs/${id}/events`);
     const end = (settle, value) => { source.close(); settle(value); };
-    for (const name of ["queued", "progress", "model", "said", "answer", "page", "saved", "scores", "paper"]) {
+    for (const name of ["queued", "progress", "model", "said", "answer", "page", "saved", "scores", "curves", "methods", "paper",
+      "example", "contrast", "heads", "patching", "faithfulness", "paths", "gaze", "maps", "edited"]) {
       source.addEventListener(name, (event) => heard(name, JSON.parse(event.data)));
     }
     source.addEventListener("done", (event) => end(resolve, JSON.parse(event.data)));

@@ -47,9 +47,9 @@ EXPECTED = (
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     """Accuracy with the default attention, with masks of the object, and with masks at random."""
     rng = np.random.default_rng(seed)
-    known, labels = _scenes(KNOWN, seed, BIAS)
-    asked, names = _scenes(ASKED, HELD + seed, 1 - BIAS)
-    features, queries = _features(known), _features(asked)
+    known, labels = biased_scenes(KNOWN, seed, BIAS)
+    asked, names = biased_scenes(ASKED, HELD + seed, 1 - BIAS)
+    features, queries = patch_features(known), patch_features(asked)
     classifier = CorrespondenceClassifier(features, labels)
     objects = _cells(asked)
     right: dict[str, list[bool]] = {"default": [], "object": [], "random": [], "nearest": []}
@@ -84,7 +84,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     return Finding(holds, measured, EXPECTED, seed, premises=[kept], draw=partial(_draw, values))
 
 
-def _scenes(n: int, seed: int, bias: float) -> tuple[list[Scene], list[int]]:
+def biased_scenes(n: int, seed: int, bias: float) -> tuple[list[Scene], list[int]]:
     """Scenes of a large and a small object, and the number of the large one's shape.
 
     With this probability the small one's shape is the next after the large one's, otherwise that after the next.
@@ -108,7 +108,7 @@ def _scenes(n: int, seed: int, bias: float) -> tuple[list[Scene], list[int]]:
 
 
 @torch.no_grad()
-def _features(scenes: list[Scene]) -> Tensor:
+def patch_features(scenes: list[Scene]) -> Tensor:
     """What the viewer's last layer but one holds of each patch. [scene, channel, row, column]"""
     model, _ = zoo.load("viewer")
     states = model(viewer.pixels(render(scenes, viewer.SIZE)), output_hidden_states=True).hidden_states[-2]
