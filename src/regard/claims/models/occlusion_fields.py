@@ -54,7 +54,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     expected = (
         "of discs hidden to 90% or more: attention's error is at most 0.7 of that of where they were last seen, and "
         f"0.9 of that of local means, over {RUNS} trainings by two standard errors over discs; of the asked frame "
-        "alone it is no less than that of the middle of the bar; attention's weight on features of the disc is twice their "
+        "alone it is no less than that of the middle of the bar; attention weighs features of the disc at twice their "
         "share or more"
     )
     errors: dict[str, list[Tensor]] = {}
