@@ -23,7 +23,7 @@ from .._measure import mean
 SCALES = "small", "large"
 STEPS = {"small": 220, "large": 2000}
 HELD, BATCH, RATE, SEGMENTS, SIDE = 400, 32, 2e-3, 10, 4
-VISUAL, AUDIO, CLASSES, NOISE = 24, 16, 6, 1.0
+VISUAL, AUDIO, CLASSES, NOISE = 24, 16, 6, 1.5
 GAIN = 0.01
 WAYS = {  # psi, weight of the contrast, whether its events are moved about
     "one way": (0.0, 0.0, False),
