@@ -24,8 +24,8 @@ class SlotAttention(nn.Module):
     """Slots from a set of inputs: exchangeable, and in number whatever is asked for.
 
     inputs: channels of an input; dim: channels of a slot; slots: how many, unless the call says otherwise; rounds: how
-    often they look; hidden: width of the MLP. `regard.record` sees each round as a layer, whose queries are slots and
-    whose weights, over inputs, sum to 1.
+    often they look; hidden: width of the MLP; bias: of the maps of queries, keys and values. `regard.record` sees each
+    round as a layer, whose queries are slots and whose weights, over inputs, sum to 1.
 
     >>> import torch
     >>> from regard.models.slot_attention import SlotAttention
@@ -35,7 +35,15 @@ class SlotAttention(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, dim: int, *, slots: int = 7, rounds: int = 3, hidden: int = 128, epsilon: float = 1e-8
+        self,
+        inputs: int,
+        dim: int,
+        *,
+        slots: int = 7,
+        rounds: int = 3,
+        hidden: int = 128,
+        epsilon: float = 1e-8,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.slots, self.rounds = slots, rounds
@@ -43,8 +51,8 @@ class SlotAttention(nn.Module):
         self.mean, self.log_deviation = nn.Parameter(torch.empty(1, 1, dim)), nn.Parameter(torch.empty(1, 1, dim))
         nn.init.xavier_uniform_(self.mean)
         nn.init.xavier_uniform_(self.log_deviation)
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key, self.value = nn.Linear(inputs, dim, bias=False), nn.Linear(inputs, dim, bias=False)
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key, self.value = nn.Linear(inputs, dim, bias=bias), nn.Linear(inputs, dim, bias=bias)
         self.attention = CompetitiveAttention(epsilon)
         self.gru = nn.GRUCell(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))

@@ -5,7 +5,8 @@ the same video the class is seen but not heard, or heard but not seen, which is 
 paper's premise. Four models see the same videos and steps: sound guides sight (psi 0), both guide each other, and
 either with the contrast. Judged is the contrast with guidance both ways against guidance one way without; that
 guidance both ways alone gains is not judged, since the paper's own figures have it at 0.1 points. Control: the
-contrast with events moved about within each video. One training each.
+contrast with events moved about within each video. One training each. Piloted twice on other seeds, first with less
+noise.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from ...models.mental_simulation import LatentPredictor, PixelPredictor, neural_
 from .._measure import lines, mean
 
 SCALES = "small", "large"
-STEPS = {"small": 400, "large": 4000}
+STEPS = {"small": 1000, "large": 10_000}
 FILMS, HELD, BATCH, RATE = 600, 200, 32, 2e-3
 SIZE, SEEN, HIDDEN, PAST, DIM, UNITS = 24, 9, 7, 7, 24, 64
 STATE, LAST = 60, 20  # units tuned to the ball's state, and to the last frame seen
