@@ -103,7 +103,7 @@ def train(model: CaceNet, classes: tuple[Tensor, Tensor], steps: int, seed: int,
         loss = model.loss(found, event, label, weight=0.0)
         if weight and step >= steps // 8:
             about = torch.rand(event.shape, generator=other).argsort(1)
-            loss = loss + weight * contrast(*found.views, event.gather(1, about) if moved else event)
+            loss = loss + weight * contrast(found.views[0], found.views[1], event.gather(1, about) if moved else event)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

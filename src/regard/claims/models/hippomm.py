@@ -121,7 +121,7 @@ def streamed(seed: int, episodes: int) -> Stream:
             scene = scene.but(k, x=float(x), y=float(y))
         return scene
 
-    embedded, small = _seen([moved(i, 0.01) for i in of], draws)
+    embedded, small = _seen([moved(i, 0.01) for i in of.tolist()], draws)
     cues, _ = _seen([moved(i, 0.1) for i in range(episodes)], draws)
     centre, spread = embedded.mean(0), embedded.std(0) + 1e-6
     flat = small - small.mean(1, keepdims=True)
