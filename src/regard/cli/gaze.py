@@ -15,15 +15,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..catalog import check_plot
-from ..data import loaders
-from ..data.loaders import GazeData, files, read_gaze
+from ..data import loaders, media
+from ..data.loaders import GazeData, GazeTrial, files, read_gaze
 from ..files import MARK, refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..gaze.compare_pictures import METRICS, compare_pictures, found_pictures
 from ..gaze.draw import draw
+from ..gaze.draw_scanpath import check_drawing, draw_scanpath
+from ..gaze.scan import scan as scanned
 from ..gaze.score import score as scored
 from ..loading import load
+from .inputs import InputError
 from .printed import Printed, tables
 
 TASKS = ("reading", "search")
@@ -151,6 +154,51 @@ def score(
             f"{attrs['pairs']:,} of {attrs['pairs_possible']:,} pairs were compared, drawn by chance (--pairs)"
         )
     _keep(printed, found, out, plot, None, None)
+    return printed
+
+
+def scan(
+    name: str,
+    picture: Path,
+    *,
+    about: str | None,
+    like: Path | None,
+    fixations: int,
+    iterations: int,
+    speed: float,
+    seed: int,
+    out: Path,
+    table: Path | None,
+    trust_remote_code: bool,
+    console: Console,
+) -> Printed:
+    """Let a model look over a picture, and draw where its sharp spot goes."""
+    if about is not None and like is not None:
+        raise InputError("--for and --like: give one of them")
+    check_drawing(out)
+    if table is not None and table.exists():
+        raise FileExistsError(f"{table} exists; choose another name, or move it away")
+    shown = media.picture(picture, str(picture))
+    wanted = about if like is None else media.picture(like, f"--like {like}")
+    with console.status(f"loading {name}"):
+        model, processor = load(name, trust_remote_code=trust_remote_code)
+    model.float()  # half precision is for a GPU
+    with console.status(f"looking: {fixations} fixations of {iterations} steps"):
+        path = scanned(model, processor, shown, wanted, fixations=fixations, iterations=iterations, seed=seed)
+    what = f"for {about}" if about else f"for what is in {like.name}" if like else "at the whole picture"
+    draw_scanpath(path, shown, out, title=f"{name} looks {what}: {picture.name}", speed=speed)
+    made = Table(header_style="bold")
+    for column in ("fixation", "x", "y"):
+        made.add_column(column, justify="right")
+    for i, (x, y) in enumerate(path.places, 1):
+        beside = "" if 0 <= x <= path.size[0] and 0 <= y <= path.size[1] else " (beside the picture)"
+        made.add_row(str(i), f"{x:.0f}", f"{y:.0f}{beside}")
+    printed = Printed([made], [f"{name} looks {what}", f"pixels of {picture.name}, {path.size[0]} by {path.size[1]}"])
+    if table is not None:
+        GazeData((GazeTrial(name, picture.name, "", path),)).write(table)
+        wide, high = path.size
+        printed.lines.append(f"{table} is a table that regard gaze read and score take, with --screen {wide}x{high}")
+    printed.lines.append(f"picture: {out}")
     return printed
 
 

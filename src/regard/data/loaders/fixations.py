@@ -196,7 +196,8 @@ class GazeData:
         """What was read, and how, in lines."""
         fixations = sum(len(trial.scanpath) for trial in self.trials)
         lines = [
-            f"{fixations:,} fixations in {len(self):,} trials: {_counted(self.subjects, 'subject')}, "
+            f"{fixations:,} fixations in {len(self):,} trial{'s' * (len(self) != 1)}: "
+            f"{_counted(self.subjects, 'subject')}, "
             f"{_counted(self.stimuli, 'stimulus', 'stimuli')}"
         ]
         sizes = Counter(trial.scanpath.size for trial in self.trials)
