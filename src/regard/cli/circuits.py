@@ -24,7 +24,7 @@ from ..extras import shortened
 from ..files import MARK, replaced
 from ..loading import Loaded, load
 from . import drawn
-from .inputs import InputError, open_picture, prepare, read_text, writable
+from .inputs import InputError, open_picture, prepare, writable
 from .printed import Printed
 
 TASKS = ("ioi", "greater_than", "docstring", "induction")
@@ -116,7 +116,11 @@ def asked_of(task: str, loaded: Loaded, name: str, *, n: int, seed: int) -> tupl
 
 def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     found = []
-    for number, text in enumerate((read_text(None, path, "--task") or "").splitlines(), 1):
+    try:
+        whole = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    for number, text in enumerate(whole.splitlines(), 1):
         if not text.strip():
             continue
         try:
@@ -371,7 +375,8 @@ def _printed(
         of_sizes.add_row(str(size), f"{value:.2f}", f"{draws.min():.2f} to {draws.max():.2f}")
     clean, corrupted = told["score"]["clean"], told["score"]["corrupted"]
     lines = [
-        f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}, {told['right']:.0%} right; score {clean:.2f}, corrupted {corrupted:.2f}",
+        f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}, {told['right']:.0%} right; score {clean:.2f}, "
+        f"corrupted {corrupted:.2f}",
         *notes,
     ]
     if told["right"] < RIGHT:
