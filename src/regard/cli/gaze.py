@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,40 @@ def reading(
     return told
 
 
+# What messages of `read_gaze` and its like call by names of Python, as the command line has it.
+OPTIONS = (
+    (r"columns=\{([^{}]*)\}", lambda m: " ".join(f"--column {role}=NAME" for role in re.findall(r"'(\w+)'", m[1]))),
+    (r"only=\{'([^']*)': \.\.\.\}", r"--only \1=..."),
+    (r"keep_going=True", "--keep-going"),
+    (r"\(stimulus_folder=, (--stimuli FOLDER)\)", r"(\1)"),
+    (r"stimulus_folder(:|=)", r"--stimuli\1"),
+    (r"screen=\(width, height\)", "--screen WIDTHxHEIGHT"),
+    (r"screen_cm=\(width, height\)", "--read screen_cm=WIDTHxHEIGHT"),
+    (r"placed=(centre or fit or fill or) left, top, right, bottom", r"--placed \1 left,top,right,bottom"),
+    (r"same_people=True or False", "--same-people or --different-people"),
+    (r"(?<![\w-])(check )?screen=(?=,)", r"\1--screen"),
+    (
+        r"(?<!--read )(?<!--column )(?<!--only )(?<![\w-])"
+        r"(subject|stimulus|units|eye|encoding|separator|distance|origin|trial_message|stimulus_message)=(?:'([^']*)')?",
+        lambda m: f"--read {m[1]}={m[2] or ''}",
+    ),
+)
+
+
+@contextmanager
+def by_options() -> Iterator[None]:
+    """Errors name options of the command line where they name arguments of Python."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = str(error)
+        for pattern, option in OPTIONS:
+            said = re.sub(pattern, option, said)
+        if said == str(error):
+            raise
+        raise ValueError(said) from error
+
+
 def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
@@ -85,6 +121,7 @@ def _yes(said: str) -> bool:
     return said == "true"
 
 
+@by_options()
 def read(data: Path, told: Mapping[str, Any], out: Path | None) -> Printed:
     """Read fixations, say how, and write them as a plain table."""
     found = read_gaze(data, **told)
@@ -97,6 +134,7 @@ def read(data: Path, told: Mapping[str, Any], out: Path | None) -> Printed:
     return said
 
 
+@by_options()
 def score(
     a: Path,
     b: Path,
@@ -117,21 +155,16 @@ def score(
         one, two = (read_gaze(path, **told) for path in (a, b))
     with Progress(console=console, transient=True) as bar:
         row = bar.add_task("comparing pairs")
-        try:
-            found = scored(
-                one,
-                two,
-                same_people=same_people,
-                metrics=metrics or None,
-                pairs=pairs,
-                resamples=resamples,
-                seed=seed,
-                progress=lambda done, every: bar.update(row, completed=done, total=every),
-            )
-        except ValueError as error:
-            raise ValueError(
-                str(error).replace("same_people=True or False", "--same-people or --different-people")
-            ) from error
+        found = scored(
+            one,
+            two,
+            same_people=same_people,
+            metrics=metrics or None,
+            pairs=pairs,
+            resamples=resamples,
+            seed=seed,
+            progress=lambda done, every: bar.update(row, completed=done, total=every),
+        )
     table = Table(title=f"A: {a.name}, B: {b.name}", title_justify="left", header_style="bold")
     for column in ("metric", "A with B", "within A", "within B", "other pictures", "p"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -311,6 +344,7 @@ def _p(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3f}"
 
 
+@by_options()
 def compare(
     name: str,
     data: Path,
@@ -352,14 +386,17 @@ def compare(
     if told or not words:
         if not sees:
             raise ValueError(
-                f"{name} reads words, and {data} are fixations on pictures: give a vision model, or the folder of "
-                f"WebQAmGaze without --stimuli"
+                f"{name} is no model that looks at pictures alone, and {data} are fixations on pictures: give a vision "
+                f"model, or, to a model that reads, the folder of WebQAmGaze without --stimuli"
             )
         loaded.model.float()  # half precision is for a GPU
         how = {"placed": placed, "resamples": resamples, "seed": seed, "out": kept, "plot": plot, "console": console}
         return _compare_pictures(name, fixations, loaded, **how)
     if sees:
-        found_pictures(read_gaze(data))  # says which are missing
+        raise ValueError(
+            f"{name} looks at pictures, and {data} holds texts that people read: give a model that reads, or the "
+            f"folder of the pages' pictures with --stimuli"
+        )
     if kept is not None or plot is not None or placed is not None:
         raise ValueError("--json, --plot and --placed are of fixations on pictures; of words there is --out")
     model, tokenizer = loaded
