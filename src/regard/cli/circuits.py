@@ -363,7 +363,9 @@ def _printed(
     notes: list[str],
 ) -> Printed:
     title = f"{told['model']}: heads of {told['task']}, by {told['method']}"
-    of_heads = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    of_heads = Table(
+        title=title, title_justify="left", header_style="bold", title_style="bold", min_width=len(title) + 2
+    )
     for column in ("head", "score"):
         of_heads.add_column(column, justify="right")
     for layer, head in circuit:
