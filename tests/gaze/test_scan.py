@@ -106,6 +106,10 @@ def test_a_model_in_training_is_left_so_and_gets_no_gradients(clip):
         model.eval()
 
 
+def command(*arguments):
+    return CliRunner().invoke(app, ["gaze", "scan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
 @needs_both
 def test_dino_on_photographs():
     """What it fixates gives it more of the picture than what it began with, and metrics take its paths."""
@@ -144,6 +148,18 @@ def test_dino_on_photographs():
 
 
 @needs_both
+def test_the_command_on_a_photograph(tmp_path):
+    out, table = tmp_path / "cat.gif", tmp_path / "cat.csv"
+    done = command(DINO, PICTURES / "cat.jpg", "-n", 2, "--iterations", 2, "-o", out, "--table", table)
+    assert done.exit_code == 0, done.output
+    with Image.open(out) as made, Image.open(PICTURES / "cat.jpg") as photograph:
+        assert made.n_frames == 3
+        assert made.size[0] / made.size[1] == pytest.approx(photograph.width / photograph.height, rel=0.01)
+        (trial,) = regard.gaze.read(table, screen=photograph.size)
+    assert len(trial.scanpath) == 2
+
+
+@needs_both
 def test_dino_finds_a_photograph_in_a_panorama():
     """A picture hung into a dim panorama; what is looked for is the picture. Then the path is drawn."""
     model, processor = regard.load(DINO)
@@ -173,10 +189,6 @@ def test_a_classifier_is_seen_by_what_it_classifies():
 def test_what_makes_no_vector_of_a_picture_is_refused(name, said):
     with pytest.raises(ValueError, match=said):
         encoder(*regard.load(name))
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, ["gaze", "scan", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize("end", ["png", "svg", "gif", "html"])
