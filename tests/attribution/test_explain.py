@@ -146,6 +146,14 @@ def saved(folder, model, processor):
     return folder
 
 
+def test_a_method_that_knows_no_target_says_so(tmp_path):
+    """Else a map would stand there as the reason for one class and not another."""
+    out, given = tmp_path / "a.html", ("-t", "a heavy heart .", "--target", "sorrow", "--not", "joy")
+    assert "rollout knows no target" in run("namer", *given, "-m", "rollout", "-o", out).output
+    assert "knows no target" not in run("namer", *given, "-m", "gradient-x-input", "-o", out).output
+    assert "knows no target" not in run("namer", "-t", "a heavy heart .", "-m", "rollout", "-o", out).output
+
+
 def test_words_that_the_tokenizer_does_not_know_are_counted(tmp_path):
     out = tmp_path / "a.html"
     done = run("namer", "-t", "zzz qqq the", "-m", "gradient_x_input", "-o", out)

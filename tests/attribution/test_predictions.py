@@ -19,8 +19,10 @@ import regard
 from regard import catalog
 from regard.attribution._words import joined, spans
 from regard.attribution.guided_grad_cam import guided
+from regard.data.scenes import Object, Scene, render
 from regard.evaluation.faithfulness import deletion_error, infidelity_error
 from regard.prediction import Question, predict
+from regard.zoo.recipes.describer import asked
 
 MINILM = Path(os.environ.get("REGARD_MODELS", "")) / "minilm"
 OF_FEW = ("prompt_cam", "refam", "seg_token", "stable_semantics", "vl_sam")  # that read models of one kind only
@@ -434,7 +436,21 @@ def test_contrasts_on_every_method(method, name):
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     assert float(ahead.score[0]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
-    assert np.allclose(ahead.values, plain.values) == (method == "rollout")  # which knows no target
+    assert np.allclose(ahead.values, plain.values) == (not ahead.attrs.get("knows_target", True))  # as rollout
+    assert (method == "rollout") == (not plain.attrs.get("knows_target", True))
+
+
+@pytest.mark.parametrize("method", ["seg_token", "vl_sam"])
+def test_methods_of_patches_know_no_target_and_say_so(method):
+    model, processor = regard.load("describer")
+    scene = Scene((Object("star", "red", "large", 0.3, 0.5),))
+    inputs = asked(processor, [render(scene).image()], ["what colour is the star ?"])
+    one = regard.attribute(model, inputs, "red", method=method, processor=processor)
+    other = regard.attribute(model, inputs, "red", against="blue", method=method, processor=processor, words=True)
+    assert one.attrs["knows_target"] is False
+    assert "against" in other.coords
+    assert float(one.sum()) == pytest.approx(float(other.sum()), abs=1e-6)
+    assert float(one.score[0]) > float(other.score[0])
 
 
 def test_words():

@@ -155,8 +155,24 @@ def test_bad_input_is_named(folders, tmp_path):
         assert message in result.output.replace("\n", " ")
     (tmp_path / "e.jsonl").write_text("{not json\n")
     assert "line 1: not JSON" in run(folders["gpt2"], "--task", tmp_path / "e.jsonl", "--out", tmp_path / "out").output
+    (tmp_path / "f.jsonl").write_bytes(b"\xff\xfe")
+    told = run(folders["gpt2"], "--task", tmp_path / "f.jsonl", "--out", tmp_path / "out").output.replace("\n", "")
+    assert "f.jsonl is not UTF-8 text (byte 0)" in told
     assert "does not say which token comes next" in run("viewer", "--out", tmp_path / "out").output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_wrong_is_said_to_be(folders, tmp_path):
+    good = {"clean": " ".join(ioi(1, seed=0)[0].words), "corrupted": " ".join(ioi(1, seed=0)[0].corrupted)}
+    one, other = (
+        lines(tmp_path / "a.jsonl", {**good, "answer": " a", "wrong": " b"}),
+        lines(tmp_path / "b.jsonl", {**good, "answer": " b", "wrong": " a"}),
+    )
+    said = [
+        run(folders["gpt2"], "--task", task, "--heads", 1, "--out", tmp_path / "out").output for task in (one, other)
+    ]
+    assert ["wrong on most" in output for output in said] in ([True, False], [False, True])
+    assert all("1 prompt, " in output for output in said)
 
 
 def test_an_edge_passes_no_node_that_it_is_not_of():

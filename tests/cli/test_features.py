@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from regard import zoo
-from regard.circuits.attention_sae import AttentionSAE, density, head_outputs
+from regard.circuits.attention_sae import AttentionSAE, Recovered, density, head_outputs
 from regard.cli import app, features
 from regard.data import paragraph, prompts
 
@@ -103,6 +104,21 @@ def test_a_model_that_does_not_write_has_no_loss(text, tmp_path):
     assert result.exit_code == 0, result.output
     assert "writes no text" in result.output
     assert "loss" not in json.loads((tmp_path / "features.json").read_text())["trained"]
+
+
+def test_nothing_is_recovered_of_a_layer_that_brings_nothing():
+    """A share of next to nothing is any number."""
+
+    def of(without: float) -> features.Measured:
+        return features.Measured(np.ones(3), 3.0, 0, 0.5, Recovered(3.0, 3.5, without))
+
+    assert of(4.0).share == pytest.approx(0.5)
+    for without in (3.01, 2.0):
+        assert of(without).share is None
+        both = {"trained": of(without), "untrained": of(without)}
+        assert ("loss recovered", "-", "-") in features._cells(both)
+        assert "brings nothing" in features._notes(both, 100)[1]
+        assert features._plain(of(without))["recovered"] is None
 
 
 @pytest.mark.parametrize(

@@ -142,19 +142,26 @@ def test_the_command(folder, tmp_path):
     missing = run("viewer", tmp_path / "a.csv", "--screen", "64x64")
     assert missing.exit_code == 2
     assert "the 2 pictures that were looked at are no part of the data: pic0, pic1" in missing.output
-    assert "reads words" in run("reader", tmp_path / "a.csv", "--stimuli", folder).output
+    assert "no model that looks at pictures alone" in run("reader", tmp_path / "a.csv", "--stimuli", folder).output
     assert "of reading data in words" in run("viewer", tmp_path / "a.csv", "--out", tmp_path / "x").output
     apart = run("viewer", tmp_path / "a.csv", "--stimuli", folder, "--screen", "100x100")
     assert "pic0 is 64 x 64 and the screen 100 x 100 pixels: say how" in apart.output
 
 
 @pytest.mark.skipif("REGARD_DATA" not in os.environ, reason="REGARD_DATA names no folder of public data")
-@pytest.mark.parametrize("name", ["gaze_search_hybrid", "gaze_search_interiors", "gaze_reading_webqamgaze"])
+@pytest.mark.parametrize("name", ["gaze_search_hybrid", "gaze_search_interiors"])
 def test_sets_without_their_pictures_say_so(name):
     done = run("viewer", f"{os.environ['REGARD_DATA']}/{name}")
     assert done.exit_code == 2
     assert "pictures that were looked at are no part of the data" in done.output
     assert "--stimuli FOLDER" in done.output
+
+
+@pytest.mark.skipif("REGARD_DATA" not in os.environ, reason="REGARD_DATA names no folder of public data")
+def test_a_set_of_texts_wants_a_model_that_reads():
+    done = run("viewer", f"{os.environ['REGARD_DATA']}/gaze_reading_webqamgaze")
+    assert done.exit_code == 2
+    assert "holds texts that people read" in done.output
 
 
 @pytest.mark.skipif(

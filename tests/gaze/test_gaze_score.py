@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -187,3 +188,46 @@ def test_the_command_that_reads(tmp_path):
     assert out.read_text().splitlines()[1] == "p,cat,,1.0,2.0"
     again = CliRunner().invoke(app, [*given, "--keep-going", "--out", str(out)], env={"COLUMNS": "200"})
     assert "exists; choose another name" in again.output
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("subject,stimulus,x,y\np,cat,1,2\n", (), "--screen WIDTHxHEIGHT in pixels is needed"),
+        ("subject,stimulus,x,y\np,cat,1,\n", ("--screen", "40x30"), "--keep-going leaves such rows out"),
+        ("Vp,stimulus,x,y\np,cat,1,2\n", ("--screen", "40x30"), "--column subject=NAME, or --read subject=p1 where"),
+        ("subject,Bild,x,y\np,cat,1,2\n", ("--screen", "40x30"), "--column stimulus=NAME, or --read stimulus=cat.jpg"),
+        ("subject,stimulus,a,b\np,cat,1,2\n", ("--screen", "40x30"), "say --column x=NAME --column y=NAME"),
+        ("p,cat,1,2\np,cat,3,4\n", ("--screen", "40x30"), "The first line has numbers: put names of columns above"),
+        ("subject,stimulus,x,y\np,cat,1,2\n", ("--screen", "4x3", "--stimuli", "none"), "--stimuli: none is no folder"),
+        (
+            "subject,stimulus,x,y\np,cat,1,2\n",
+            ("-r", "units=degrees"),
+            "--read units=degrees need --screen WIDTHxHEIGHT",
+        ),
+        (
+            "subject,stimulus,x,y\np,cat,91,82\n",
+            ("--screen", "4x3"),
+            "check --screen, --read units= and --read origin=",
+        ),
+        ("subject,stimulus,x,y\np,cat,1,2\n", ("--screen", "4x3", "--only", "z=1"), "--only z=...: no such column"),
+    ],
+)
+def test_what_is_wrong_is_told_by_options_of_the_command(tmp_path, text, more, said):
+    """At the command line nobody knows the names of Python's arguments."""
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    done = CliRunner().invoke(app, ["gaze", "read", str(path), *more], env={"COLUMNS": "300"})
+    assert done.exit_code == 2
+    assert said in done.output
+    assert not re.search(r"columns=|keep_going|screen=\(|stimulus_folder", done.output)
+
+
+def test_two_people_make_one_pair_without_an_interval(tmp_path):
+    """Draws of two people are all the same pair: an interval of no width would be no knowledge."""
+    one, other = group(0, 2, name="a"), group(1, 3, name="b")
+    found = score(one, other, metrics=["scanmatch"], resamples=20)
+    assert np.isfinite(found["within_a"]).all()
+    assert np.isnan(found["within_a_low"]).all()
+    assert np.isnan(found["within_a_high"]).all()
+    assert (found["within_b_high"] > found["within_b_low"]).all()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from typer.testing import CliRunner
 
 import regard
+from regard.cli import app
 from regard.gaze import Scanpath
 from regard.gaze.draw_scanpath import draw_scanpath
 from regard.gaze.encoder import encoder
@@ -104,6 +106,10 @@ def test_a_model_in_training_is_left_so_and_gets_no_gradients(clip):
         model.eval()
 
 
+def command(*arguments):
+    return CliRunner().invoke(app, ["gaze", "scan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
 @needs_both
 def test_dino_on_photographs():
     """What it fixates gives it more of the picture than what it began with, and metrics take its paths."""
@@ -142,6 +148,18 @@ def test_dino_on_photographs():
 
 
 @needs_both
+def test_the_command_on_a_photograph(tmp_path):
+    out, table = tmp_path / "cat.gif", tmp_path / "cat.csv"
+    done = command(DINO, PICTURES / "cat.jpg", "-n", 2, "--iterations", 2, "-o", out, "--table", table)
+    assert done.exit_code == 0, done.output
+    with Image.open(out) as made, Image.open(PICTURES / "cat.jpg") as photograph:
+        assert made.n_frames == 3
+        assert made.size[0] / made.size[1] == pytest.approx(photograph.width / photograph.height, rel=0.01)
+        (trial,) = regard.gaze.read(table, screen=photograph.size)
+    assert len(trial.scanpath) == 2
+
+
+@needs_both
 def test_dino_finds_a_photograph_in_a_panorama():
     """A picture hung into a dim panorama; what is looked for is the picture. Then the path is drawn."""
     model, processor = regard.load(DINO)
@@ -155,6 +173,74 @@ def test_dino_finds_a_photograph_in_a_panorama():
     assert found.success
     assert found.answer == (120, 0)
     assert found.scanpath.size == (256, 128)
+
+
+def test_a_classifier_is_seen_by_what_it_classifies():
+    model, processor = regard.load("viewer")
+    see = encoder(model, processor)
+    pixels = see.pixels(picture())
+    torch.testing.assert_close(see(pixels), model.vit(pixel_values=pixels).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("describer", "among words"), ("reader", "sees no pictures"), ("listener", "sees no pictures")],
+)
+def test_what_makes_no_vector_of_a_picture_is_refused(name, said):
+    with pytest.raises(ValueError, match=said):
+        encoder(*regard.load(name))
+
+
+@pytest.mark.parametrize("end", ["png", "svg", "gif", "html"])
+def test_the_command_draws_a_scan_and_writes_a_table(tmp_path, end):
+    given, out, table = tmp_path / "given.png", tmp_path / f"a.{end}", tmp_path / "a.csv"
+    picture().save(given)
+    quick = ("-n", 3, "--iterations", 2, "--seed", 1)
+    done = command("viewer", given, *quick, "-o", out, "--table", table)
+    assert done.exit_code == 0, done.output
+    path = scan(*regard.load("viewer"), picture(), fixations=3, iterations=2, seed=1)
+    (trial,) = regard.gaze.read(table, screen=(60, 40))
+    assert np.allclose(trial.scanpath.places, path.places)
+    assert (trial.subject, trial.stimulus) == ("viewer", "given.png")
+    assert "viewer looks at the whole picture" in done.output
+    drawn = out.read_bytes()
+    assert command("viewer", given, *quick, "-o", out).exit_code == 0  # its own file is replaced
+    assert out.read_bytes() == drawn
+    assert (
+        drawn
+        == draw_scanpath(
+            path, picture(), tmp_path / f"b.{end}", title="viewer looks at the whole picture: given.png"
+        ).read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("-o", "a.jpg"), "makes .png, .svg, .gif, .html"),
+        (("-o", "given.png"), "Regard wrote"),
+        (("--for", "a star"), "reads no words"),
+        (("--for", "a star", "--like", "given.png"), "give one of them"),
+        (("--like", "none.png"), "--like none.png"),
+        (("--table", "given.png"), "exists"),
+    ],
+)
+def test_what_cannot_be_scanned_is_said(tmp_path, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    picture().save("given.png")
+    done = command("viewer", "given.png", "-n", 1, "--iterations", 1, *more)
+    assert done.exit_code == 2
+    assert said in done.output
+    with Image.open("given.png") as given:
+        assert given.size == (60, 40)
+
+
+def test_numbers_of_fixations_at_one_place_stand_together(tmp_path):
+    there = Scanpath(np.array([[10.0, 10], [40, 30], [10.2, 10], [10, 10.1]]), (60, 40))
+    svg = draw_scanpath(there, picture(), tmp_path / "a.svg").read_text()
+    assert re.findall(r"<text [^>]*>([^<]*)<", svg) == ["1", "2", "1 3", "1 3 4"]
+    sizes = [float(size) for size in re.findall(r'<text [^>]*font-size="([\d.]+)"', svg)]
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3]
 
 
 PATH = Scanpath(np.array([[10.0, 10], [50, 20], [30, 35], [80, -5]]), (60, 40), np.array([100.0, 400, 200, 300]))

@@ -57,6 +57,8 @@ def attribute(
     are joined, their scores added; needs a processor. method: a file of `regard/attribution`, whose `knobs` follow.
     processor: for the coordinate `text`.
 
+    The attribute `knows_target` is False of a method that gives every target the same scores, also `against` another.
+
     Beside the scores there are the coordinates `target` and `score`, the logit that is explained, and of patches among
     tokens `image`, `row` and `column` (-1: no patch). Several choices have the axes [batch, choice, token],
     spectrograms [batch, row, column] as the model takes them, films [batch, step, row, column].

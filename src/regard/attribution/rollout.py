@@ -35,4 +35,4 @@ def rollout(
         with torch.no_grad(), record(model, "rows") as recording:
             prediction.score()
         rows = torch.from_numpy(rolled(recording.tree[stack], residual=residual).values[:, -1])
-        return of_tokens(prediction, stack, rows, "rollout")
+        return of_tokens(prediction, stack, rows, "rollout").assign_attrs(knows_target=False)

@@ -60,7 +60,7 @@ def seg_token(
         found = similarity(states, states[torch.arange(len(states)), at.to(states.device)])
         if centred:
             found = found - (found * image).sum(1, keepdim=True) / image.sum(1, keepdim=True)
-        return prediction.labelled(found.masked_fill(~image, 0), "seg_token")
+        return prediction.labelled(found.masked_fill(~image, 0), "seg_token").assign_attrs(knows_target=False)
 
 
 def similarity(states: Tensor, query: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def vl_sam(
         if not image.any(1).all():
             raise ValueError(f"vl_sam: {kind} was given no picture whose patches are tokens among its words")
         found = flow(layers, at, real, regularised=regularised).masked_fill(~image, 0)
-        return prediction.labelled(found[:, : prediction.shape[-1]], "vl_sam")
+        return prediction.labelled(found[:, : prediction.shape[-1]], "vl_sam").assign_attrs(knows_target=False)
 
 
 def flow(layers: Tensor, at: Tensor, real: Tensor, *, regularised: bool = True) -> Tensor:

@@ -224,7 +224,7 @@ def discrete_sae(
     if rows[0] != rows[1] or [*sides[1]] != sites:
         raise ValueError(f"there are {rows[0]} positive and {rows[1]} negative rows: give as many of both")
     if not 0 < examples <= 2 * rows[0]:
-        raise ValueError(f"examples are drawn from {2 * rows[0]} rows, and {examples} were asked for")
+        raise ValueError(f"examples are drawn from {2 * rows[0]} rows, and {examples} were asked for: give more rows")
     every = torch.cat([torch.cat(list(side.values()), 1) for side in sides]).cpu()
     sae = DiscreteSAE(every.shape[-1], features, sparsity=sparsity, seed=seed)
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:examples]

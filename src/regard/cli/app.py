@@ -648,6 +648,46 @@ def gaze_compare(
     compared.to(out)
 
 
+@gaze_app.command("scan")
+def gaze_scan(
+    model: Annotated[str, typer.Argument(help="A zoo model, a local folder, or a hub id; one that sees.")],
+    picture: Annotated[Path, typer.Argument(help="The picture to look over.")],
+    about: Annotated[
+        str | None, typer.Option("--for", help="What is looked for, in words; of models that read too, such as CLIP.")
+    ] = None,
+    like: Annotated[Path | None, typer.Option(help="What is looked for, as a picture.")] = None,
+    fixations: Annotated[int, typer.Option("--fixations", "-n", min=1, help="How many.")] = 10,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps to find each; fewer are faster.")] = 20,
+    speed: Annotated[float, typer.Option(min=0.01, help="Of what moves; 2 is twice as fast.")] = 1.0,
+    file_out: Annotated[
+        Path, typer.Option("--out", "-o", help=".png and .svg show all at once, .gif and .html one after another.")
+    ] = Path("regard-scan.html"),
+    table: Annotated[Path | None, typer.Option(help="A new CSV file of the fixations.")] = None,
+    seed: int = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Where MODEL looks in PICTURE, one fixation after another; drawn."""
+    from . import gaze as work
+
+    _model(model, trust_remote_code)
+    with _plainly():
+        scanned = work.scan(
+            model,
+            picture,
+            about=about,
+            like=like,
+            fixations=fixations,
+            iterations=iterations,
+            speed=speed,
+            seed=seed,
+            out=file_out,
+            table=table,
+            trust_remote_code=trust_remote_code,
+            console=out,
+        )
+    scanned.to(out)
+
+
 @papers_app.callback()
 def papers(
     context: typer.Context,

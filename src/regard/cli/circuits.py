@@ -32,6 +32,7 @@ KEYS = ("clean", "corrupted", "answer", "wrong")
 SEEN = ("image", "corrupted_image")  # paths of pictures, beside the file or whole; one of them is enough
 FILES = ("graph.svg", "faithfulness.svg", "patching.svg", "circuit.json")
 RANDOM = 5  # circuits of each size
+RIGHT = 0.5  # share of prompts with the answer ahead, below which there may be no circuit of the task
 LAST = 16  # tokens that are patched one by one, where words have no names
 DRAWS = 20  # prompts tried for each that is used
 STYLES = {"query": "2 3", "key": "8 4", "value": "", "answer": "12 3 2 3"}  # how a head acts on the next: dashes
@@ -115,7 +116,11 @@ def asked_of(task: str, loaded: Loaded, name: str, *, n: int, seed: int) -> tupl
 
 def _lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        whole = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    for number, text in enumerate(whole.splitlines(), 1):
         if not text.strip():
             continue
         try:
@@ -363,7 +368,9 @@ def _printed(
     notes: list[str],
 ) -> Printed:
     title = f"{told['model']}: heads of {told['task']}, by {told['method']}"
-    of_heads = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    of_heads = Table(
+        title=title, title_justify="left", header_style="bold", title_style="bold", min_width=len(title) + 2
+    )
     for column in ("head", "score"):
         of_heads.add_column(column, justify="right")
     for layer, head in circuit:
@@ -375,7 +382,10 @@ def _printed(
         of_sizes.add_row(str(size), f"{value:.2f}", f"{draws.min():.2f} to {draws.max():.2f}")
     clean, corrupted = told["score"]["clean"], told["score"]["corrupted"]
     lines = [
-        f"{told['prompts']} prompts, {told['right']:.0%} right; score {clean:.2f}, corrupted {corrupted:.2f}",
+        f"{told['prompts']} prompt{'s' * (told['prompts'] != 1)}, {told['right']:.0%} right; score {clean:.2f}, "
+        f"corrupted {corrupted:.2f}",
         *notes,
     ]
+    if told["right"] < RIGHT:
+        lines.append("the model is wrong on most of these prompts: its heads may do something else with them")
     return Printed([of_heads, of_sizes], lines)

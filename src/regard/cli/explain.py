@@ -123,7 +123,7 @@ def explain(
         raise InputError(f"--steps {steps}: {method} takes no steps")
     judgements: list[Judged] = []
     sentences: list[str] = []
-    unknown: list[str] = []
+    remarks: list[str] = []
     page_of = partial(_page, judgements=judgements, sentences=sentences)
     writers: dict[str, Callable[..., bytes]] = {".html": page_of, ".png": _drawn}
     if out.suffix not in writers:
@@ -150,8 +150,10 @@ def explain(
         """The scores of one sample, which are judged before words are joined."""
         found = attribute(model, inputs, method=method, processor=loaded.processor, **asked, **knobs)
         tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+        if not found.attrs.get("knows_target", True) and any(asked.get(n) is not None for n in ("target", "against")):
+            remarks.append(f"{method.replace('-', '_')} knows no target: of any other its scores are the same")
         if (note := _unknown(found[sample], tokenizer)) is not None:
-            unknown.append(note)
+            remarks.append(note)
         if judged:
             seen = "sound" if heard is not None else "picture"
             heading = {"input_ids": "words", "decoder_input_ids": "written"}.get(found.attrs["over"], seen)
@@ -199,7 +201,7 @@ def explain(
     page = writers[out.suffix](parts, told, about)
     with replaced(out) as draft:
         draft.write_bytes(page)
-    notes = list(dict.fromkeys([*unknown, *(str(one.message) for one in warned)]))
+    notes = list(dict.fromkeys([*remarks, *(str(one.message) for one in warned)]))
     notes += [note for one in judgements for note in judging.notes(one)]
     tables = [_table(part, len(parts) > 1) for part in parts]
     tables += [judging.table(one, len(judgements) > 1) for one in judgements]

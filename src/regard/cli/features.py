@@ -42,6 +42,7 @@ ROWS = 16  # of a pass
 BATCH = 256  # tokens of a step
 ANEW = 5  # features that do not fire start anew after each fifth of the steps, but the last
 PLACES, AROUND = 6, 10  # exemplars of a feature, and the tokens shown on either side
+HELPS = 0.02  # nats that a layer takes off the loss at least, for their share to mean anything
 FILES = ("features.html", "features.json")
 FOLDER = "sae"
 FIRED = (178, 84, 0)
@@ -91,6 +92,12 @@ class Measured(NamedTuple):
     dead: int
     explained: float
     recovered: Recovered | None
+
+    @property
+    def share(self) -> float | None:
+        """The loss recovered; None where the layer hardly helps, so that there is nothing to recover."""
+        of = self.recovered
+        return None if of is None or of.without - of.whole < HELPS else of.share
 
 
 def run(
@@ -258,7 +265,7 @@ def _measured(model: nn.Module, sae: AttentionSAE, layer: int, held: Sequence[di
 def _plain(measured: Measured) -> dict[str, Any]:
     found: dict[str, Any] = {"active": measured.active, "dead": measured.dead, "explained": measured.explained}
     if measured.recovered is not None:
-        found |= {"loss": measured.recovered._asdict(), "recovered": measured.recovered.share}
+        found |= {"loss": measured.recovered._asdict(), "recovered": measured.share}
     return found
 
 
@@ -294,10 +301,10 @@ def _notes(measured: Mapping[str, Measured], tokens: int) -> list[str]:
     of = measured["trained"].recovered
     if of is None:
         found.append("the model writes no text, so there is no loss to recover")
-    elif of.without - of.whole < 0.02:
+    elif measured["trained"].share is None:
         found.append(
-            f"without the layer the loss goes from {of.whole:.3f} to {of.without:.3f} only, so that the loss recovered "
-            f"says little"
+            f"without the layer the loss goes from {of.whole:.3f} to {of.without:.3f}: of this text the layer brings "
+            f"nothing that could be recovered"
         )
     return found
 
@@ -315,7 +322,7 @@ def _cells(measured: Mapping[str, Measured]) -> list[tuple[str, ...]]:
             ("loss with the layer as it is", *(f"{of.whole:.3f}" for of in losses)),
             ("loss with its reconstruction", *(f"{of.coded:.3f}" for of in losses)),
             ("loss without the layer", *(f"{of.without:.3f}" for of in losses)),
-            ("loss recovered", *(f"{of.share:.1%}" for of in losses)),
+            ("loss recovered", *("-" if of.share is None else f"{of.share:.1%}" for of in measured.values())),
         ]
     return rows
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..catalog import check_plot
-from ..data import loaders
-from ..data.loaders import GazeData, files, read_gaze
+from ..data import loaders, media
+from ..data.loaders import GazeData, GazeTrial, files, read_gaze
 from ..files import MARK, refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
 from ..gaze.compare_pictures import METRICS, compare_pictures, found_pictures
 from ..gaze.draw import draw
+from ..gaze.draw_scanpath import check_drawing, draw_scanpath
+from ..gaze.scan import scan as scanned
 from ..gaze.score import score as scored
 from ..loading import load
+from .inputs import InputError
 from .printed import Printed, tables
 
 TASKS = ("reading", "search")
@@ -61,6 +66,40 @@ def reading(
     return told
 
 
+# What messages of `read_gaze` and its like call by names of Python, as the command line has it.
+OPTIONS = (
+    (r"columns=\{([^{}]*)\}", lambda m: " ".join(f"--column {role}=NAME" for role in re.findall(r"'(\w+)'", m[1]))),
+    (r"only=\{'([^']*)': \.\.\.\}", r"--only \1=..."),
+    (r"keep_going=True", "--keep-going"),
+    (r"\(stimulus_folder=, (--stimuli FOLDER)\)", r"(\1)"),
+    (r"stimulus_folder(:|=)", r"--stimuli\1"),
+    (r"screen=\(width, height\)", "--screen WIDTHxHEIGHT"),
+    (r"screen_cm=\(width, height\)", "--read screen_cm=WIDTHxHEIGHT"),
+    (r"placed=(centre or fit or fill or) left, top, right, bottom", r"--placed \1 left,top,right,bottom"),
+    (r"same_people=True or False", "--same-people or --different-people"),
+    (r"(?<![\w-])(check )?screen=(?=,)", r"\1--screen"),
+    (
+        r"(?<!--read )(?<!--column )(?<!--only )(?<![\w-])"
+        r"(subject|stimulus|units|eye|encoding|separator|distance|origin|trial_message|stimulus_message)=(?:'([^']*)')?",
+        lambda m: f"--read {m[1]}={m[2] or ''}",
+    ),
+)
+
+
+@contextmanager
+def by_options() -> Iterator[None]:
+    """Errors name options of the command line where they name arguments of Python."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = str(error)
+        for pattern, option in OPTIONS:
+            said = re.sub(pattern, option, said)
+        if said == str(error):
+            raise
+        raise ValueError(said) from error
+
+
 def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
@@ -82,6 +121,7 @@ def _yes(said: str) -> bool:
     return said == "true"
 
 
+@by_options()
 def read(data: Path, told: Mapping[str, Any], out: Path | None) -> Printed:
     """Read fixations, say how, and write them as a plain table."""
     found = read_gaze(data, **told)
@@ -94,6 +134,7 @@ def read(data: Path, told: Mapping[str, Any], out: Path | None) -> Printed:
     return said
 
 
+@by_options()
 def score(
     a: Path,
     b: Path,
@@ -114,21 +155,16 @@ def score(
         one, two = (read_gaze(path, **told) for path in (a, b))
     with Progress(console=console, transient=True) as bar:
         row = bar.add_task("comparing pairs")
-        try:
-            found = scored(
-                one,
-                two,
-                same_people=same_people,
-                metrics=metrics or None,
-                pairs=pairs,
-                resamples=resamples,
-                seed=seed,
-                progress=lambda done, every: bar.update(row, completed=done, total=every),
-            )
-        except ValueError as error:
-            raise ValueError(
-                str(error).replace("same_people=True or False", "--same-people or --different-people")
-            ) from error
+        found = scored(
+            one,
+            two,
+            same_people=same_people,
+            metrics=metrics or None,
+            pairs=pairs,
+            resamples=resamples,
+            seed=seed,
+            progress=lambda done, every: bar.update(row, completed=done, total=every),
+        )
     table = Table(title=f"A: {a.name}, B: {b.name}", title_justify="left", header_style="bold")
     for column in ("metric", "A with B", "within A", "within B", "other pictures", "p"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -151,6 +187,51 @@ def score(
             f"{attrs['pairs']:,} of {attrs['pairs_possible']:,} pairs were compared, drawn by chance (--pairs)"
         )
     _keep(printed, found, out, plot, None, None)
+    return printed
+
+
+def scan(
+    name: str,
+    picture: Path,
+    *,
+    about: str | None,
+    like: Path | None,
+    fixations: int,
+    iterations: int,
+    speed: float,
+    seed: int,
+    out: Path,
+    table: Path | None,
+    trust_remote_code: bool,
+    console: Console,
+) -> Printed:
+    """Let a model look over a picture, and draw where its sharp spot goes."""
+    if about is not None and like is not None:
+        raise InputError("--for and --like: give one of them")
+    check_drawing(out)
+    if table is not None and table.exists():
+        raise FileExistsError(f"{table} exists; choose another name, or move it away")
+    shown = media.picture(picture, str(picture))
+    wanted = about if like is None else media.picture(like, f"--like {like}")
+    with console.status(f"loading {name}"):
+        model, processor = load(name, trust_remote_code=trust_remote_code)
+    model.float()  # half precision is for a GPU
+    with console.status(f"looking: {fixations} fixations of {iterations} steps"):
+        path = scanned(model, processor, shown, wanted, fixations=fixations, iterations=iterations, seed=seed)
+    what = f"for {about}" if about else f"for what is in {like.name}" if like else "at the whole picture"
+    draw_scanpath(path, shown, out, title=f"{name} looks {what}: {picture.name}", speed=speed)
+    made = Table(header_style="bold")
+    for column in ("fixation", "x", "y"):
+        made.add_column(column, justify="right")
+    for i, (x, y) in enumerate(path.places, 1):
+        beside = "" if 0 <= x <= path.size[0] and 0 <= y <= path.size[1] else " (beside the picture)"
+        made.add_row(str(i), f"{x:.0f}", f"{y:.0f}{beside}")
+    printed = Printed([made], [f"{name} looks {what}", f"pixels of {picture.name}, {path.size[0]} by {path.size[1]}"])
+    if table is not None:
+        GazeData((GazeTrial(name, picture.name, "", path),)).write(table)
+        wide, high = path.size
+        printed.lines.append(f"{table} is a table that regard gaze read and score take, with --screen {wide}x{high}")
+    printed.lines.append(f"picture: {out}")
     return printed
 
 
@@ -263,6 +344,7 @@ def _p(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3f}"
 
 
+@by_options()
 def compare(
     name: str,
     data: Path,
@@ -304,14 +386,17 @@ def compare(
     if told or not words:
         if not sees:
             raise ValueError(
-                f"{name} reads words, and {data} are fixations on pictures: give a vision model, or the folder of "
-                f"WebQAmGaze without --stimuli"
+                f"{name} is no model that looks at pictures alone, and {data} are fixations on pictures: give a vision "
+                f"model, or, to a model that reads, the folder of WebQAmGaze without --stimuli"
             )
         loaded.model.float()  # half precision is for a GPU
         how = {"placed": placed, "resamples": resamples, "seed": seed, "out": kept, "plot": plot, "console": console}
         return _compare_pictures(name, fixations, loaded, **how)
     if sees:
-        found_pictures(read_gaze(data))  # says which are missing
+        raise ValueError(
+            f"{name} looks at pictures, and {data} holds texts that people read: give a model that reads, or the "
+            f"folder of the pages' pictures with --stimuli"
+        )
     if kept is not None or plot is not None or placed is not None:
         raise ValueError("--json, --plot and --placed are of fixations on pictures; of words there is --out")
     model, tokenizer = loaded

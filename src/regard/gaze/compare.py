@@ -178,7 +178,7 @@ def _mean_rows(call: Call) -> Tensor:
 @torch.inference_mode()
 def _measures(model: nn.Module, tokenizer: Any, words: tuple[str, ...]) -> dict[str, Floats]:
     """What the model does with each word, [..., word]; NaN where it has none. `cut`: words beyond its positions."""
-    encoded = tokenizer(" ".join(words), return_tensors="pt", return_offsets_mapping=True)
+    encoded = tokenizer(" ".join(words), return_tensors="pt", return_offsets_mapping=True, verbose=False)
     offsets = encoded.pop("offset_mapping")[0].tolist()
     limit = positions(model) or len(offsets)
     share = shares(words, offsets)

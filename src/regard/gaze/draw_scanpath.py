@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from ..data.loaders import Scanpath
-from ..files import written_aside
+from ..files import MARK, refuse_foreign, replaced
 
 KINDS = (".png", ".svg", ".gif", ".html")
 LONGEST = 1024  # pixels of the longer side of what is drawn
@@ -30,11 +30,11 @@ def draw_scanpath(
     of unknown duration moves on after 0.3 s. Fixations outside the picture are drawn at its border, hollow.
 
     picture: of any size; it is stretched to the screen of the path. title: what it is of, for those who cannot see it.
-    speed: 2 is twice as fast. ValueError for an empty path, or a name with another end.
+    speed: 2 is twice as fast. ValueError for an empty path, or a name with another end; FileExistsError where the file
+    is one that Regard did not write.
     """
     out = Path(out)
-    if out.suffix.lower() not in KINDS:
-        raise ValueError(f"draw_scanpath makes {', '.join(KINDS)}: got {out.name!r}")
+    check_drawing(out)
     if not len(path):
         raise ValueError("a path without fixations cannot be drawn")
     if speed <= 0:
@@ -51,9 +51,16 @@ def draw_scanpath(
         ".svg": lambda: _svg(screen, spots, title or _said(path)).encode(),
         ".html": lambda: _html(screen, spots, title or _said(path), lasting).encode(),
     }[out.suffix.lower()]()
-    with written_aside(out) as draft:
+    with replaced(out) as draft:
         Path(draft).write_bytes(made)
     return out
+
+
+def check_drawing(out: Path) -> None:
+    """ValueError where no scanpath can be drawn into a file of this name, FileExistsError where it is another's."""
+    if out.suffix.lower() not in KINDS:
+        raise ValueError(f"draw_scanpath makes {', '.join(KINDS)}: got {out.name!r}")
+    refuse_foreign(out)
 
 
 class _Spots:
@@ -61,6 +68,14 @@ class _Spots:
 
     def __init__(self, places: NDArray[np.float64], radii: NDArray[np.float64], inside: NDArray[np.bool_]) -> None:
         self.places, self.radii, self.inside = places, radii, inside
+        near = np.hypot(*(places[:, None] - places[None]).T) < 0.5 * radii
+        before = [[j for j in range(i) if near[i, j]] for i in range(len(places))]
+        # A circle that hides earlier ones has their numbers too.
+        self.labels = [" ".join(str(j + 1) for j in (*hidden, i)) for i, hidden in enumerate(before)]
+
+    def letters(self, i: int) -> float:
+        """How high the letters of a number are, so that it fits its circle."""
+        return float(self.radii[i]) * min(1.1, 3.0 / len(self.labels[i]))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -90,15 +105,16 @@ def _paint(screen: Image.Image, spots: _Spots, until: int, present: int | None =
         colour = COLOUR if i == present else PAST
         box = [x - radius, y - radius, x + radius, y + radius]
         pen.ellipse(box, fill=colour + "d0" if inside else None, outline="black" if inside else colour, width=scale * 2)
-        font = ImageFont.load_default(size=radius * 1.1)
-        pen.text((x, y), str(i + 1), fill="black", anchor="mm", font=font, stroke_width=scale, stroke_fill="white")
+        font = ImageFont.load_default(size=scale * spots.letters(i))
+        pen.text((x, y), spots.labels[i], fill="black", anchor="mm", font=font, stroke_width=scale, stroke_fill="white")
     over = layer.resize(screen.size, Image.Resampling.LANCZOS)
     return Image.alpha_composite(screen.convert("RGBA"), over).convert("RGB")
 
 
 def _png(screen: Image.Image, spots: _Spots) -> bytes:
-    buffer = io.BytesIO()
-    _paint(screen, spots, len(spots)).save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    _paint(screen, spots, len(spots)).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
@@ -112,7 +128,15 @@ def _gif(screen: Image.Image, spots: _Spots, lasting: list[float]) -> bytes:
     buffer = io.BytesIO()
     durations = [max(20, round(d)) for d in (*lasting, 1500.0)]
     frames[0].save(
-        buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False, disposal=1
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=False,
+        disposal=1,
+        comment=MARK,
     )
     return buffer.getvalue()
 
@@ -142,7 +166,7 @@ def _svg(screen: Image.Image, spots: _Spots, title: str, lasting: list[float] | 
         )
         marks.append(
             f'<g class="f{i}"><circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" {fill} stroke-width="2"/>'
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{1.1 * radius:.1f}">{i + 1}</text></g>'
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{spots.letters(i):.1f}">{spots.labels[i]}</text></g>'
         )
         if lasting is not None:
             starts = 100 * sum(lasting[:i]) / total
@@ -154,7 +178,7 @@ def _svg(screen: Image.Image, spots: _Spots, title: str, lasting: list[float] | 
     lines, circles = marks[::2], marks[1::2]  # circles lie over all lines
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
-        f"<title>{html.escape(title)}</title>"
+        f"<title>{html.escape(title)}</title><!-- {MARK} -->"
         f"<style>text{{font-family:sans-serif;text-anchor:middle;dominant-baseline:central;"
         f"paint-order:stroke;stroke:white;stroke-width:2px}}{style}</style>"
         f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>'
@@ -166,7 +190,8 @@ def _html(screen: Image.Image, spots: _Spots, title: str, lasting: list[float]) 
     said = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{said}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>body{{margin:1rem;font-family:sans-serif;'
+        f'<meta name="generator" content="{MARK}"><meta name="viewport" content="width=device-width">'
+        f"<style>body{{margin:1rem;font-family:sans-serif;"
         f"background:#111;color:#eee}}svg{{max-width:100%;max-height:90vh}}</style></head><body>"
         f"{_svg(screen, spots, title, lasting)}<p>{said}</p></body></html>"
     )

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..loading import parameters
+
 
 class Encoder(NamedTuple):
     """What `encoder` makes. `model` is called with pixels as its processor would give them, at `size` pixels a side."""
@@ -34,9 +36,10 @@ class Encoder(NamedTuple):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Embeddings of pixels, differentiable. [batch, 3, row, column] -> [batch, dim]"""
-        if hasattr(self.model, "get_image_features"):
-            return _vector(self.model.get_image_features(pixel_values=pixels))
-        return _vector(self.model(pixel_values=pixels))
+        model: Any = self.model
+        if hasattr(model, "get_image_features"):
+            return _vector(model.get_image_features(pixel_values=pixels))
+        return _vector(getattr(model, "base_model", model)(pixel_values=pixels))  # without a classifier's last layer
 
     @torch.no_grad()
     def words(self, text: str) -> Tensor:
@@ -64,16 +67,26 @@ def encoder(model: nn.Module, processor: Any) -> Encoder:
     """A model of pictures as a function from pixels to vectors: `encoder(*regard.load("facebook/dinov2-small"))`.
 
     Of a model with a text tower (CLIP, SigLIP) the vectors are those that words have too; of any other vision model of
-    transformers, what its pooler gives, or the first token. Size, mean and deviation are the image processor's.
-    ValueError where there is none.
+    transformers, what its pooler gives, or the first token; of a classifier, what it classifies. Size, mean and
+    deviation are the image processor's. ValueError where there is none, and for models that read words and pictures
+    together, or no pictures.
     """
+    kind = type(model).__name__
+    pairs = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    if not pairs and getattr(model, "main_input_name", "pixel_values") != "pixel_values":
+        sees = any("pixel_values" in parameters(part) for part in model.modules() if hasattr(part, "config"))
+        raise ValueError(
+            f"{kind} reads a picture among words, and makes no vector of it: give a vision model, or CLIP"
+            if sees
+            else f"{kind} sees no pictures: give a vision model, or CLIP"
+        )
     images = getattr(processor, "image_processor", processor)
     mean, std = (getattr(images, f"image_{of}", None) for of in ("mean", "std"))
     sizes = getattr(images, "crop_size", None), getattr(images, "size", None)
     size = next((s["height"] for s in sizes if s is not None and "height" in s), None)
     if mean is None or std is None or size is None:
         raise ValueError(
-            f"{type(model).__name__} came with {type(processor).__name__}, which does not say how pictures are "
+            f"{kind} came with {type(processor).__name__}, which does not say how pictures are "
             f"prepared: give an image processor with a square size"
         )
     return Encoder(model.eval(), processor, int(size), *(torch.tensor(of)[:, None, None] for of in (mean, std)))

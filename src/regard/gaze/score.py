@@ -71,7 +71,8 @@ def score(
     """How alike two groups look at the same pictures, metric by metric. [metric]
 
     - between: mean over pairs of one of `a` and one of `b` on one picture, `_low` and `_high` 95% of draws of people
-    - within_a, within_b: of two people of one group, likewise; the most that can be expected; NaN for one person
+    - within_a, within_b: of two people of one group, likewise; the most that can be expected; NaN for one person,
+      and without `_low` and `_high` for two
     - other: a pair on two different pictures of one size: what is alike without seeing the same
     - p: how often groups of the same sizes, drawn anew from all people, differ as much: two people of one group are
       more alike than two of both (one-sided). Small means that the groups look differently, not that they are unlike.
@@ -152,6 +153,9 @@ def score(
     value = estimate(each)
     low, high = interval(estimate, len(each), resamples, rng)
     names = ("between", "within_a", "within_b", "other")
+    for i, size in ((1, len(a.subjects)), (2, len(b.subjects))):
+        if size < 3:  # two people make one pair, of which every draw is the same
+            low[i] = high[i] = np.nan
     made: dict[str, tuple] = {}
     for i, name in enumerate(names):
         for suffix, of in (("", value), ("_low", low), ("_high", high)):

@@ -196,7 +196,8 @@ class GazeData:
         """What was read, and how, in lines."""
         fixations = sum(len(trial.scanpath) for trial in self.trials)
         lines = [
-            f"{fixations:,} fixations in {len(self):,} trials: {_counted(self.subjects, 'subject')}, "
+            f"{fixations:,} fixations in {len(self):,} trial{'s' * (len(self) != 1)}: "
+            f"{_counted(self.subjects, 'subject')}, "
             f"{_counted(self.stimuli, 'stimulus', 'stimuli')}"
         ]
         sizes = Counter(trial.scanpath.size for trial in self.trials)
@@ -572,6 +573,7 @@ class _Reader:
                 f"{file}: no column for {' and '.join(missing)} was recognised among {', '.join(header)}; say "
                 f"columns={{{', '.join(f'{axis!r}: ...' for axis in missing)}}}"
                 + ("" if len(header) > 1 else ", or which separator=")
+                + (". The first line has numbers: put names of columns above it" if _numbers(header) else "")
             )
         return found
 
@@ -956,6 +958,11 @@ def _cut(trial: GazeTrial, kept: slice) -> dict:
     durations = None if path.durations is None else path.durations[kept]
     starts = None if trial.starts is None else trial.starts[kept]
     return {"scanpath": Scanpath(path.places[kept], path.size, durations), "starts": starts}
+
+
+def _numbers(header: Sequence[str]) -> bool:
+    """Whether two cells or more of what should be names are numbers."""
+    return sum(bool(re.fullmatch(r"\s*[-+]?\d+([.,]\d+)?\s*", name)) for name in header) > 1
 
 
 def _counted(names: Sequence[str], one: str, many: str | None = None) -> str:
