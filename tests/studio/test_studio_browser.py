@@ -4,85 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import socket
 import statistics
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-uvicorn = pytest.importorskip("uvicorn")
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = "/usr/bin/chromium"
+pytest.importorskip("uvicorn")
 pytestmark = [
-    pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs {CHROMIUM}"),
     pytest.mark.browser,
     # sockets that a browser leaves open as it closes are found by the collector of another test
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
 ]
-TOKEN = "a-token-of-the-tests"
 SHOTS = os.environ.get("REGARD_SHOTS")  # a folder for pictures of the page
 PROMPT = "The king spoke to the queen, and the queen spoke to the"
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    """Its address; it serves until the module's tests are done."""
-    from regard.studio.server import app
-    from regard.studio.work import Desk
-
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{bound.getsockname()[1]}"
-        desk = Desk(tmp_path_factory.mktemp("studio"))
-        config = uvicorn.Config(app(desk, TOKEN, {host}), log_level="error", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://{host}"
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, studio):
-    """Opens the studio; at the end nothing may have been complained of and no other host asked."""
-    contexts, said, asked = [], [], []
-
-    def go(**context):
-        one = browser.new_context(**context)
-        contexts.append(one)
-        page = one.new_page()
-        page.set_default_timeout(30_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on(
-            "response", lambda answer: said.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
-        )
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{studio}/?token={TOKEN}")
-        page.wait_for_selector("html[data-ready]", state="attached")
-        return page
-
-    yield go
-    for one in contexts:
-        one.close()
-    assert not said
-    assert not [url for url in asked if not url.startswith((studio, "data:"))]
 
 
 def shot(page, name: str) -> None:

@@ -194,7 +194,8 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         blocks = desk.page(key).blocks
         if not 0 <= number < len(blocks):
             raise HTTPException(404, f"the recording has blocks 0 to {len(blocks) - 1}")
-        return Response(blocks[number], media_type="application/octet-stream")
+        block = blocks[number]
+        return Response(block if isinstance(block, bytes) else block(), media_type="application/octet-stream")
 
     def added(model: str, work: Callable[[Job], None]) -> dict[str, str]:
         return {"id": jobs.add(model, work).id}

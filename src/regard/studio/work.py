@@ -42,7 +42,8 @@ from .steps import Name, Step
 BARS = 10  # of the likeliest next tokens, before and after
 MOST_TEXT = 400_000  # characters
 LOADED = 2  # models that stay in memory
-HELD = 24  # recordings whose pages stay in memory
+HELD = 24  # answers that stay in memory
+PAGES = 6  # recordings that do, with all their weights
 UPLOADS = 16
 MOST_LABELS = 1000
 EVERY = 0.4  # seconds between pages while a model generates
@@ -111,7 +112,7 @@ class Again:
 @dataclass
 class Page:
     header: dict[str, Any]
-    blocks: list[bytes]
+    blocks: list[report.Block]
 
 
 class _Kept(OrderedDict[str, Any]):
@@ -150,7 +151,7 @@ class Desk:
     def __init__(self, folder: Path, models: Path | None = None, named: str | None = None) -> None:
         self.folder, self.models, self.named = folder, models, named
         folder.mkdir(parents=True, exist_ok=True)
-        self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(HELD), _Kept(UPLOADS)
+        self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(PAGES), _Kept(UPLOADS)
         self._answers, self._loading = _Kept(HELD), threading.Lock()
 
     # What there is.
