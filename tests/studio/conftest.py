@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -34,6 +37,22 @@ def served(folder):
         server.should_exit = True
         server.force_exit = True
         thread.join(10)
+
+
+@pytest.fixture
+def ask():
+    """Asks a studio: (address, path, body or None) -> its answer, and gives the status of what it refuses."""
+
+    def go(address: str, path: str, body=None, **headers: str):
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        kinds = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json", **headers}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address + path, data, kinds), timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    return go
 
 
 @pytest.fixture(scope="module")

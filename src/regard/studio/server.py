@@ -344,6 +344,7 @@ def serve(
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen(128)  # who is told the address may come before the server is ready, and waits
         port = bound.getsockname()[1]
         named = f"[{host}]" if ":" in host else host
         token = secrets.token_urlsafe(32)

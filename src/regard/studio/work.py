@@ -46,6 +46,7 @@ HELD = 24  # answers that stay in memory
 PAGES = 6  # recordings that do, with all their weights
 UPLOADS = 16
 MOST_LABELS = 1000
+OBSERVED = 4096  # tokens up to which it is looked for what stands out
 EVERY = 0.4  # seconds between pages while a model generates
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 SOURCES = ("source.png", "source.wav")  # the file that a recording was made of
@@ -508,7 +509,10 @@ def _decoded(data: bytes) -> Any:
 
 
 def _page(tree: xr.DataTree, pictures: Sequence[Image.Image], observed: bool = True) -> Page:
-    return Page(*report.pack(tree, findings=observe(tree) if observed else (), pictures=pictures))
+    """What a page draws. observed: whether what stands out is looked for, which of long texts takes too long."""
+    longest = max((node.sizes.get("query", 0) for node in tree.children.values()), default=0)
+    findings = observe(tree) if observed and longest <= OBSERVED else ()
+    return Page(*report.pack(tree, findings=findings, pictures=pictures))
 
 
 def _title(given: Given) -> str:
