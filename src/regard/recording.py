@@ -274,6 +274,17 @@ class Recording:
         tree = self.tree if run is None else self[run]
         return report.write(tree, Path(path), **{"findings": observations.observe(tree), **options})
 
+    def show(self, *, run: int | None = None, height: int = 900, **options: Any) -> Any:
+        """The page of the one run, or of this one of several, in a notebook: as `report` writes it, in a frame.
+
+        It works in JupyterLab, VS Code, Colab and pages made of notebooks, and asks no server. height: in pixels.
+        options: `pictures`, and `budget`, 3,000,000 bytes unless told otherwise, since the notebook keeps it.
+        """
+        report, observations = (import_module(f"regard.{name}") for name in ("report", "observations"))
+        tree = self.tree if run is None else self[run]
+        page = report.html(tree, **{"findings": observations.observe(tree), "budget": 3_000_000, **options})
+        return report.Shown(page, as_text([tree]), height)
+
     def plot(self, kind: str = "atlas", statistic: str | None = None, *, run: int | None = None, **options: Any) -> Any:
         """Draw the one run, or this one of several, and return the matplotlib axes.
 

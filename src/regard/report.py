@@ -34,7 +34,7 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 import xarray as xr
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from .data import media
@@ -84,23 +84,53 @@ def write(
     >>> report.write(recording.tree, page, findings=observe(recording.tree)).name
     'run.html'
     """
-    if not isinstance(tree, xr.DataTree):
-        raise TypeError(f"report: tree is a {type(tree).__name__}; give a DataTree, such as recording.tree")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"report: the folder {path.parent} does not exist; create it first")
-    page, blocks = _packed(tree, findings, pictures, budget)
-    html = page.html(blocks)
-    if len(html) > budget:
-        raise ValueError(_too_large(len(html), budget))
+    page = html(tree, findings=findings, pictures=pictures, budget=budget)
     try:
         with replaced(path) as draft:
-            draft.write_bytes(html)
+            draft.write_bytes(page)
     except FileExistsError:
         raise
     except OSError as error:
         raise OSError(error.errno, f"the report could not be written to {path}: {error.strerror}") from error
     return path
+
+
+def html(
+    tree: xr.DataTree,
+    *,
+    findings: Sequence[Observation] = (),
+    pictures: Sequence[Image.Image] = (),
+    budget: int = BUDGET,
+) -> bytes:
+    """The report of a recording, as `write` writes it."""
+    if not isinstance(tree, xr.DataTree):
+        raise TypeError(f"report: tree is a {type(tree).__name__}; give a DataTree, such as recording.tree")
+    page, blocks = _packed(tree, findings, pictures, budget)
+    made = page.html(blocks)
+    if len(made) > budget:
+        raise ValueError(_too_large(len(made), budget))
+    return made
+
+
+class Shown:
+    """A report in a notebook: a frame that holds all of it, where HTML is shown, and otherwise the summary."""
+
+    def __init__(self, page: bytes, words: str, height: int) -> None:
+        self.page, self.words, self.height = page, words, height
+
+    def __repr__(self) -> str:
+        return self.words
+
+    def _repr_html_(self) -> str:
+        # The frame may run the page's script, and has no way to the notebook around it.
+        inner = escape(self.page.decode())
+        style = f"width:100%;height:{self.height}px;border:1px solid #8884;border-radius:6px"
+        return (
+            f'<iframe title="Regard" sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{inner}"></iframe>'
+        )
 
 
 Block = bytes | Callable[[], bytes]

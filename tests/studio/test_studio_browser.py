@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -264,6 +266,54 @@ def test_fixations_are_drawn_in_time_beside_the_models_map(visit, tmp_path):
     assert page.locator(".maps td.value").first.inner_text() != before
     page.get_by_label("Trial").select_option(index=0)
     shot(page, "gaze")
+
+
+def test_the_painter_paints_both(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    pick_model(page, "painter", "PixArtTransformer2DModel")
+    page.get_by_label("Text", exact=True).fill("a red circle and a blue star")
+    page.get_by_role("button", name="Paint").click()
+    page.wait_for_selector(".gives img")
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+    mute(page, 0, 0)
+    page.wait_for_selector(".before-after .views figure:nth-child(3)")
+    page.wait_for_selector(".differences .cell")
+    assert page.locator(".before-after figcaption").all_inner_texts() == ["before", "after", "where they differ"]
+    shot(page, "painter")
+
+
+def test_a_sound_is_heard_and_a_head_changed(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    pick_model(page, "listener", "WhisperForConditionalGeneration")
+    time = np.arange(16000) / 16000
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, len(time), "NONE", ""))
+        file.writeframes((8000 * np.sin(2 * np.pi * (300 + 200 * time) * time)).astype("<i2").tobytes())
+    page.get_by_label("Picture or sound").set_input_files(tmp_path / "tone.wav")
+    page.wait_for_selector("text=1 s")
+    page.get_by_role("button", name="Listen").click()
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+    mute(page, 0, 1)
+    page.wait_for_selector(".differences .cell, .differences .lead")
+    page.get_by_role("button", name="As Python").click()
+    page.get_by_label("The change as Python").wait_for()
+    assert "hear(" in page.get_by_label("The change as Python").inner_text()
+    shot(page, "sound")
+
+
+def test_turns_of_a_chat_are_looked_at(visit):
+    page = visit()
+    pick_model(page, "describer", "LlavaForConditionalGeneration")
+    page.get_by_role("button", name="Chat").click()
+    page.get_by_label("Turn", exact=True).fill("what colour is the cross?")
+    page.get_by_label("Tokens to generate").fill("3")
+    page.locator("#look").click()
+    page.wait_for_selector("#look:enabled")
+    told = page.locator(".look .working").inner_text()
+    assert page.locator("#changing:not([hidden])").count() or "template" in told, told
+    assert page.locator(".turn-role").count() or "template" in told
 
 
 def test_correspondences_are_edited_by_hand(visit):
