@@ -102,23 +102,24 @@ def test_a_token_is_cut_and_a_form_of_the_catalog_is_filled(visit):
     assert "no position" in page.get_by_role("alert").inner_text()
 
 
+def tab_to(page, selector: str) -> None:
+    for _ in range(400):
+        page.keyboard.press("Tab")
+        if page.evaluate("s => document.activeElement.matches(s)", selector):
+            return
+    raise AssertionError(f"Tab never comes to {selector}")
+
+
 def test_keyboard_alone(visit):
     page = visit()
 
-    def tab_to(selector: str) -> None:
-        for _ in range(400):
-            page.keyboard.press("Tab")
-            if page.evaluate("s => document.activeElement.matches(s)", selector):
-                return
-        raise AssertionError(f"Tab never comes to {selector}")
-
-    tab_to("#text")
+    tab_to(page, "#text")
     page.keyboard.type(PROMPT)
-    tab_to("#look")
+    tab_to(page, "#look")
     page.keyboard.press("Enter")
     page.wait_for_selector("#changing:not([hidden])")
     page.wait_for_selector("#look:enabled")
-    tab_to(".change .cell")
+    tab_to(page, ".change .cell")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
@@ -232,6 +233,25 @@ def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
     shot(page, "circuits")
 
 
+def test_a_circuit_is_found_by_keyboard_alone(visit):
+    page = visit(color_scheme="dark")
+    tab_to(page, "#tabs button")
+    for _ in range(2):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Circuits"
+    page.keyboard.press("Enter")
+    tab_to(page, "#circuits-tab .quiet-button")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    tab_to(page, "#circuit")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".found .cell")
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    tab_to(page, ".found .cell")
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".found .readout").first.inner_text().startswith("layer 1, head 0")
+
+
 def test_a_circuit_is_stopped(visit):
     page = visit()
     open_tab(page, "Circuits")
@@ -306,7 +326,10 @@ def test_a_sound_is_heard_and_a_head_changed(visit, tmp_path):
 def test_turns_of_a_chat_are_looked_at(visit):
     page = visit()
     pick_model(page, "describer", "LlavaForConditionalGeneration")
+    add = page.get_by_role("button", name="Add a turn")
+    assert add.is_hidden()
     page.get_by_role("button", name="Chat").click()
+    assert add.is_visible()
     page.get_by_label("Turn", exact=True).fill("what colour is the cross?")
     page.get_by_label("Tokens to generate").fill("3")
     page.locator("#look").click()
