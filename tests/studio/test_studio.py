@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -22,6 +23,7 @@ from regard.circuits._patching import Contrast
 from regard.cli import circuits
 from regard.data import prompts
 from regard.evaluation.faithfulness import deletion_error
+from regard.gaze.compare import measures
 from regard.gaze.compare_pictures import enlarged_map, model_maps
 from regard.gaze.nss import nss
 from regard.interventions import after_steps, scale_attention, scale_heads
@@ -491,6 +493,27 @@ def test_fixations_beside_maps_are_scored_as_the_library_does(client, desk, pict
     broken = client.post("/api/files", content=b"subject,x,y\nann,1,two\n").json()["id"]
     name, what = told(client, "/api/jobs/gaze", {**asked, "upload": broken})[-1]
     assert (name, "line 2" in what["why"], "/tmp" in what["why"]) == ("failed", True, False)
+
+
+def test_words_that_were_read_are_correlated_with_what_the_model_does(client, desk, looked):
+    words = TEXT.split()
+    lines = ["subject;word;duration", *(f"ann;{i + 1};{100 * (1 + i % 4)}" for i in range(len(words)))]
+    file = client.post("/api/files", content="\n".join(lines).encode()).json()["id"]
+    named = dict(told(client, "/api/jobs/gaze", {"recording": looked, "upload": file}))
+    (trial,) = named["reading"]["trials"]
+    assert (trial["places"], trial["starts"][:3]) == (list(range(len(words))), [0, 100, 300])
+    model, tokenizer = desk.model("reader")
+    received = measures(model, tokenizer, tuple(words))["received"][2, 3]
+    times = 100 * (1 + np.arange(len(words)) % 4)
+    assert named["maps"]["heads"][2][3] == pytest.approx(spearmanr(times, received).statistic, abs=1e-6)
+    for wrong, why in (
+        (b"word\n99\n", "the text has"),
+        (b"a,b\n1,2\n", "no column"),
+        (b"word,duration\n1,x\n", "line 2"),
+    ):
+        file = client.post("/api/files", content=wrong).json()["id"]
+        name, what = told(client, "/api/jobs/gaze", {"recording": looked, "upload": file})[-1]
+        assert (name, why in what["why"]) == ("failed", True), what
 
 
 def test_edits_by_hand_change_the_vote_as_the_arithmetic_says(client):

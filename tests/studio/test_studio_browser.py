@@ -223,7 +223,7 @@ def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
     page.wait_for_selector("#circuits-tab .working:has-text('Took')")
     page.get_by_label("Heads in the circuit").fill("4")
     page.locator("#circuit").click()
-    page.wait_for_selector(".graph")
+    page.wait_for_selector(".graph", timeout=90_000)
     assert page.locator(".found h2").count() == 5
     rows = page.locator(".atlas.worded .atlas-row").count() - 1
     assert rows == 4
@@ -371,6 +371,23 @@ def test_correspondences_are_edited_by_hand(visit):
     shot(page, "by-hand")
     page.get_by_role("button", name="Undo the edits").click()
     page.wait_for_selector(".by-hand path.edited", state="detached")
+
+
+def test_words_that_were_read_are_shaded_in_time(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000}, reduced_motion="reduce")
+    look(page, generate=0)
+    open_tab(page, "Gaze")
+    lines = ["subject,word,duration", *(f"ann,{i},{200 + 100 * (i % 3)}" for i in range(11))]
+    (tmp_path / "read.csv").write_text("\n".join(lines))
+    page.get_by_label("File of fixations").set_input_files(tmp_path / "read.csv")
+    page.wait_for_selector(".maps .cell")
+    assert page.locator(".gazed .scored span[style]").count() == 11  # all at once, where motion is not wanted
+    page.get_by_label("Time in ms").fill("250")
+    assert page.locator(".gazed .scored .present").inner_text() == "king"
+    assert page.locator(".gazed .scored span[style]").count() == 2
+    page.get_by_role("button", name="surprisal").click()
+    assert page.locator(".maps .scored span").count() == len(PROMPT.split())
+    shot(page, "reading")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):
