@@ -274,6 +274,43 @@ class Recording:
         tree = self.tree if run is None else self[run]
         return report.write(tree, Path(path), **{"findings": observations.observe(tree), **options})
 
+    def show(self, *, run: int | None = None, height: int = 900, **options: Any) -> Any:
+        """The page of the one run, or of this one of several, in a notebook: as `report` writes it, in a frame.
+
+        It works in JupyterLab, VS Code, Colab and pages made of notebooks, and asks no server. height: in pixels.
+        options: `pictures`, and `budget`, 3,000,000 bytes unless told otherwise, since the notebook keeps it.
+        """
+        report, observations = (import_module(f"regard.{name}") for name in ("report", "observations"))
+        tree = self.tree if run is None else self[run]
+        page = report.html(tree, **{"findings": observations.observe(tree), "budget": 3_000_000, **options})
+        return report.Shown(page, as_text([tree]), height)
+
+    def plot(self, kind: str = "atlas", statistic: str | None = None, *, run: int | None = None, **options: Any) -> Any:
+        """Draw the one run, or this one of several, and return the matplotlib axes.
+
+        kind: "atlas", a statistic of every head, its mean over all else; "rows", who looks where, [query, key];
+        "profile", a statistic along the tokens; "map", where a token looks on a picture, or all of them on average.
+        statistic: the first that is recorded where none is named.
+        options: `stack`, of several; `layer` and `head` by their numbers, the mean of what is not named (not of an
+        atlas); `sample`, from 0; `role` of a statistic that is by role; `token`, the query of a map by its position;
+        `picture`, a PIL image under a map, and `image`, which of several; `ax`, axes to draw into.
+        Needs matplotlib. ValueError, with what there is, for what was not recorded.
+
+        >>> import matplotlib
+        >>> import regard
+        >>> matplotlib.use("agg")
+        >>> model, tokenizer = regard.load("reader")
+        >>> with regard.record(model, "entropy", "rows", processor=tokenizer) as recording:
+        ...     _ = model(**tokenizer("It was the best of times", return_tensors="pt"))
+        >>> axes = recording.plot("rows", layer=2, head=1)
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('key', 'query')
+        >>> from matplotlib import pyplot
+        >>> pyplot.close("all")
+        """
+        plots = import_module("regard.plots")
+        return plots.plot(self.tree if run is None else self[run], kind, statistic, **options)
+
     def __repr__(self) -> str:
         return as_text(self._there())
 

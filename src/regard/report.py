@@ -19,12 +19,13 @@ import base64
 import hashlib
 import io
 import json
+import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 import xarray as xr
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from .data import media
@@ -83,18 +84,13 @@ def write(
     >>> report.write(recording.tree, page, findings=observe(recording.tree)).name
     'run.html'
     """
-    if not isinstance(tree, xr.DataTree):
-        raise TypeError(f"report: tree is a {type(tree).__name__}; give a DataTree, such as recording.tree")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"report: the folder {path.parent} does not exist; create it first")
-    page, blocks = _packed(tree, findings, pictures, budget)
-    html = page.html(blocks)
-    if len(html) > budget:
-        raise ValueError(_too_large(len(html), budget))
+    page = html(tree, findings=findings, pictures=pictures, budget=budget)
     try:
         with replaced(path) as draft:
-            draft.write_bytes(html)
+            draft.write_bytes(page)
     except FileExistsError:
         raise
     except OSError as error:
@@ -102,18 +98,53 @@ def write(
     return path
 
 
-def pack(
+def html(
     tree: xr.DataTree,
     *,
     findings: Sequence[Observation] = (),
     pictures: Sequence[Image.Image] = (),
     budget: int = BUDGET,
-) -> tuple[dict[str, Any], list[bytes]]:
-    """What the page's modules draw a recording from: the header of a report, and its blocks, raw deflate.
-
-    The header also holds `facts`, `notices` and `findings`, the words that a report says above its views.
-    """
+) -> bytes:
+    """The report of a recording, as `write` writes it."""
+    if not isinstance(tree, xr.DataTree):
+        raise TypeError(f"report: tree is a {type(tree).__name__}; give a DataTree, such as recording.tree")
     page, blocks = _packed(tree, findings, pictures, budget)
+    made = page.html(blocks)
+    if len(made) > budget:
+        raise ValueError(_too_large(len(made), budget))
+    return made
+
+
+class Shown:
+    """A report in a notebook: a frame that holds all of it, where HTML is shown, and otherwise the summary."""
+
+    def __init__(self, page: bytes, words: str, height: int) -> None:
+        self.page, self.words, self.height = page, words, height
+
+    def __repr__(self) -> str:
+        return self.words
+
+    def _repr_html_(self) -> str:
+        # The frame may run the page's script, and has no way to the notebook around it.
+        inner = escape(self.page.decode())
+        style = f"width:100%;height:{self.height}px;border:1px solid #8884;border-radius:6px"
+        return (
+            f'<iframe title="Regard" sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{inner}"></iframe>'
+        )
+
+
+Block = bytes | Callable[[], bytes]
+
+
+def pack(
+    tree: xr.DataTree, *, findings: Sequence[Observation] = (), pictures: Sequence[Image.Image] = ()
+) -> tuple[dict[str, Any], list[Block]]:
+    """What the page's modules draw a recording from, all of it: the header of a report, and its blocks, raw deflate.
+
+    Blocks of weights are made when they are asked for, by a call. The header also holds `facts`, `notices` and
+    `findings`, the words that a report says above its views.
+    """
+    page, blocks = _packed(tree, findings, pictures, None)
     known = {stack.name: stack for stack in page.stacks}
     model = page.model
     words = {"model": model, "facts": page._facts(model), "notices": page._notices()}
@@ -121,11 +152,16 @@ def pack(
 
 
 def _packed(
-    tree: xr.DataTree, findings: Sequence[Observation], pictures: Sequence[Image.Image], budget: int
-) -> tuple[_Page, list[bytes]]:
-    blocks: list[bytes] = []
-    stacks = [_Stack(name, node, blocks) for name, node in _nodes(tree).items()]
+    tree: xr.DataTree, findings: Sequence[Observation], pictures: Sequence[Image.Image], budget: int | None
+) -> tuple[_Page, list[Any]]:
+    blocks: list[Any] = []
+    stacks = [_Stack(name, node, blocks, level=9 if budget else 1) for name, node in _nodes(tree).items()]
     page = _Page(tree, stacks, findings, [picture(one) for one in pictures])
+    if budget is None:
+        _add_statistics(stacks, blocks, math.inf)
+        for stack in stacks:
+            stack.add_later(blocks)
+        return page, blocks
     for stack in stacks:
         stack.add_rollout(blocks, ROLLOUT_SHARE * budget)
     _add_statistics(stacks, blocks, budget * STATISTICS_SHARE)
@@ -160,16 +196,16 @@ def _fit(stacks: list[_Stack], blocks: list[bytes], fixed: Any, budget: int) -> 
     count = sum(stack.samples * len(stack.layers) for stack in stacks)
     # Around each block: its tags, its number in the header, base64's padding.
     room = (budget - fixed() - 90 * count - 1000) * 3 // 4
-    partial = []
+    others = []
     # The smallest first, each with a fair part of what is left, so that a large stack does not starve the others.
     for i, stack in enumerate(sorted(stacks, key=lambda stack: stack.dense_size)):
         packed = stack.dense(room // (len(stacks) - i))
         if packed is None:
-            partial.append(stack)
+            others.append(stack)
             continue
         stack.weights |= {"blocks": stack.place(blocks, packed)}
         room -= sum(map(len, packed))
-    growing = {stack.name: _Ranks(stack) for stack in partial}
+    growing = {stack.name: _Ranks(stack) for stack in others}
     kept = list(growing.values())
     while growing:
         for name, ranks in list(growing.items()):
@@ -202,8 +238,8 @@ def _add_statistics(stacks: list[_Stack], blocks: list[bytes], room: float) -> N
             blocks.append(block)
 
 
-def _deflate(data: bytes) -> bytes:
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+def _deflate(data: bytes, level: int = 9) -> bytes:
+    squeeze = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     return squeeze.compress(data) + squeeze.flush()
 
 
@@ -248,8 +284,8 @@ class _Variable:
 class _Stack:
     """One node of the tree, checked, with its part of the page's header."""
 
-    def __init__(self, name: str, node: xr.DataTree, blocks: list[bytes]) -> None:
-        data = node.to_dataset()
+    def __init__(self, name: str, node: xr.DataTree, blocks: list[Any], level: int) -> None:
+        data, self.level = node.to_dataset(), level
         self.name, self.left_out, self.notices, self.error = name, [], [], 0.0
         self.data = unpadded(data if "batch" in data.dims else data.expand_dims("batch"))
         self.kind = str(data.attrs.get("kind", "self"))
@@ -271,7 +307,7 @@ class _Stack:
             atlas += list(self._reduced(variable))
         self.means = atlas
         self.atlas = len(blocks)
-        blocks.append(_deflate(np.asarray(atlas, "<f4").tobytes()))
+        blocks.append(_deflate(np.asarray(atlas, "<f4").tobytes(), level))
 
     def _labels(self, dim: str) -> list[int]:
         labels = self.data[dim].values  # xarray counts from 0 where there is no coordinate
@@ -502,7 +538,7 @@ class _Stack:
                 codes = np.where(np.isnan(values), none, np.rint(np.nan_to_num(scaled))).astype(
                     "<u2" if bits == 16 else "u1"
                 )
-                packed.append((variable, _deflate(codes.tobytes())))
+                packed.append((variable, _deflate(codes.tobytes(), self.level)))
         return packed
 
     def _range(self, name: str, limits: Any) -> list[float]:
@@ -547,8 +583,7 @@ class _Stack:
             return
         packed = []
         inside = np.arange(self.rows.shape[-1]) < self.lengths[:, None]
-        there = real(self.data, "query").values[..., None]
-        for rolled in rollout(self.data).values[:, -1] * there:  # padding passes on what it has: no row of a text
+        for rolled in self._all_rolled:
             codes = _codes(rolled)
             self.error = max(self.error, _error(rolled, codes))
             packed.append(_deflate(codes[inside].tobytes()))
@@ -557,6 +592,50 @@ class _Stack:
             return
         self.rollout = {"blocks": list(range(len(blocks), len(blocks) + len(packed))), "triangle": self.triangle}
         blocks.extend(packed)
+
+    def add_later(self, blocks: list[Any]) -> None:
+        """Append blocks of weights and of their rollout that are made when they are called: none is left out."""
+        reason = self._no_rollout()
+        self.rollout = {"blocks": None, "reason": reason}
+        if not reason:
+            numbers = range(len(blocks), len(blocks) + self.samples)
+            blocks.extend(partial(self._rolled, sample) for sample in range(self.samples))
+            self.rollout |= {"blocks": list(numbers), "triangle": self.triangle}
+        if not self.holds_weights:
+            return
+        if self.rows is not None:
+            self.weights, make = {"form": "dense", "triangle": self.triangle}, self._dense_block
+        else:
+            keys = len(self.key["position"])
+            width, k = (1 if keys <= 2**8 else 2 if keys <= 2**16 else 3), self.places[0].shape[-1]
+            self.weights, make = {"form": "top", "width": width, "k": k}, self._top_block
+        at = np.ndindex(self.samples, len(self.layers))
+        self.weights["blocks"] = self.place(blocks, [partial(make, *one) for one in at])
+
+    def _dense_block(self, *at: int) -> bytes:
+        inside = np.arange(len(self.key["position"])) < self.lengths[:, None]
+        return _deflate(_codes(self.rows[at])[:, inside].tobytes(), self.level)
+
+    def _top_block(self, *at: int) -> bytes:
+        keys, codes = self.places[0][at], _codes(self.places[1][at])
+        planes = [
+            plane.tobytes()
+            for rank in range(keys.shape[-1])
+            for plane in (
+                codes[..., rank],
+                *((keys[..., rank] >> 8 * i).astype(np.uint8) for i in range(self.weights["width"])),
+            )
+        ]
+        return _deflate(b"".join(planes), self.level)
+
+    @cached_property
+    def _all_rolled(self) -> np.ndarray:
+        there = real(self.data, "query").values[..., None]
+        return rollout(self.data).values[:, -1] * there  # padding passes on what it has: no row of a text
+
+    def _rolled(self, sample: int) -> bytes:
+        inside = np.arange(self.rows.shape[-1]) < self.lengths[:, None]
+        return _deflate(_codes(self._all_rolled[sample])[inside].tobytes(), self.level)
 
     def _no_rollout(self) -> str:
         if self.rows is None:

@@ -21,7 +21,7 @@ from regard.gaze import compare
 from regard.gaze.compare import (
     _chance,
     _grams,
-    _measures,
+    measures,
     _partial,
     _rotations,
     mean_reading_time,
@@ -85,7 +85,7 @@ def test_measures_of_words(folders):
     """What a word receives is what its tokens do; surprisals of words add up to the model's loss."""
     model, tokenizer = regard.load(folders["gpt2"])
     words = ("it", "was", "the", "best", "of", "times")
-    found = _measures(model, tokenizer, words)
+    found = measures(model, tokenizer, words)
     ids = tokenizer(" ".join(words), return_tensors="pt")["input_ids"]
     with torch.no_grad(), regard.record(model, "rows") as recording:
         loss = model(ids, labels=ids).loss
@@ -151,7 +151,7 @@ def test_a_head_that_people_follow_is_found(kind, folders):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     encoder = model.get_encoder() if kind == "t5" else model
     texts = [drawn(seed) for seed in range(4)]
-    readings = [reading(words, 1e6 * _measures(encoder, tokenizer, tuple(words))["received"][1, 2]) for words in texts]
+    readings = [reading(words, 1e6 * measures(encoder, tokenizer, tuple(words))["received"][1, 2]) for words in texts]
     found = compare(model, tokenizer, readings, resamples=50)
     r = found["plain"]["received"]
     assert float(r.sel(layer=1, head=2)) == pytest.approx(1)

@@ -6,12 +6,14 @@ import io
 import json
 import random
 import threading
+import wave
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -21,9 +23,10 @@ from regard.circuits._patching import Contrast
 from regard.cli import circuits
 from regard.data import prompts
 from regard.evaluation.faithfulness import deletion_error
+from regard.gaze.compare import measures
 from regard.gaze.compare_pictures import enlarged_map, model_maps
 from regard.gaze.nss import nss
-from regard.interventions import scale_attention, scale_heads
+from regard.interventions import after_steps, scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
 from regard.studio.work import Desk
@@ -310,9 +313,7 @@ def test_as_python_gives_the_same_numbers(client, desk, looked, asked):
     events = told(client, "/api/jobs/change", body)
     named = dict(events)
     assert "done" in named, events
-    code = client.post("/api/python", json=body).json()["code"]
-    made: dict = {}
-    exec(compile(code, "studio.py", "exec"), made)
+    made = exec_python(client, body)
     page = next(what for name, what in events if name == "page" and not what["partial"])
     assert made["said"] == page["said"]
     for bar in page["bars"]:
@@ -320,6 +321,62 @@ def test_as_python_gives_the_same_numbers(client, desk, looked, asked):
     answer = named["answer"]
     assert "".join(words for words, _ in answer["said"]["after"]).split() == made["said"].split()
     assert any(before != pytest.approx(after, rel=1e-4) for _, before, after in answer["step"]["rows"])
+
+
+def exec_python(client, body: dict) -> dict:
+    code = client.post("/api/python", json=body).json()["code"]
+    made: dict = {}
+    exec(compile(code, "studio.py", "exec"), made)
+    return made
+
+
+def wav(seconds: float = 1.0) -> bytes:
+    """A tone that rises."""
+    held, time = io.BytesIO(), np.arange(int(16000 * seconds)) / 16000
+    with wave.open(held, "wb") as file:
+        file.setparams((1, 2, 16000, len(time), "NONE", ""))
+        file.writeframes((8000 * np.sin(2 * np.pi * (300 + 200 * time) * time)).astype("<i2").tobytes())
+    return held.getvalue()
+
+
+def test_as_python_of_a_sound_gives_the_same_words(client, desk):
+    sent = client.post("/api/uploads", content=wav()).json()
+    assert (sent["kind"], sent["seconds"]) == ("sound", 1.0)
+    heard = dict(told(client, "/api/jobs/look", {"model": "listener", "upload": sent["id"]}))
+    assert "saved" in heard, heard
+    stack = client.get(f"/api/recordings/{heard['saved']['id']}").json()["stacks"][-1]["name"]
+    steps_ = [{"kind": "heads", "stack": stack, "heads": [[0, 0, 0.0], [1, 1, 3.0]]}]
+    body = {"recording": heard["saved"]["id"], "steps": steps_}
+    fresh = Desk(desk.folder)  # another studio, which was never sent the sound
+    assert fresh.again(body["recording"]).inputs["input_features"].shape[0] == 1
+    page = next(what for name, what in told(client, "/api/jobs/change", body) if name == "page")
+    made = exec_python(client, body)
+    assert made["said"] == page["said"]
+    for bar in page["bars"]:
+        assert float(made["shares"][bar["id"]]) == pytest.approx(bar["share"], rel=1e-4, abs=1e-7)
+
+
+def test_as_python_of_the_painter_paints_the_same(client, desk):
+    saved = dict(told(client, "/api/jobs/look", {"model": "painter", "text": "a red circle and a blue star"}))["saved"]
+    stack = client.get(f"/api/recordings/{saved['id']}").json()["stacks"][0]["name"]
+    body = {"recording": saved["id"], "steps": [{"kind": "heads", "stack": stack, "heads": [[0, 0, 0.0], [1, 1, 0.0]]}]}
+    page = dict(told(client, "/api/jobs/change", body))["page"]
+    painted = np.asarray(desk._answers[page["id"]].picture, int)
+    assert np.abs(np.asarray(exec_python(client, body)["picture"], int) - painted).max() <= 1
+    assert np.abs(np.asarray(desk._answers[saved["id"]].picture, int) - painted).max() > 10
+
+
+def test_what_acts_between_steps_of_painting_does_so_in_order():
+    class Adds:
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_end(self, pipe, step, when, kept):
+            return {"said": kept["said"] + self.name}
+
+    assert after_steps([object()]) == {}
+    act = after_steps([Adds("a"), object(), Adds("b")])["callback_on_step_end"]
+    assert act(None, 0, None, {"said": ""}) == {"said": "ab"}
 
 
 def test_a_change_of_nothing_is_refused(client, looked):
@@ -436,6 +493,27 @@ def test_fixations_beside_maps_are_scored_as_the_library_does(client, desk, pict
     broken = client.post("/api/files", content=b"subject,x,y\nann,1,two\n").json()["id"]
     name, what = told(client, "/api/jobs/gaze", {**asked, "upload": broken})[-1]
     assert (name, "line 2" in what["why"], "/tmp" in what["why"]) == ("failed", True, False)
+
+
+def test_words_that_were_read_are_correlated_with_what_the_model_does(client, desk, looked):
+    words = TEXT.split()
+    lines = ["subject;word;duration", *(f"ann;{i + 1};{100 * (1 + i % 4)}" for i in range(len(words)))]
+    file = client.post("/api/files", content="\n".join(lines).encode()).json()["id"]
+    named = dict(told(client, "/api/jobs/gaze", {"recording": looked, "upload": file}))
+    (trial,) = named["reading"]["trials"]
+    assert (trial["places"], trial["starts"][:3]) == (list(range(len(words))), [0, 100, 300])
+    model, tokenizer = desk.model("reader")
+    received = measures(model, tokenizer, tuple(words))["received"][2, 3]
+    times = 100 * (1 + np.arange(len(words)) % 4)
+    assert named["maps"]["heads"][2][3] == pytest.approx(spearmanr(times, received).statistic, abs=1e-6)
+    for wrong, why in (
+        (b"word\n99\n", "the text has"),
+        (b"a,b\n1,2\n", "no column"),
+        (b"word,duration\n1,x\n", "line 2"),
+    ):
+        file = client.post("/api/files", content=wrong).json()["id"]
+        name, what = told(client, "/api/jobs/gaze", {"recording": looked, "upload": file})[-1]
+        assert (name, why in what["why"]) == ("failed", True), what
 
 
 def test_edits_by_hand_change_the_vote_as_the_arithmetic_says(client):

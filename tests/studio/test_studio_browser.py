@@ -4,85 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import socket
 import statistics
-import threading
-import time
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-uvicorn = pytest.importorskip("uvicorn")
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = "/usr/bin/chromium"
+pytest.importorskip("uvicorn")
 pytestmark = [
-    pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason=f"needs {CHROMIUM}"),
     pytest.mark.browser,
     # sockets that a browser leaves open as it closes are found by the collector of another test
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
 ]
-TOKEN = "a-token-of-the-tests"
 SHOTS = os.environ.get("REGARD_SHOTS")  # a folder for pictures of the page
 PROMPT = "The king spoke to the queen, and the queen spoke to the"
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    """Its address; it serves until the module's tests are done."""
-    from regard.studio.server import app
-    from regard.studio.work import Desk
-
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{bound.getsockname()[1]}"
-        desk = Desk(tmp_path_factory.mktemp("studio"))
-        config = uvicorn.Config(app(desk, TOKEN, {host}), log_level="error", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://{host}"
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, studio):
-    """Opens the studio; at the end nothing may have been complained of and no other host asked."""
-    contexts, said, asked = [], [], []
-
-    def go(**context):
-        one = browser.new_context(**context)
-        contexts.append(one)
-        page = one.new_page()
-        page.set_default_timeout(30_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on(
-            "response", lambda answer: said.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
-        )
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"{studio}/?token={TOKEN}")
-        page.wait_for_selector("html[data-ready]", state="attached")
-        return page
-
-    yield go
-    for one in contexts:
-        one.close()
-    assert not said
-    assert not [url for url in asked if not url.startswith((studio, "data:"))]
 
 
 def shot(page, name: str) -> None:
@@ -165,23 +102,24 @@ def test_a_token_is_cut_and_a_form_of_the_catalog_is_filled(visit):
     assert "no position" in page.get_by_role("alert").inner_text()
 
 
+def tab_to(page, selector: str) -> None:
+    for _ in range(400):
+        page.keyboard.press("Tab")
+        if page.evaluate("s => document.activeElement.matches(s)", selector):
+            return
+    raise AssertionError(f"Tab never comes to {selector}")
+
+
 def test_keyboard_alone(visit):
     page = visit()
 
-    def tab_to(selector: str) -> None:
-        for _ in range(400):
-            page.keyboard.press("Tab")
-            if page.evaluate("s => document.activeElement.matches(s)", selector):
-                return
-        raise AssertionError(f"Tab never comes to {selector}")
-
-    tab_to("#text")
+    tab_to(page, "#text")
     page.keyboard.type(PROMPT)
-    tab_to("#look")
+    tab_to(page, "#look")
     page.keyboard.press("Enter")
     page.wait_for_selector("#changing:not([hidden])")
     page.wait_for_selector("#look:enabled")
-    tab_to(".change .cell")
+    tab_to(page, ".change .cell")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
@@ -285,7 +223,7 @@ def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
     page.wait_for_selector("#circuits-tab .working:has-text('Took')")
     page.get_by_label("Heads in the circuit").fill("4")
     page.locator("#circuit").click()
-    page.wait_for_selector(".graph")
+    page.wait_for_selector(".graph", timeout=90_000)
     assert page.locator(".found h2").count() == 5
     rows = page.locator(".atlas.worded .atlas-row").count() - 1
     assert rows == 4
@@ -293,6 +231,25 @@ def test_a_circuit_is_found_and_its_paths_are_drawn(visit):
     assert page.locator(".graph .edge").count() >= 1
     assert re.search(r"\d%", page.locator(".found .readout").first.inner_text())
     shot(page, "circuits")
+
+
+def test_a_circuit_is_found_by_keyboard_alone(visit):
+    page = visit(color_scheme="dark")
+    tab_to(page, "#tabs button")
+    for _ in range(2):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Circuits"
+    page.keyboard.press("Enter")
+    tab_to(page, "#circuits-tab .quiet-button")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    tab_to(page, "#circuit")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".found .cell")
+    page.wait_for_selector("#circuits-tab .working:has-text('Took')")
+    tab_to(page, ".found .cell")
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".found .readout").first.inner_text().startswith("layer 1, head 0")
 
 
 def test_a_circuit_is_stopped(visit):
@@ -331,6 +288,57 @@ def test_fixations_are_drawn_in_time_beside_the_models_map(visit, tmp_path):
     shot(page, "gaze")
 
 
+def test_the_painter_paints_both(visit):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    pick_model(page, "painter", "PixArtTransformer2DModel")
+    page.get_by_label("Text", exact=True).fill("a red circle and a blue star")
+    page.get_by_role("button", name="Paint").click()
+    page.wait_for_selector(".gives img")
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+    mute(page, 0, 0)
+    page.wait_for_selector(".before-after .views figure:nth-child(3)")
+    page.wait_for_selector(".differences .cell")
+    assert page.locator(".before-after figcaption").all_inner_texts() == ["before", "after", "where they differ"]
+    shot(page, "painter")
+
+
+def test_a_sound_is_heard_and_a_head_changed(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000})
+    pick_model(page, "listener", "WhisperForConditionalGeneration")
+    time = np.arange(16000) / 16000
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, len(time), "NONE", ""))
+        file.writeframes((8000 * np.sin(2 * np.pi * (300 + 200 * time) * time)).astype("<i2").tobytes())
+    page.get_by_label("Picture or sound").set_input_files(tmp_path / "tone.wav")
+    page.wait_for_selector("text=1 s")
+    page.get_by_role("button", name="Listen").click()
+    page.wait_for_selector("#changing:not([hidden])")
+    page.wait_for_selector("#look:enabled")
+    mute(page, 0, 1)
+    page.wait_for_selector(".differences .cell, .differences .lead")
+    page.get_by_role("button", name="As Python").click()
+    page.get_by_label("The change as Python").wait_for()
+    assert "hear(" in page.get_by_label("The change as Python").inner_text()
+    shot(page, "sound")
+
+
+def test_turns_of_a_chat_are_looked_at(visit):
+    page = visit()
+    pick_model(page, "describer", "LlavaForConditionalGeneration")
+    add = page.get_by_role("button", name="Add a turn")
+    assert add.is_hidden()
+    page.get_by_role("button", name="Chat").click()
+    assert add.is_visible()
+    page.get_by_label("Turn", exact=True).fill("what colour is the cross?")
+    page.get_by_label("Tokens to generate").fill("3")
+    page.locator("#look").click()
+    page.wait_for_selector("#look:enabled")
+    told = page.locator(".look .working").inner_text()
+    assert page.locator("#changing:not([hidden])").count() or "template" in told, told
+    assert page.locator(".turn-role").count() or "template" in told
+
+
 def test_correspondences_are_edited_by_hand(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
     open_tab(page, "By hand")
@@ -363,6 +371,23 @@ def test_correspondences_are_edited_by_hand(visit):
     shot(page, "by-hand")
     page.get_by_role("button", name="Undo the edits").click()
     page.wait_for_selector(".by-hand path.edited", state="detached")
+
+
+def test_words_that_were_read_are_shaded_in_time(visit, tmp_path):
+    page = visit(viewport={"width": 1360, "height": 1000}, reduced_motion="reduce")
+    look(page, generate=0)
+    open_tab(page, "Gaze")
+    lines = ["subject,word,duration", *(f"ann,{i},{200 + 100 * (i % 3)}" for i in range(11))]
+    (tmp_path / "read.csv").write_text("\n".join(lines))
+    page.get_by_label("File of fixations").set_input_files(tmp_path / "read.csv")
+    page.wait_for_selector(".maps .cell")
+    assert page.locator(".gazed .scored span[style]").count() == 11  # all at once, where motion is not wanted
+    page.get_by_label("Time in ms").fill("250")
+    assert page.locator(".gazed .scored .present").inner_text() == "king"
+    assert page.locator(".gazed .scored span[style]").count() == 2
+    page.get_by_role("button", name="surprisal").click()
+    assert page.locator(".maps .scored span").count() == len(PROMPT.split())
+    shot(page, "reading")
 
 
 def test_how_long_a_new_answer_takes(visit, record_property, capsys):

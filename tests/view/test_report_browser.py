@@ -21,6 +21,11 @@ sync_api = pytest.importorskip("playwright.sync_api")
 SAID = ["<s>", "The", " cat", " sat", "\n", "</script>", " on", " שלום", "", " mat", "."]
 
 
+def map_drawn(page) -> None:
+    """Waits for the map of all pairs, which comes last; the page's policy keeps playwright from waiting in it."""
+    page.locator(".map-frame canvas:not([width='1'])").first.wait_for(timeout=60_000)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     exp = np.exp(scores - scores.max(-1, keepdims=True))
     return (exp / exp.sum(-1, keepdims=True)).astype(np.float32)
@@ -412,7 +417,7 @@ def test_the_map_of_a_long_text_is_drawn_in_blocks_that_open(visit, tmp_path):
         {"kind": "self", "causal": True},
     )
     page = visit(report.write(xr.DataTree.from_dict({"language_model": given}), tmp_path / "page.html"))
-    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1", timeout=60_000)
+    map_drawn(page)
     drawn = pixels(page)
     inside = np.tri(len(drawn), dtype=bool)  # above it is the future
     assert (drawn != drawn[0, -1]).any(-1)[inside].mean() > 0.25
@@ -430,7 +435,7 @@ def test_the_map_of_a_long_text_is_drawn_in_blocks_that_open(visit, tmp_path):
 
 def test_a_box_drawn_on_the_map_opens_it(visit, path):
     page = visit(path, "#language_model/1/2")
-    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    map_drawn(page)
     canvas = page.locator(".map-frame canvas")
     canvas.scroll_into_view_if_needed()
     box, n = canvas.bounding_box(), len(SAID)
@@ -449,7 +454,7 @@ def test_a_box_drawn_on_the_map_opens_it(visit, path):
 @pytest.mark.parametrize("name", ["heads", "numbers", "reading", "lists", "all-pairs", "lines", "sink", "pictures"])
 def test_every_card_is_saved_as_svg_and_png(visit, path, tmp_path, name):
     page = visit(path, "#vision_tower/1/1/0" if name == "pictures" else "#language_model/1/1/9")
-    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    map_drawn(page)
     card = page.locator(f".card.{name}")
     kept = {}
     for kind in ("SVG", "PNG"):
@@ -483,14 +488,14 @@ CUT = """all => all.filter((e) => {
 def test_no_words_are_cut(visit, path, width):
     for address in ("", "#language_model/2/1/9", "#vision_tower/1/1/7"):
         page = visit(path, address, viewport={"width": width, "height": 900})
-        page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+        map_drawn(page)
         cut = page.locator(".status, .hint, .second-key, .legend p, .note, .list.patches .context, figcaption > span")
         assert cut.evaluate_all(CUT) == []
 
 
 def test_print_holds_the_map_and_keeps_headings_with_what_they_head(visit, path, tmp_path):
     page = visit(path, "#language_model/1/1/9")
-    page.wait_for_function("document.querySelector('.map-frame canvas').width > 1")
+    map_drawn(page)
     page.emulate_media(media="print")
     assert page.locator(".map-frame").is_visible()
     assert not page.locator(".save").first.is_visible()

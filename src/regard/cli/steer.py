@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import catalog
 from ..evaluation.word_error import word_error_rate
 from ..files import written_aside
-from ..interventions import painted
+from ..interventions import after_steps, painted
 from ..loading import Loaded, load
 from ..prediction import writes
 from ..seam import intervene
@@ -205,14 +205,8 @@ def _painted(
     with intervene(model, *made):
         pass
 
-    def after_step(pipe: Any, step: int, when: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        for thing in made:
-            if hasattr(thing, "on_step_end"):
-                kept = thing.on_step_end(pipe, step, when, kept)
-        return kept
-
     def ways() -> list[tuple[Any, dict[str, Any]]]:
-        return [(nullcontext(), {}), (intervene(model, *made), {"callback_on_step_end": after_step})]
+        return [(nullcontext(), {}), (intervene(model, *made), after_steps(made))]
 
     def again(around: Any, options: dict[str, Any]) -> NDArray[np.float32]:
         with torch.inference_mode(), around:

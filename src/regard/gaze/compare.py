@@ -89,7 +89,7 @@ def compare(
     for done, text in enumerate(texts):
         if progress is not None:
             progress(done, len(texts))
-        of_text = _measures(model, tokenizer, text.words)
+        of_text = measures(model, tokenizer, text.words)
         cut += int(of_text.pop("cut"))
         plain = [_bare(word) for word in text.words]
         of_text["length"] = np.array([len(word) for word in text.words], float)
@@ -176,7 +176,7 @@ def _mean_rows(call: Call) -> Tensor:
 
 
 @torch.inference_mode()
-def _measures(model: nn.Module, tokenizer: Any, words: tuple[str, ...]) -> dict[str, Floats]:
+def measures(model: nn.Module, tokenizer: Any, words: tuple[str, ...]) -> dict[str, Floats]:
     """What the model does with each word, [..., word]; NaN where it has none. `cut`: words beyond its positions."""
     encoded = tokenizer(" ".join(words), return_tensors="pt", return_offsets_mapping=True, verbose=False)
     offsets = encoded.pop("offset_mapping")[0].tolist()

@@ -17,6 +17,6 @@ every method passes.
 
 from ._by_hand import scale_attention, scale_heads
 from ._method import Method
-from ._painting import painted
+from ._painting import after_steps, painted
 
-__all__ = ["Method", "painted", "scale_attention", "scale_heads"]
+__all__ = ["Method", "after_steps", "painted", "scale_attention", "scale_heads"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,3 +43,15 @@ def painted(pipeline: Any, inputs: Mapping[str, Any], *, seed: int = 0, **option
     pipeline.set_progress_bar_config(disable=True)
     chance = [torch.Generator().manual_seed(seed) for _ in said]
     return pipeline(**{**inputs, "prompt": said}, generator=chance, output_type="np", **options).images
+
+
+def after_steps(things: Iterable[Any]) -> dict[str, Any]:
+    """What a pipeline is to be called with, so that those which act between the steps of painting do, in order."""
+    act = [thing.on_step_end for thing in things if hasattr(thing, "on_step_end")]
+
+    def after(pipe: Any, step: int, when: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        for one in act:
+            kept = one(pipe, step, when, kept)
+        return kept
+
+    return {"callback_on_step_end": after} if act else {}

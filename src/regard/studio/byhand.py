@@ -43,7 +43,7 @@ def _known() -> tuple[CorrespondenceClassifier, list[Any], list[Any], list[int]]
 def edit(job: Job, asked: Edited) -> None:
     """Tell the answer without the edits and with them, and the neighbours with what their patches correspond to."""
     job.tell("progress", what="comparing patches")
-    classifier, known, others, names = _known()
+    classifier, _, others, names = _known()
     query = pictures.patch_features([others[asked.item]])[0]
     before = classifier.explain(query)
     found = classifier.features[torch.from_numpy(before.item.values)]
@@ -64,7 +64,7 @@ def edit(job: Job, asked: Edited) -> None:
         best = counted.argsort()[::-1][: classifier.top if used is None else int(mask.sum())]
         shown.append(
             {
-                "picture": _picture(known[int(after.item.values[neighbour])]),
+                "picture": _picture("known", int(after.item.values[neighbour])),
                 "label": pictures.NAMES[int(after.label.values[neighbour])],
                 "score": float(after.score.values[neighbour]),
                 "votes": neighbour in order,
@@ -76,7 +76,7 @@ def edit(job: Job, asked: Edited) -> None:
     job.tell(
         "edited",
         grid=pictures.GRID,
-        picture=_picture(others[asked.item]),
+        picture=_picture("asked", asked.item),
         truth=pictures.NAMES[names[asked.item]],
         names=list(pictures.NAMES),
         votes=[of.tolist() for of in votes],
@@ -92,7 +92,9 @@ def corresponding(query: Tensor, near: Tensor) -> Tensor:
     return (theirs.mT @ own).argmax(1)
 
 
-def _picture(scene: Any) -> str:
-    image = Image.fromarray(render([scene], pictures.viewer.SIZE).pixels[0])
+@functools.lru_cache(256)
+def _picture(kind: str, item: int) -> str:
+    _, known, asked, _ = _known()
+    image = Image.fromarray(render([(known if kind == "known" else asked)[item]], pictures.viewer.SIZE).pixels[0])
     side = TIMES * image.width
     return report.picture(image.resize((side, side), Image.Resampling.NEAREST))["source"]

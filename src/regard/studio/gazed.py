@@ -1,4 +1,4 @@
-"""Where people looked on the picture of a recording, in time, and how well maps of the model tell it."""
+"""Where people looked on the picture (or text) of a recording, in time, and how well maps of the model tell it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ..gaze.kl import kl
 from ..gaze.nss import nss
 from ..gaze.score import EVEN, WIDE, on_screen
 from .jobs import PLAIN, Job
+from .readings import UNTIMED, reading
 from .steps import Name
 from .work import Desk
 
-UNTIMED = 300.0  # ms of a fixation whose duration is not known
 MOST = 20_000  # fixations that a page draws
 Side = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -43,8 +43,11 @@ def gazed(desk: Desk, job: Job, asked: Gazed) -> None:
     """Tell the fixations, trial by trial, and then the model's maps with their scores."""
     again = desk.again(asked.recording)
     picture = again.ready.picture
+    if picture is None and again.ready.text:
+        reading(job, again, desk.file(asked.upload))
+        return
     if picture is None:
-        raise InputError("fixations are laid over a picture: look at one first, with a model that sees")
+        raise InputError("fixations are laid over a picture or a text: look at one first")
     read = _read(desk.file(asked.upload), asked.screen or picture.size)
     stimulus = asked.stimulus if asked.stimulus in read.stimuli else read.stimuli[0]
     trials, paths, left = [], [], MOST

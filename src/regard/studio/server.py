@@ -194,7 +194,8 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         blocks = desk.page(key).blocks
         if not 0 <= number < len(blocks):
             raise HTTPException(404, f"the recording has blocks 0 to {len(blocks) - 1}")
-        return Response(blocks[number], media_type="application/octet-stream")
+        block = blocks[number]
+        return Response(block if isinstance(block, bytes) else block(), media_type="application/octet-stream")
 
     def added(model: str, work: Callable[[Job], None]) -> dict[str, str]:
         return {"id": jobs.add(model, work).id}
@@ -343,6 +344,7 @@ def serve(
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen(128)  # who is told the address may come before the server is ready, and waits
         port = bound.getsockname()[1]
         named = f"[{host}]" if ":" in host else host
         token = secrets.token_urlsafe(32)

@@ -28,7 +28,7 @@ from ..cli import beside, look
 from ..cli.inputs import InputError, Written, hear, png, prepare, seen, written
 from ..data import media
 from ..files import written_aside
-from ..interventions import painted
+from ..interventions import after_steps, painted
 from ..loading import INDEX, Loaded, load, parameters, zoo
 from ..observations import observe
 from ..prediction import writes
@@ -42,9 +42,11 @@ from .steps import Name, Step
 BARS = 10  # of the likeliest next tokens, before and after
 MOST_TEXT = 400_000  # characters
 LOADED = 2  # models that stay in memory
-HELD = 24  # recordings whose pages stay in memory
+HELD = 24  # answers that stay in memory
+PAGES = 6  # recordings that do, with all their weights
 UPLOADS = 16
 MOST_LABELS = 1000
+OBSERVED = 4096  # tokens up to which it is looked for what stands out
 EVERY = 0.4  # seconds between pages while a model generates
 HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 SOURCES = ("source.png", "source.wav")  # the file that a recording was made of
@@ -111,7 +113,7 @@ class Again:
 @dataclass
 class Page:
     header: dict[str, Any]
-    blocks: list[bytes]
+    blocks: list[report.Block]
 
 
 class _Kept(OrderedDict[str, Any]):
@@ -150,7 +152,7 @@ class Desk:
     def __init__(self, folder: Path, models: Path | None = None, named: str | None = None) -> None:
         self.folder, self.models, self.named = folder, models, named
         folder.mkdir(parents=True, exist_ok=True)
-        self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(HELD), _Kept(UPLOADS)
+        self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(PAGES), _Kept(UPLOADS)
         self._answers, self._loading = _Kept(HELD), threading.Lock()
 
     # What there is.
@@ -452,9 +454,9 @@ class Desk:
 
     def python(self, change: Change) -> str:
         """Code that does the same from a terminal."""
-        given = Given(**self.card(change.recording)["given"])
-        steps = [step for step in change.steps if step.on]
-        return code(given, self.where(given.model), steps, self.folder / change.recording / "source.png")
+        again = self.again(change.recording)
+        source = next((path for path in self.sources(change.recording) if path.is_file()), None)
+        return code(again, self.where(again.given.model), [step for step in change.steps if step.on], source)
 
 
 @contextlib.contextmanager
@@ -470,14 +472,7 @@ def _taken(loaded: Loaded, ready: Prepared, steps: Sequence[Any]) -> Iterator[di
         if paints:
             raise InputError(f"{type(says[0]).__name__} changes words that are said, and {type(model).__name__} paints")
         options["logits_processor"] = says
-    if after := [thing.on_step_end for thing in inside if hasattr(thing, "on_step_end")]:
-
-        def each(pipe: Any, step: int, when: Any, kept: dict[str, Any]) -> dict[str, Any]:
-            for one in after:
-                kept = one(pipe, step, when, kept)
-            return kept
-
-        options["callback_on_step_end"] = each
+    options |= after_steps(inside)
     with torch.inference_mode(), intervene(model, *inside):
         yield options
 
@@ -514,7 +509,10 @@ def _decoded(data: bytes) -> Any:
 
 
 def _page(tree: xr.DataTree, pictures: Sequence[Image.Image], observed: bool = True) -> Page:
-    return Page(*report.pack(tree, findings=observe(tree) if observed else (), pictures=pictures))
+    """What a page draws. observed: whether what stands out is looked for, which of long texts takes too long."""
+    longest = max((node.sizes.get("query", 0) for node in tree.children.values()), default=0)
+    findings = observe(tree) if observed and longest <= OBSERVED else ()
+    return Page(*report.pack(tree, findings=findings, pictures=pictures))
 
 
 def _title(given: Given) -> str:
@@ -557,16 +555,18 @@ def compared(loaded: Loaded, before: Answer, after: Answer) -> dict[str, Any]:
     return told
 
 
-def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
-    """Python that does what the studio did: `shares` are the probabilities of what comes first, `said` the words."""
-    pictured = given.upload is not None
-    lines = ["import torch", "", "import regard", *stepping.imports(steps)]
+def code(again: Again, where: str, steps: Sequence[Any], source: Path | None) -> str:
+    """Python that does what the studio did: `shares` are the probabilities of what comes first, `said` the words,
+    `picture` what was painted."""
+    given, generate, paints = again.given, again.ready.generate, hasattr(again.loaded.processor, "scheduler")
+    imports = [*stepping.imports(steps)]
+    loaded = "regard.loading.Loaded(model, processor)"
     body = [f"model, processor = regard.load({where!r})"]
-    made = [stepping.written(step, pictured) for step in steps]
-    processors = [one for one, step in zip(made, steps) if stepping.processes(step)]
-    inside = [one for one, step in zip(made, steps) if not stepping.processes(step)]
-    lines.append("from regard.cli.inputs import open_picture, prepare, written")
-    if given.turns:
+    pictured = again.ready.picture is not None
+    if paints:
+        imports.append("from regard.interventions import after_steps, painted")
+        body.append(f"inputs = {{'prompt': [{given.text!r}]}}")
+    elif given.turns:
         turns = [turn.model_dump() for turn in given.turns]
         body += [
             f"turns = {turns!r}",
@@ -575,24 +575,32 @@ def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
             "    turns, add_generation_prompt=True, return_dict=True, return_tensors='pt'",
             "))",
         ]
+    elif source is not None and not pictured:
+        imports += ["from pathlib import Path", "from regard.cli import sound", "from regard.cli.inputs import hear"]
+        body.append(f"inputs = hear({loaded}, {given.model!r}, sound.read(Path({str(source)!r})), False)")
     else:
         text = given.text if given.text and given.text.strip() else None
+        imports.append("from regard.cli.inputs import prepare")
         if pictured:
-            lines.append("from pathlib import Path")
+            imports += ["from pathlib import Path", "from regard.cli.inputs import open_picture"]
             body.append(f"picture = open_picture(Path({str(source)!r}))")
+        named = f"{given.model!r}, {text!r}, {'picture' if pictured else None}"
+        body.append(f"inputs, _ = prepare({loaded}, {named}, False, {given.generate})")
+    made = [(stepping.written(step, pictured), stepping.processes(step)) for step in steps]
+    body += ["steps = [", *(f"    {one}," for one, says in made if not says), "]"]
+    if more := [f"    {one}," for one, says in made if says]:
+        body += ["processors = [", *more, "]"]
+    body.append("with torch.inference_mode(), regard.intervene(model, *steps):")
+    if paints:
         body += [
-            "loaded = regard.loading.Loaded(model, processor)",
-            f"inputs, _ = prepare(loaded, {given.model!r}, {text!r}, {'picture' if pictured else None}, False, "
-            f"{given.generate})",
+            "    pixels = painted(processor, inputs, **after_steps(steps))[0]",
+            "picture = Image.fromarray((255 * pixels).round().astype('uint8'))",
         ]
-    body += ["steps = [", *(f"    {one}," for one in inside), "]"]
-    if processors:
-        body += ["processors = [", *(f"    {one}," for one in processors), "]"]
-    body += ["with torch.inference_mode(), regard.intervene(model, *steps):"]
-    if given.generate:
-        more = ", logits_processor=processors" if processors else ""
+        imports.append("from PIL import Image")
+    elif generate:
+        imports.append("from regard.cli.inputs import written")
         body += [
-            f"    out = written(regard.loading.Loaded(model, processor), inputs, {given.generate}{more})",
+            f"    out = written({loaded}, inputs, {generate}{', logits_processor=processors' if more else ''})",
             "shares = out.scores[0].float().softmax(-1)",
             "tokenizer = getattr(processor, 'tokenizer', processor)",
             "said = tokenizer.decode(out.ids[out.start :], skip_special_tokens=True)",
@@ -603,5 +611,6 @@ def code(given: Given, where: str, steps: Sequence[Any], source: Path) -> str:
             "    logits = model(**inputs).logits",
             "shares = (logits[0, -1] if logits.ndim == 3 else logits[0]).float().softmax(-1)",
         ]
+    if not paints:
         body += ["for share, i in zip(*shares.topk(min(10, len(shares)))):", "    print(f'{share:.1%}', int(i))"]
-    return "\n".join([*lines, "", *body]) + "\n"
+    return "\n".join(["import torch", "", "import regard", *imports, "", *body]) + "\n"

@@ -78,7 +78,7 @@ export function number(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
-  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+  return value.toFixed(size >= 99.95 ? 0 : size >= 9.995 ? 1 : size >= 0.9995 ? 2 : 3); // what rounds to 1 is written as 1 is
 }
 
 // The number of a variable with its units.

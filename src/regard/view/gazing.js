@@ -1,11 +1,40 @@
 // Gaze: where people looked, drawn in time over the picture, beside the model's maps and how well they tell it.
 
 import { atlas } from "./atlas.js";
-import { legend, ramp, straightScale } from "./colour.js";
+import { legend, paint, ramp, straightScale } from "./colour.js";
 import { choice, make, menu, number, panel } from "./dom.js";
 import { keep } from "./wire.js";
 
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+// Words, each on the colour of its number, 0 to 1.
+const shaded = (words, values) => make("p", { class: "scored" }, ...words.flatMap((word, i) => {
+  const span = make("span", {}, word), { fill, ink } = paint(Math.sqrt(values[i]));
+  if (values[i] > 0.005) Object.assign(span.style, { background: fill, color: ink });
+  return [span, " "];
+}));
+
+// A trial's words: how long each was looked at until `now` ms, the present one marked. Handle: element, show(trial, now).
+function reading(words) {
+  const box = make("div", {});
+  return {
+    element: box,
+    show({ places, durations, starts }, now) {
+      const time = new Float64Array(words.length);
+      let present = -1;
+      places.forEach((word, i) => {
+        const spent = Math.min(Math.max(0, now - starts[i]), durations[i]);
+        time[word] += spent;
+        if (now >= starts[i] && now < starts[i] + durations[i]) present = word;
+      });
+      const longest = new Float64Array(words.length);
+      places.forEach((word, i) => { longest[word] += durations[i]; });
+      const most = longest.reduce((a, b) => Math.max(a, b), 1);
+      box.replaceChildren(shaded(words, time.map((x) => x / most)));
+      if (present >= 0) box.querySelectorAll("span")[present].classList.add("present");
+    },
+  };
+}
 
 function heat({ map }, { source, width, height }, name) {
   const [rows, columns] = [map.length, map[0].length];
@@ -56,7 +85,7 @@ export function gazing(base, ask) {
     { value: "fit", label: "as large as goes" }, { value: "fill", label: "in its shape" }], null, (value) => { state.placed = value; });
 
   function drawn(told) {
-    const { trials, picture, summary, beside, stimuli, stimulus } = told, view = path(picture);
+    const { trials, picture, words, summary, beside, stimuli = [], stimulus } = told, view = words ? reading(words) : path(picture);
     let at = 0, now = Infinity;
     const end = () => Math.max(...trials[at].starts.map((start, i) => start + trials[at].durations[i]), 1);
     const slider = make("input", { type: "range", min: "0", step: "any", class: "wide", "aria-label": "Time in ms", oninput: () => { stop(); to(Number(slider.value)); } });
@@ -97,7 +126,7 @@ export function gazing(base, ask) {
     return right;
   }
 
-  function judged(right, picture, { maps, heads, notes }) {
+  function judged(right, { picture, words: read }, { maps, heads, notes }) {
     const said = notes.map((words) => make("p", { class: "note" }, words));
     if (!maps.length) { right.replaceChildren(panel("maps", "The model’s map", ...said).element); return; }
     const named = maps.filter(({ name }) => !Array.isArray(name)), of = (l, h) => maps.find(({ name }) => Array.isArray(name) && name[0] === l && name[1] === h);
@@ -106,7 +135,7 @@ export function gazing(base, ask) {
     let chosen = null;
     const show = (one) => {
       chosen = one;
-      shown.replaceChildren(make("h3", {}, title(one)), heat(one, picture, title(one)));
+      shown.replaceChildren(make("h3", {}, title(one)), read ? shaded(read, one.map) : heat(one, picture, title(one)));
       const scores = Object.entries(one.scores);
       words.replaceChildren(make("tbody", {}, ...scores.map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name.replaceAll("_", " ")),
         make("td", { class: "value" }, number(value))))));
@@ -116,7 +145,7 @@ export function gazing(base, ask) {
     const pick = choice("Map", named.map((one) => ({ value: one.name, label: title(one) })), null, (value) => show(named.find(({ name }) => name === value)));
     const grid = make("div", {}), readout = make("p", { class: "readout", "aria-live": "polite" }), values = heads.map((row) => row.map((x) => x ?? NaN));
     const scale = straightScale(values.flat());
-    const say = (l, h) => `layer ${l}, head ${h}: nss ${number(values[l][h])}`;
+    const say = (l, h) => `layer ${l}, head ${h}: ${read ? "rank correlation" : "nss"} ${number(values[l][h])}`;
     let best = [0, 0];
     values.forEach((row, l) => row.forEach((x, h) => { if (x > (values[best[0]][best[1]] || -Infinity)) best = [l, h]; }));
     const view = atlas(grid, { layers: heads.map((_, l) => l), heads: heads[0].map((_, h) => h) },
@@ -125,10 +154,11 @@ export function gazing(base, ask) {
     const draw = () => {
       const [layer, head] = Array.isArray(chosen?.name) ? chosen.name : [-1, -1];
       view.show({ values, scale, words: say, layer, head });
-      key.replaceChildren(legend(scale, number, "nss of each head’s map: how many standard deviations above its mean it is where people looked. 0 is chance."));
+      key.replaceChildren(legend(scale, number, read ? "Rank correlation of what each word receives from this head with how long it was looked at." : "nss of each head’s map: how many standard deviations above its mean it is where people looked. 0 is chance."));
     };
     right.replaceChildren(panel("maps", "The model’s map", make("p", { class: "lead" },
-      "Of a head, the weights of the class token on the patches. nss, auc judd and cc are better when higher, kl when lower."),
+        read ? "Of a head, the attention that each word receives, over what even attention would give it; beside it what the model did not expect."
+        : "Of a head, the weights of the class token on the patches. nss, auc judd and cc are better when higher, kl when lower."),
     make("div", { class: "row" }, pick.element), make("div", { class: "answers" }, shown, make("div", {}, words, readout, grid, key)), ...said).element);
     redraw = draw;
     show(of(...best) ?? named[0]);
@@ -136,15 +166,15 @@ export function gazing(base, ask) {
   }
 
   const go = make("button", { type: "button", class: "go", id: "gaze", onclick: async () => {
-    if (!base()) { wrong(new Error("Look at a picture first, with a model that sees.")); return; }
+    if (!base()) { wrong(new Error("Look at a picture or a text first.")); return; }
     if (!state.upload) { wrong(new Error("Choose a file of fixations.")); return; }
     const sides = size.map(({ value }) => Number(value)), screen = sides.every(Boolean) ? sides : null;
-    let right = null, picture = null;
+    let right = null, of = null;
     cancelAnimationFrame(playing);
     playing = 0;
     await ask("/api/jobs/gaze", { recording: base().id, upload: state.upload, stimulus: state.stimulus, placed: state.placed, screen }, (name, what) => {
-      if (name === "gaze") { right = drawn(what); ({ picture } = what); }
-      if (name === "maps") judged(right, picture, what);
+      if (name === "gaze" || name === "reading") { right = drawn(what); of = what; }
+      if (name === "maps") judged(right, of, what);
     }).catch(() => {});
   } }, "Show");
   file.addEventListener("change", async () => {
@@ -156,7 +186,7 @@ export function gazing(base, ask) {
     } catch (error) { wrong(error); }
   });
   const one = panel("gaze", "Where people look, and the model", make("p", { class: "lead" },
-    "A table of fixations (CSV, TSV, a fixation report, EyeLink’s .asc) on the picture that was looked at: columns x and y, and if there are any subject, stimulus, duration, start."),
+    "A table of fixations (CSV, TSV, a fixation report, EyeLink’s .asc) on the picture that was looked at: columns x and y, and if there are any subject, stimulus, duration, start. On a text: a table with a column word, its number."),
   make("div", { class: "ask" }, make("div", { class: "row" }, make("label", { class: "labelled" }, "Fixations", file),
     make("span", { class: "labelled" }, "Screen", ...size), placed, go)));
   return { element: make("div", { class: "stacked" }, one.element, box), redraw() { redraw(); } };

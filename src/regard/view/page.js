@@ -36,9 +36,22 @@ function address({ stack, layer, head, token, scope, sample }) {
   return `#${parts.join("/")}`;
 }
 
+// In a notebook the page stands in a frame that has no address: nothing is kept there, and links lead to no other page.
+const framed = location.protocol === "about:";
+if (framed) {
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest?.('a[href^="#"]');
+    if (!link) return;
+    event.preventDefault();
+    const next = parse(link.getAttribute("href"));
+    if (next) page.go(next);
+    else document.querySelector(link.getAttribute("href"))?.focus();
+  });
+}
+
 // replaceState, not location.hash: choosing twenty tokens should not take twenty steps back.
 const page = explore(document.getElementById("explore"), recording,
-  { changed: (state) => history.replaceState(null, "", address(state)),
+  { changed: (state) => { if (!framed) history.replaceState(null, "", address(state)); },
     // Milliseconds from opening the page to the first picture of heads and text.
     drawn: () => { document.documentElement.dataset.drawn ??= Math.round(performance.now()); } });
 const first = parse(`#${encodeURIComponent(recording.stacks[header.start].name)}`);

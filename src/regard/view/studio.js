@@ -40,7 +40,7 @@ let chatting = false;
 const style = choice("Kind of input", [{ value: "text", label: "Text" }, { value: "chat", label: "Chat" }], "text", (value) => {
   chatting = value === "chat";
   style.show(value);
-  turnsBox.hidden = !chatting;
+  turnsBox.hidden = addTurnButton.hidden = !chatting;
   text.hidden = chatting;
   if (chatting && !turnsBox.childElementCount) addTurn("user", text.value);
 });
@@ -272,8 +272,7 @@ async function open(name) {
     text.hidden = !takes.text || (chatting && takes.chat);
     text.placeholder = takes.paints ? "What is to be painted" : takes.picture ? "A question about the picture" : "A text; left empty, a paragraph of Regard’s own";
     style.element.hidden = !takes.chat;
-    addTurnButton.hidden = !takes.chat;
-    if (!takes.chat && chatting) { chatting = false; style.show("text"); turnsBox.hidden = true; text.hidden = !takes.text; }
+    if (!takes.chat && chatting) { chatting = false; style.show("text"); turnsBox.hidden = addTurnButton.hidden = true; text.hidden = !takes.text; }
     fileRow.hidden = !takes.picture && !takes.sound;
     fileRow.querySelector("span").textContent = takes.sound ? "Sound (WAV)" : "Picture";
     fileInput.accept = takes.sound ? ".wav,audio/wav" : "image/*";
@@ -326,7 +325,7 @@ const tabs = choice("Parts of the studio", Object.entries(parts).map(([value, la
 byId("tabs").append(tabs.element);
 
 themed(byId("theme"), () => { views?.redraw(); change?.draw(); heads?.redraw(); twins?.redraw(); circuits.redraw(); gaze.redraw(); });
-turnsBox.before(addTurnButton);
+turnsBox.after(addTurnButton);
 addTurnButton.hidden = true;
 const [{ models, start }, forms] = await Promise.all(["models", "interventions"].map((of) => get(`/api/${of}`)));
 change = changing(changeBox, forms, at, { failed: (words) => { wrong.hidden = false; wrong.textContent = words; }, changed: (steps) => {

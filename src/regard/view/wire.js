@@ -39,7 +39,7 @@ export function job(path, body, heard) {
     const source = new EventSource(`/api/jobs/${id}/events`);
     const end = (settle, value) => { source.close(); settle(value); };
     for (const name of ["queued", "progress", "model", "said", "answer", "page", "saved", "scores", "curves", "methods", "paper",
-      "example", "contrast", "heads", "patching", "faithfulness", "paths", "gaze", "maps", "edited"]) {
+      "example", "contrast", "heads", "patching", "faithfulness", "paths", "gaze", "reading", "maps", "edited"]) {
       source.addEventListener(name, (event) => heard(name, JSON.parse(event.data)));
     }
     source.addEventListener("done", (event) => end(resolve, JSON.parse(event.data)));
