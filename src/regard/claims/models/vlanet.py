@@ -3,8 +3,8 @@
 Tracks of five spoken digits (real voices) with pauses; a sentence is two that follow each other, its moment from the
 start of the one to the end of the other, and nobody says in training where that is. Test tracks are of takes that were
 not in training. Arms: VLANet, the same without thinning out, attention of one way. Beside them, a ceiling that is told
-the moment, and a control whose sentences went to other tracks. Wrong pairs that hold the same two digits do not count. One arm was tried
-on another seed, to see that it trains.
+the moment, and a control whose sentences went to other tracks. Wrong pairs that hold the same two digits do not count.
+One arm was tried on another seed, to see that it trains.
 """
 
 from __future__ import annotations
