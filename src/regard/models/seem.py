@@ -124,6 +124,7 @@ class Segmented(NamedTuple):
     chosen: Tensor | None  # logits [batch, row, column]; the next round's memory
     scores: Tensor | None  # of the queries for prompts, the highest is chosen [batch, query]
     candidates: Tensor | None  # their masks [batch, query, row, column]
+    earlier: tuple[Segmented, ...] = ()  # in training: what was found after each layer but the last
 
 
 class PromptLayer(nn.Module):
@@ -207,7 +208,7 @@ class PromptDecoder(nn.Module, PyTorchModelHubMixin):
         tokens, at, kinds, padding = self._start(batch, p, drawn)
         maps = [x.flatten(2).mT + own for x, own in zip(levels, self.level, strict=True)]
         where = [_sines(x).to(x).expand(batch, -1, -1) for x in levels]
-        outputs = self._read(tokens, mask_features, kinds)
+        outputs, earlier = self._read(tokens, mask_features, kinds), []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, PromptLayer)
             k = i % len(levels)
@@ -234,7 +235,9 @@ class PromptDecoder(nn.Module, PyTorchModelHubMixin):
             x = layer.norms[2](x + layer.mlp(x))
             tokens = dict(zip(kinds, x.split(list(kinds.values()), 1), strict=True))
             outputs = self._read(tokens, mask_features, kinds)
-        return self._chosen(outputs, tokens, p, drawn, mask_features)
+            if self.training and i < len(self.layers) - 1:
+                earlier.append(self._chosen(outputs, tokens, p, drawn, mask_features))
+        return self._chosen(outputs, tokens, p, drawn, mask_features)._replace(earlier=tuple(earlier))
 
     def _drawn(self, p: Prompts, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Points [batch, point, 2], whether each is negative (1) and whether it is filled up [batch, point]."""
@@ -300,14 +303,15 @@ def mask_errors(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def prompt_loss(found: Segmented, truth: Tensor) -> Tensor:
     """Mask and dice error of the best query for the prompts, and 0.4 times the cross entropy of choosing it.
 
-    truth: what was meant, boolean [batch, row, column].
+    truth: what was meant, boolean [batch, row, column]. Layers add up.
     """
     if found.candidates is None or found.scores is None:
         raise ValueError("prompt_loss: nothing was prompted")
     entropy, dice = mask_errors(found.candidates, truth[:, None])
     best = (entropy + dice - 0.1 * found.scores).detach().argmin(-1)
     rows = torch.arange(len(best))
-    return (entropy + dice)[rows, best].mean() + 0.4 * F.cross_entropy(found.scores, best)
+    loss = (entropy + dice)[rows, best].mean() + 0.4 * F.cross_entropy(found.scores, best)
+    return loss + sum(prompt_loss(layer, truth) for layer in found.earlier)
 
 
 def seem(**knobs: int) -> PromptDecoder:
