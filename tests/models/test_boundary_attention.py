@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,6 +154,34 @@ def test_loss_weighs_the_last_output_most_and_falls_in_a_few_steps():
     both, last = boundary_loss(outputs, picture, distance), boundary_loss(outputs[-1:], picture, distance)
     before = boundary_loss(outputs[-2:-1], picture, distance)
     torch.testing.assert_close(both, (0.3 * before + last) / 1.3)
+
+
+def test_loss_is_the_sum_of_its_six_errors():
+    model = boundary_attention(channels=1, **SMALL)
+    noisy, clean, distance = torch.rand(1, 1, 9, 8), torch.rand(1, 1, 9, 8), 4 * torch.rand(1, 1, 9, 8)
+    found = model(noisy)[-1]
+
+    def near(row, column):
+        return math.exp(-0.1 * (distance[0, 0, row, column].item() + 1))
+
+    whole = np.zeros(2)
+    for row, column in np.ndindex(9, 8):
+        at = (0, 0, row, column)
+        errors = [found.distance[at] - distance[at], found.picture[at] - clean[at]]
+        whole += [near(row, column) * error.item() ** 2 for error in errors]
+    patches = np.zeros(4)
+    for i, j, row, column in np.ndindex(5, 5, 5, 4):
+        at, own = (0, 0, row + i, column + j), (0, 0, i, j, row, column)
+        errors = [
+            found.rendered.distance[own] - distance[at],
+            found.patches[own] - clean[at],
+            found.rendered.boundary[own] - found.boundary[at],
+            found.patches[own] - found.picture[at],
+        ]
+        weight = near(row + i, column + j) * found.mask[own].item()
+        patches += [weight * error.item() ** 2 for error in errors]
+    expected = whole @ (1e-3, 1.0) / 72 + patches @ (1e-3, 1.0, 1e-2, 20.0) / 500
+    assert boundary_loss([found], clean, distance).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

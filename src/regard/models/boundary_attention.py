@@ -253,8 +253,8 @@ class BoundaryAttention(nn.Module, PyTorchModelHubMixin):
         delta: float = 1e-3,
     ) -> None:
         super().__init__()
-        if size % 2 == 0 or max(sides) > size:
-            raise ValueError(f"BoundaryAttention: a patch has an odd side, {max(sides)} or more; got {size}")
+        if size % 2 == 0 or size < max(3, *sides):
+            raise ValueError(f"BoundaryAttention: a patch has an odd side, {max(3, *sides)} or more; got {size}")
         self.size, self.sides, self.iterations, self.eta, self.delta = size, tuple(sides), iterations, eta, delta
         self.mixer = Mixer(channels, width, filters=width * 3 // 2, hidden=width)
         of = width + 2 * channels + 1

@@ -4,7 +4,7 @@ Flat films of 8 frames: two discs move straight, each in its own lane, behind a 
 part of what is seen, half of it of discs and half of the bar; asked is where discs are, at any place and time, as if
 there were no bar. Arms: attention; means of the nearest features alone; attention to the asked frame alone. Beside
 them two rules: where it was last seen, and straight on from where it was seen (an upper guide). The paper's films are
-rendered or of streets, with depth, and its networks far larger.
+rendered or of streets, with depth, and its networks far larger. No other setting was tried.
 """
 
 from __future__ import annotations
