@@ -58,6 +58,15 @@ def test_frames_are_encoded_apart_and_read_in_order():
     assert (after[:, 2:] != before[:, 2:]).any(-1).all()
 
 
+def test_a_block_is_pre_norm_and_cells_see_all_cells():
+    head, x = FrameHead(FrameConfig(**SIZES)), torch.randn(2, 6, 8)
+    block = head.blocks[0]
+    query, key, value = (t.view(2, 6, 2, 4).transpose(1, 2) for t in block.attention.maps(block.norm(x)).chunk(3, -1))
+    mixed = ((query @ key.mT / 2).softmax(-1) @ value).transpose(1, 2).flatten(2)
+    y = x + block.attention.out(mixed)
+    torch.testing.assert_close(block(x), y + block.mlp(block.norm_mlp(y)))
+
+
 def test_the_last_cell_or_the_mean():
     for reduction in ("last_pos", "mean"):
         head, frame = FrameHead(FrameConfig(**SIZES, reduction=reduction)), cells(1, 1)[0]
