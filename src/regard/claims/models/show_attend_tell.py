@@ -2,10 +2,10 @@
 
 Scenes of two objects, of different colours and shapes; captions of four words, such as "red circle blue ring", in
 random order of mention, so that the number of a word does not say where to look. As in the paper the network of the
-places is frozen: 8 x 8 of them, told first which colour and shape they show. (Patches of the viewer, tried before,
-tell of the whole picture wherever one looks.) Judged on the model's own captions of scenes held out, at the words that
-name an object there: whether the place of the highest weight has its centre in the box of the object that is named, or
-in that of the other. The controls: weights that are all the same, and the hard way without REINFORCE's gradient. Five
+places is frozen: 8 x 8 of them, told first which colour and shape they show. (Patches of the viewer, tried before, tell
+of the whole picture wherever one looks.) Judged on the model's own captions of scenes held out, at the words that name
+an object there: whether the place of the highest weight has its centre in the box of the object that is named, or in
+that of the other. The controls: weights that are all the same, and the hard way without REINFORCE's gradient. Five
 pilots on other seeds chose the places' network, four colours and shapes, the steps, and the weight of the penalty: 1
 spread the attention of four words out. Words know of the one before them only after they have looked.
 """
