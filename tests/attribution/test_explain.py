@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import regard
 from regard.cli import app
 from regard.cli import explain as explaining
-from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, as_given, _page, _quarters
+from regard.cli.explain import AGAINST, FOR, PLAIN, Part, _colour, _page, _quarters, as_given
 from regard.data.scenes import Object, Scene, render
 from regard.evaluation.cross_attention_saliency import cross_attention_saliency
 

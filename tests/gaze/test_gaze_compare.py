@@ -21,10 +21,10 @@ from regard.gaze import compare
 from regard.gaze.compare import (
     _chance,
     _grams,
-    measures,
     _partial,
     _rotations,
     mean_reading_time,
+    measures,
     shares,
     word_counts,
 )
