@@ -443,6 +443,22 @@ def test_a_generated_token_is_explained_by_what_stood_before_it(client, desk, lo
     assert told(client, "/api/jobs/explain", {**asked, "word": 99})[-1][0] == "failed"
 
 
+def test_words_of_a_picture_and_of_a_sound_are_explained_over_it(client, picture):
+    seen = client.post("/api/uploads", content=picture.read_bytes()).json()["id"]
+    heard = client.post("/api/uploads", content=wav()).json()["id"]
+    for given, word in (
+        ({"model": "describer", "text": "describe", "upload": seen, "generate": 3}, 2),
+        ({"model": "listener", "upload": heard}, 1),
+    ):
+        saved = dict(told(client, "/api/jobs/look", given))["saved"]["id"]
+        asked = {"recording": saved, "methods": ["gradient_x_input"], "word": word}
+        events = told(client, "/api/jobs/explain", asked)
+        scores = next(what for name, what in events if name == "scores")
+        assert scores["parts"][-1]["picture"]["source"].startswith("data:image/")
+        assert np.abs(scores["parts"][-1]["map"]).max() > 0
+        assert "curves" in dict(events)
+
+
 def test_which_methods_fit_is_found_by_asking(client, looked):
     events = dict(told(client, "/api/jobs/methods", {"recording": looked}))["methods"]
     assert {"integrated_gradients", "rollout"} <= set(events["fits"])
