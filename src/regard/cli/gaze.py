@@ -167,7 +167,7 @@ def score(
         )
     table = Table(title=f"A: {a.name}, B: {b.name}", title_justify="left", header_style="bold")
     for column in ("metric", "A with B", "within A", "within B", "other pictures", "p"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     for name in found["metric"].values:
         of = found.sel(metric=name)
         cells = [_ranged(of, key, f"{key}_low", f"{key}_high") for key in ("between", "within_a", "within_b", "other")]
@@ -276,7 +276,7 @@ def _compare_pictures(
         )
     table = Table(title=f"{name} beside people", title_justify="left", header_style="bold")
     for column in ("map", *METRICS, "nss over centre", "p"):
-        table.add_column(column, justify="left" if column == "map" else "right")
+        table.add_column(column, justify="left" if column == "map" else "right", overflow="fold")
     layer, head = found.attrs["best_head"]
     for kind in found["map"].values:
         of = found.sel(map=kind)

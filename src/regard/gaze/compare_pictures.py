@@ -282,7 +282,7 @@ def model_maps(model: nn.Module, processor: Any, picture: Image.Image, notes: di
         cam = catalog.method("attribution", "grad_cam")(model, inputs)
         maps["grad_cam"] = cam.isel(batch=0).transpose("row", "column").values.astype(float)
     except ValueError as error:
-        notes["grad_cam"] = f"grad_cam is left out: {error}"
+        notes["grad_cam"] = f"grad_cam is left out: {str(error).partition(': ')[0]}"
     return maps
 
 
