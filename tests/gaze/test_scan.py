@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import regard
 from regard.cli import app
 from regard.gaze import Scanpath
+from regard.gaze.compare_pictures import on_picture
 from regard.gaze.draw_scanpath import draw_scanpath
 from regard.gaze.encoder import encoder
 from regard.gaze.fixation_map import fixation_map
@@ -214,9 +215,33 @@ def test_the_command_draws_a_scan_and_writes_a_table(tmp_path, end):
     )
 
 
+def test_a_table_on_the_screen_of_people_is_scored_beside_theirs(tmp_path):
+    """The picture was shown twice as large, in the middle: a model's pixels are not those of the screen."""
+    given, tables = tmp_path / "given.png", tmp_path / "scans"
+    picture().save(given)
+    tables.mkdir()
+    quick = ("-n", 3, "--iterations", 2, "-o", tmp_path / "a.svg", "--table", tables / "a.csv")
+    done = command("viewer", given, *quick, "--screen", "160x120", "--placed", "20,20,140,100")
+    assert done.exit_code == 0, done.output
+    plain = scan(*regard.load("viewer"), picture(), fixations=3, iterations=2)
+    (trial,) = regard.gaze.read(tables / "a.csv", screen=(160, 120))
+    assert np.allclose(trial.scanpath.places, plain.places * 2 + 20)
+    assert np.allclose(on_picture(trial.scanpath, (60, 40), (20, 20, 140, 100)).places, plain.places)
+    rows = [f"{who},given.png,{x},{y}" for who in "ab" for x, y in plain.places * 2 + 20]
+    (tmp_path / "people.csv").write_text("\n".join(["subject,stimulus,x,y", *rows]))
+    arguments = ["gaze", "score", tables, tmp_path / "people.csv", "--screen", "160x120", "--metric", "scanmatch"]
+    done = CliRunner().invoke(app, list(map(str, [*arguments, "--resamples", 0])), env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "scanmatch" in done.output
+    assert "1.00" in done.output  # the same path
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--screen", "160x120"), "give --table too"),
+        (("--table", "t.csv", "--placed", "fit"), "give --screen too"),
+        (("--table", "t.csv", "--screen", "160x120"), "--placed centre or fit or fill or left,top,right,bottom"),
         (("-o", "a.jpg"), "makes .png, .svg, .gif, .html"),
         (("-o", "given.png"), "Regard wrote"),
         (("--for", "a star"), "reads no words"),

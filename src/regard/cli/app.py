@@ -663,6 +663,10 @@ def gaze_scan(
         Path, typer.Option("--out", "-o", help=".png and .svg show all at once, .gif and .html one after another.")
     ] = Path("regard-scan.html"),
     table: Annotated[Path | None, typer.Option(help="A new CSV file of the fixations.")] = None,
+    screen: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT of the screen that the table is of; the picture's own otherwise.")
+    ] = None,
+    placed: Annotated[str | None, OnScreen] = None,
     seed: int = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -682,6 +686,8 @@ def gaze_scan(
             seed=seed,
             out=file_out,
             table=table,
+            screen=screen,
+            placed=placed,
             trust_remote_code=trust_remote_code,
             console=out,
         )

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from ..catalog import check_plot
 from ..data import loaders, media
-from ..data.loaders import GazeData, GazeTrial, files, read_gaze
+from ..data.loaders import GazeData, GazeTrial, Scanpath, files, read_gaze
 from ..files import MARK, refuse_foreign, replaced
 from ..gaze.compare import CONTROLS, word_counts
 from ..gaze.compare import compare as correlate
-from ..gaze.compare_pictures import METRICS, compare_pictures, found_pictures
+from ..gaze.compare_pictures import METRICS, compare_pictures, found_pictures, from_picture
 from ..gaze.draw import draw
 from ..gaze.draw_scanpath import check_drawing, draw_scanpath
 from ..gaze.scan import scan as scanned
@@ -167,7 +167,7 @@ def score(
         )
     table = Table(title=f"A: {a.name}, B: {b.name}", title_justify="left", header_style="bold")
     for column in ("metric", "A with B", "within A", "within B", "other pictures", "p"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     for name in found["metric"].values:
         of = found.sel(metric=name)
         cells = [_ranged(of, key, f"{key}_low", f"{key}_high") for key in ("between", "within_a", "within_b", "other")]
@@ -190,6 +190,7 @@ def score(
     return printed
 
 
+@by_options()
 def scan(
     name: str,
     picture: Path,
@@ -202,16 +203,29 @@ def scan(
     seed: int,
     out: Path,
     table: Path | None,
+    screen: str | None,
+    placed: str | None,
     trust_remote_code: bool,
     console: Console,
 ) -> Printed:
-    """Let a model look over a picture, and draw where its sharp spot goes."""
+    """Let a model look over a picture, and draw where its sharp spot goes.
+
+    screen, placed: where the picture stood when people looked at it, so that the table is of what theirs is.
+    """
+    if table is None and (screen is not None or placed is not None):
+        raise InputError("--screen and --placed are of the table: give --table too")
+    if screen is None and placed is not None:
+        raise InputError("--placed says how the picture stood on a screen: give --screen too")
     if about is not None and like is not None:
         raise InputError("--for and --like: give one of them")
     check_drawing(out)
     if table is not None and table.exists():
         raise FileExistsError(f"{table} exists; choose another name, or move it away")
     shown = media.picture(picture, str(picture))
+    on = shown.size if screen is None else _pair(screen, int, "--screen")
+    from_picture(
+        Scanpath(np.zeros((0, 2)), shown.size), on, _placed(placed), picture.name
+    )  # refused before the model runs
     wanted = about if like is None else media.picture(like, f"--like {like}")
     with console.status(f"loading {name}"):
         model, processor = load(name, trust_remote_code=trust_remote_code)
@@ -228,9 +242,9 @@ def scan(
         made.add_row(str(i), f"{x:.0f}", f"{y:.0f}{beside}")
     printed = Printed([made], [f"{name} looks {what}", f"pixels of {picture.name}, {path.size[0]} by {path.size[1]}"])
     if table is not None:
-        GazeData((GazeTrial(name, picture.name, "", path),)).write(table)
-        wide, high = path.size
-        printed.lines.append(f"{table} is a table that regard gaze read and score take, with --screen {wide}x{high}")
+        told = from_picture(path, on, _placed(placed), picture.name)
+        GazeData((GazeTrial(name, picture.name, "", told),)).write(table)
+        printed.lines.append(f"{table} is a table that regard gaze read and score take, with --screen {on[0]}x{on[1]}")
     printed.lines.append(f"picture: {out}")
     return printed
 
@@ -262,7 +276,7 @@ def _compare_pictures(
         )
     table = Table(title=f"{name} beside people", title_justify="left", header_style="bold")
     for column in ("map", *METRICS, "nss over centre", "p"):
-        table.add_column(column, justify="left" if column == "map" else "right")
+        table.add_column(column, justify="left" if column == "map" else "right", overflow="fold")
     layer, head = found.attrs["best_head"]
     for kind in found["map"].values:
         of = found.sel(map=kind)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -197,25 +198,38 @@ def on_picture(path: Scanpath, picture: tuple[int, int], placed: Placed, name: s
 
     ValueError where the sizes differ and `placed` does not say how.
     """
-    screen, size = np.array(path.size, float), np.array(picture, float)
+    corner, scale = _standing(path.size, picture, placed, name)
+    return Scanpath((path.places - corner) / scale, (int(picture[0]), int(picture[1])), path.durations)
+
+
+def from_picture(path: Scanpath, screen: tuple[int, int], placed: Placed, name: str = "the picture") -> Scanpath:
+    """A path on a picture as one on the screen where that stands; `on_picture` the other way round."""
+    corner, scale = _standing(screen, path.size, placed, name)
+    return Scanpath(path.places * scale + corner, screen, path.durations)
+
+
+def _standing(
+    screen: tuple[int, int], picture: tuple[int, int], placed: Placed, name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where on the screen a picture's corner is, and how long its pixels are there."""
+    whole, size = np.array(screen, float), np.array(picture, float)
     if placed is None:
-        if path.size != tuple(picture):
+        if tuple(screen) != tuple(picture):
             raise ValueError(
-                f"{name} is {picture[0]} x {picture[1]} and the screen {path.size[0]} x {path.size[1]} pixels: say how "
+                f"{name} is {picture[0]} x {picture[1]} and the screen {screen[0]} x {screen[1]} pixels: say how "
                 f"it was shown, placed={' or '.join(PLACED)} or left, top, right, bottom"
             )
-        corner, scale = np.zeros(2), np.ones(2)
-    elif isinstance(placed, str):
+        return np.zeros(2), np.ones(2)
+    if isinstance(placed, str):
         if placed not in PLACED:
             raise ValueError(f"placed={placed!r}: {', '.join(PLACED)}, or left, top, right, bottom")
-        scale = {"centre": np.ones(2), "fit": np.full(2, (screen / size).min()), "fill": screen / size}[placed]
-        corner = (screen - size * scale) / 2
-    else:
-        corner = np.array(placed[:2], float)
-        scale = (np.array(placed[2:], float) - corner) / size
-        if len(placed) != 4 or not (scale > 0).all():
-            raise ValueError(f"placed={placed}: left, top, right, bottom on the screen, in pixels")
-    return Scanpath((path.places - corner) / scale, (int(size[0]), int(size[1])), path.durations)
+        scale = {"centre": np.ones(2), "fit": np.full(2, (whole / size).min()), "fill": whole / size}[placed]
+        return (whole - size * scale) / 2, scale
+    corner = np.array(placed[:2], float)
+    scale = (np.array(placed[2:], float) - corner) / size
+    if len(placed) != 4 or not (scale > 0).all():
+        raise ValueError(f"placed={placed}: left, top, right, bottom on the screen, in pixels")
+    return corner, scale
 
 
 @statistic("batch head key", title="Weight of the class token")
@@ -268,7 +282,7 @@ def model_maps(model: nn.Module, processor: Any, picture: Image.Image, notes: di
         cam = catalog.method("attribution", "grad_cam")(model, inputs)
         maps["grad_cam"] = cam.isel(batch=0).transpose("row", "column").values.astype(float)
     except ValueError as error:
-        notes["grad_cam"] = f"grad_cam is left out: {error}"
+        notes["grad_cam"] = f"grad_cam is left out: {str(error).partition(': ')[0]}"
     return maps
 
 
