@@ -65,6 +65,16 @@ def test_what_comes_later_changes_nothing_and_pads_are_not_there(conditioned):
     torch.testing.assert_close(model(short, memory), found[:, :4])
 
 
+def test_a_pad_is_not_seen_wherever_it_is():
+    model = Property({"category": 5, "place": 9}, tokens=9, dim=16, heads=2, layers=1).eval()
+    sequences, memory = _sequences(), torch.randn(2, 3, 16)
+    sequences["category"][:, 2] = 5  # the pad
+    found = model(sequences, memory)
+    sequences["place"] = sequences["place"].clone()
+    sequences["place"][:, 2] = (sequences["place"][:, 2] + 1) % 9
+    torch.testing.assert_close(model(sequences, memory)[:, 3:], found[:, 3:])
+
+
 def test_a_memory_of_one_vector_is_one_vector_however_often():
     model = Property({"category": 5}, tokens=5, dim=16, heads=2, layers=1).eval()
     sequences, memory = {"category": torch.randint(5, (2, 4))}, torch.randn(2, 1, 16)

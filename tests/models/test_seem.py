@@ -124,6 +124,16 @@ def test_memory_and_negative_points_are_heard():
     assert (masks(negative=~positive)["spatial"] - plain["spatial"]).abs().max() > 1e-3
 
 
+def test_points_that_do_not_belong_are_told_from_those_that_do():
+    model, (levels, features, positive) = seem(**{**SMALL, "points": 4}).eval(), _given()
+    other = positive.roll(6, 1)  # four pixels each, all of which are drawn
+    told = model(levels, features, Prompts(positive, other)).masks["spatial"]
+    same = model(levels, features, Prompts(positive, other)).masks["spatial"]
+    torch.testing.assert_close(same, told, atol=1e-4, rtol=1e-4)
+    turned = model(levels, features, Prompts(other, positive)).masks["spatial"]
+    assert (turned - told).abs().max() > 1e-3
+
+
 def test_pictures_do_not_meet_saved_is_loaded_and_it_trains(tmp_path):
     model, (levels, features, positive) = seem(**SMALL), _given()
     prompts = Prompts(positive, ~positive, torch.randn(2, 3, 16), memory=torch.randn(2, 16, 12))
