@@ -47,6 +47,13 @@ def test_loss_by_hand():
     torch.testing.assert_close(first, torch.tensor((0.6 + 0.3) / 2), rtol=1e-4, atol=1e-4)
 
 
+def test_a_triplet_counts_where_either_term_does():
+    # positives are near enough, both negatives too near, at 1.1 and 1.0: 0.3 and 0.4
+    far, less = (2 * math.asin(d / 2) for d in (1.1, 1.0))
+    loss = margin_loss(at(0.0, far - less, far), torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(loss, torch.tensor(0.35), rtol=1e-4, atol=1e-4)
+
+
 def test_negatives_are_the_nearest_beyond_the_cutoff():
     labels = torch.tensor([0, 0, 1, 1])
     embedding = at(0.0, 0.1, 0.2, 1.0)  # the third is nearer than half
@@ -73,6 +80,7 @@ def test_a_gate_of_zeros_counts_all_places_half(model):
 
 
 def test_a_split_keeps_what_mattered_and_draws_the_rest_anew(model):
+    nn.init.ones_(model.linear.bias)
     before, scores = model.linear.weight.clone(), torch.zeros(16)
     kept = torch.tensor([1, 3, 4, 9, 10, 15])
     scores[kept] = 0.9
@@ -80,6 +88,7 @@ def test_a_split_keeps_what_mattered_and_draws_the_rest_anew(model):
     assert [own.tolist() for own in model.learners] == [kept.tolist(), [i for i in range(16) if i not in kept.tolist()]]
     changed = (model.linear.weight != before).any(1)
     assert changed.nonzero()[:, 0].tolist() == model.learners[1].tolist()
+    assert (model.linear.bias == 0).nonzero()[:, 0].tolist() == model.learners[1].tolist()
     with torch.no_grad():
         found = model(torch.randn(3, 32, 2, 2)).embedding
     for own in model.learners:

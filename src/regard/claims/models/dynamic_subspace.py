@@ -4,7 +4,7 @@ Scenes of one object with clutter and texture, 32 pixels wide; a class is a pair
 network of three convolutions learns an embedding of 48: with learners split off as they are needed, with one, with four
 fixed ones, and, for features, a softmax classifier. The map of the gate is compared with the object and with Grad-CAM
 of the classifier. Ablation: without the gate. Stalls are seen on a part of the training data. Retrieval is of other
-scenes of the same classes. Settings were chosen on seeds 100 and 101, in two pilots.
+scenes of the same classes. Settings were chosen on seeds 100 and 101, in three pilots.
 """
 
 from __future__ import annotations

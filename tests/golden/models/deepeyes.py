@@ -1,0 +1,25 @@
+"""Rewards of trajectories, advantages of tokens, and boxes that the tool takes."""
+
+import torch
+
+from regard.models.deepeyes import clipped, group_advantages, reward
+
+from .. import Case, Source
+
+SOURCE = Source("authors", "Visual-Agent/DeepEyes, vl_agent.py, core_algos.py and visual_toolbox_v2.py")
+
+
+def compare(case: Case):
+    settings, mask = case.settings, case["response_mask"]
+    judged = case["judged"].tolist()
+    rewards = [
+        reward(text, "", judge=lambda said, truth, right=right: float(right))
+        for text, right in zip(settings["texts"], judged, strict=True)
+    ]
+    advantage = group_advantages(case["token_reward"].sum(-1), case["group"])[:, None] * mask
+    boxes = [clipped(box, tuple(settings["picture"])) or (-1,) * 4 for box in case["boxes"].tolist()]
+    return {
+        "reward": torch.tensor(rewards, dtype=torch.float64),
+        "advantage": advantage,
+        "crop": torch.tensor(boxes),
+    }
