@@ -5,7 +5,7 @@ a success, with a reward of 1; a step costs 0.01. The agent sees 5 x 5 cells abo
 linear map, and beside them as many of a pattern that stays for an episode and has nothing to do with the task.
 Actor-critic (A2C), equal updates, three seeds. Without training, the patterns are then changed for others of twice the
 size. Controls: a linear bottleneck as narrow as the codes are long, codes that stay as drawn, and an agent without the
-patterns. Three pilots, of single trainings on another seed, chose the size of the world, the rate and the number of
+patterns. Four pilots, of single trainings on another seed, chose the size of the world, the rate and the number of
 updates.
 """
 

@@ -3,10 +3,10 @@
 A table seen from above: four things of different colours and shapes, each with a notch at one of its sides, drawn in
 black. A gripper starts anywhere; it is to go to the thing that it is told and stop at the notch. Told by a picture of
 the outcome in another episode (the same kind of thing, with its notch elsewhere, alone on the table), by two words
-learned from scratch, or not at all; each with and without a crop around the thing, found by its colour as in the
-authors' code. Five moves of 0.05 at most are decided at once, 30 in all. The backbone is the zoo's viewer, frozen: born
-with sight, but without words. Demonstrations go straight from random places; four pairs of colour and shape are never
-instructed. Control: the crop of another thing. One pilot, on another seed.
+learned from scratch, or not at all; picture and words with and without a crop around the thing, by its colour as in
+the authors' code. Five moves of 0.05 at most are decided at once, 30 in all. The backbone is the zoo's viewer,
+frozen: born with sight, but without words. Demonstrations go straight from random places; four pairs of colour and
+shape are never instructed. Control: the crop of another thing. One pilot, on another seed.
 """
 
 from __future__ import annotations
