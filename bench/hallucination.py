@@ -291,6 +291,12 @@ def brief(text: str) -> str:
     return text if len(text) < 240 else f"{text[:120]} ... {text[-100:]}"
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """What an earlier run measured, where that was all of it."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if "unfit" in found or "sampled" in found else {"unfit": "it was not asked for in this run"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD")
@@ -314,8 +320,7 @@ def main() -> None:
             wanted = not only or name in only or name == GREEDY
             if asked.fresh and wanted:
                 path.unlink(missing_ok=True)
-            if wanted or path.is_file():
-                found[model][name] = measure(model, name, asked.scenes, asked.seed, path)
+            found[model][name] = measure(model, name, asked.scenes, asked.seed, path) if wanted else kept(path)
     text = page(found, asked.scenes, asked.seed)
     print(text)
     if asked.write:

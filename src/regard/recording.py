@@ -277,7 +277,8 @@ class Recording:
     def show(self, *, run: int | None = None, height: int = 900, **options: Any) -> Any:
         """The page of the one run, or of this one of several, in a notebook: as `report` writes it, in a frame.
 
-        It works in JupyterLab, VS Code, Colab and pages made of notebooks, and asks no server. height: in pixels.
+        It is HTML alone, so it stays in pages made of notebooks, and asks no server. Sites that drop frames show what
+        `print(recording)` says. height: in pixels.
         options: `pictures`, and `budget`, 3,000,000 bytes unless told otherwise, since the notebook keeps it.
         """
         report, observations = (import_module(f"regard.{name}") for name in ("report", "observations"))
