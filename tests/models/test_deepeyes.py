@@ -185,3 +185,8 @@ def test_a_box_that_is_not_finite_is_refused_by_the_tool():
         assert asked is not None
         assert zoom(PICTURE, asked) is None
     assert called(f'<tool_call>{{"bbox_2d": [0, 0, 1{"0" * 400}, 40]}}</tool_call>') is None
+
+
+def test_rewards_may_be_whole_numbers():
+    found = group_advantages(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 0, 0]))
+    torch.testing.assert_close(found, group_advantages(torch.tensor([1.0, 0, 1, 0]), torch.zeros(4).long()))

@@ -94,6 +94,7 @@ def group_advantages(rewards: Tensor, group: Tensor) -> Tensor:
             f"group_advantages: takes rewards and groups [trajectory]; got {list(rewards.shape)} and "
             f"{list(group.shape)}"
         )
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     found = torch.empty_like(rewards)
     for one in group.unique():
         own = rewards[group == one]
