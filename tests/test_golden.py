@@ -90,3 +90,14 @@ def test_settings_are_found_wherever_they_stand(tmp_path):
         ("case2", {"kind": "b", "a": 2}),
         ("case10", {"a": 10}),
     ]
+
+
+def test_what_is_built_has_the_dtype_of_the_weights():
+    def compare(case):
+        return {"output": torch.nn.Linear(2, 1)(case["output"]).sum() * 0 + case["output"]}
+
+    mapping = SimpleNamespace(SOURCE=Source("authors", ""), compare=compare)
+    for dtype in (torch.float64, torch.float32):
+        arrays = {"output": torch.ones(2, dtype=dtype), "weight.x": torch.ones(2, dtype=dtype)}
+        assert differences(mapping, Case("key", "case0", {}, arrays))["output"].off == 0
+    assert torch.get_default_dtype() == torch.float32

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -123,7 +124,8 @@ def cases(key: str) -> list[Case]:
 def differences(mapping: ModuleType, case: Case) -> dict[str, Difference]:
     """Of everything that the mapping compares, by name. Raises `Unmapped`."""
     torch.manual_seed(0)
-    found: dict[str, Any] = mapping.compare(case)
+    with _dtype_of(case.weights.values()):
+        found: dict[str, Any] = mapping.compare(case)
     if not found:
         raise ValueError(f"{case.key}, {case.name}: nothing is compared")
     left = {name for name in case.arrays if re.match(r"grad_(?!output)|output$", name)} - found.keys()
@@ -133,6 +135,17 @@ def differences(mapping: ModuleType, case: Case) -> dict[str, Difference]:
         name: difference(*(value if isinstance(value, tuple) else (value, case[name])), _allowed(mapping, name))
         for name, value in found.items()
     }
+
+
+@contextmanager
+def _dtype_of(weights: Iterable[Tensor]) -> Iterator[None]:
+    """What is built inside is of double precision where all of these weights are."""
+    found, usual = {weight.dtype for weight in weights if weight.is_floating_point()}, torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if found == {torch.float64} else usual)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def difference(ours: Any, theirs: Any, allowed: float | None = None) -> Difference:

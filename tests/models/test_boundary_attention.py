@@ -192,6 +192,7 @@ def test_loss_is_the_sum_of_its_six_errors():
         (lambda: LocalAttention(8, 6, window=4), "its side is odd"),
         (lambda: LocalAttention(9, 6, window=3, heads=2), "9 channels do not divide by 2"),
         (lambda: boundary_attention(**SMALL)(torch.rand(1, 3, 4, 9)), "5 pixels a side or more"),
+        (lambda: boundary_attention(**SMALL)(torch.rand(1, 4, 9, 9)), r"\[batch, 3, row, column\]"),
         (lambda: render(torch.rand(1, 7)), r"junctions \[batch, row, column, 7\]"),
     ],
 )

@@ -148,3 +148,11 @@ def test_refusals():
         small(coupling="shared", attention_dim=2)
     with pytest.raises(ValueError, match=r"a boolean mask like these; got \[3\], \[3, 9\] and torch.int64 \[3, 9\]"):
         small()(*drawn(), torch.ones(3, 9, dtype=torch.long))
+
+
+def test_half_precision_has_no_score_as_low_as_a_masked_one():
+    target, history = drawn()[:2]
+    mask = torch.arange(9).expand(3, 9) < torch.tensor([[4], [0], [9]])
+    found, expected = small().half()(target, history, mask), small()(target, history, mask)
+    assert found.logits.isfinite().all()
+    assert found.logits.shape == expected.logits.shape

@@ -177,3 +177,16 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"got \[2\] and \[3\]"):
         group_advantages(torch.zeros(2), torch.zeros(3))
     assert module.deepeyes(PICTURE, "what is there?", prompt="", length=1).crops == []
+
+
+def test_a_box_that_is_not_finite_is_refused_by_the_tool():
+    for box in ("[NaN, 0, 40, 40]", "[0, 0, Infinity, 40]", "[0, 0, 1e999, 40]"):
+        asked = called(f'<tool_call>{{"bbox_2d": {box}}}</tool_call>')
+        assert asked is not None
+        assert zoom(PICTURE, asked) is None
+    assert called(f'<tool_call>{{"bbox_2d": [0, 0, 1{"0" * 400}, 40]}}</tool_call>') is None
+
+
+def test_rewards_may_be_whole_numbers():
+    found = group_advantages(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 0, 0, 0]))
+    torch.testing.assert_close(found, group_advantages(torch.tensor([1.0, 0, 1, 0]), torch.zeros(4).long()))

@@ -154,3 +154,10 @@ def test_refusals(model):
         margin_loss(torch.eye(3), torch.arange(3))
     with pytest.raises(ValueError, match="32 channels or more"):
         dynamic_subspace(nn.Identity(), channels=16)
+
+
+def test_a_split_in_double_precision():
+    model = SubspaceLearners(nn.Identity(), channels=32, width=24).double()
+    assert model.split(torch.arange(24).double() < 6)
+    assert model.linear.weight.dtype == torch.float64
+    assert model(torch.randn(2, 32, 3, 3).double()).embedding.isfinite().all()

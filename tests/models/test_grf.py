@@ -175,5 +175,7 @@ def test_refusals():
         field(torch.rand(1, 3, 16, 16), torch.eye(4)[None], LENS[None], *rays, near=3.0, far=1.0)
     with pytest.raises(ValueError, match="2 coarse samples or more"):
         grf(coarse=1)
+    with pytest.raises(ValueError, match="3 where it has fine ones"):
+        grf(coarse=2, fine=2)
     with pytest.raises(ValueError, match="hardly fit into the unit disc"):
         flatland.discs(30)

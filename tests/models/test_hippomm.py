@@ -121,3 +121,6 @@ def test_refusals():
         memory.recall("what?", about="sound")
     with pytest.raises(ValueError, match="about gist, picture or sound"):
         memory.recall("what?", about="smell")
+    for knob in ("rate", "window"):
+        with pytest.raises(ValueError, match="rate and window are above 0"):
+            segment(None, np.zeros(50), **{knob: 0})

@@ -126,3 +126,10 @@ def test_refusals():
         neural_fit(np.ones((4, 2)), np.ones((2, 4, 1)), np.array([True, False, False, False]))
     with pytest.raises(ValueError, match=r"responses \[2, sample, unit\]"):
         neural_fit(np.ones((4, 2)), np.ones((4, 1)), np.ones(4, bool))
+    with pytest.raises(ValueError, match="one step or more; got 0"):
+        mental_simulation(3, units=4).rollout(torch.randn(1, 7, 3), 0)
+    with pytest.raises(ValueError, match="one step or more; got 0"):
+        PixelPredictor(1, 8, 4, past=3).rollout(torch.randn(1, 3, 1, 8, 8), 0)
+    for time in (4, 7):  # of seven there is none that has seven before it
+        with pytest.raises(ValueError, match="more than 7, 3"):
+            mental_simulation(3, units=4).loss(torch.randn(1, time, 3))

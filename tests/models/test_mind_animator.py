@@ -169,3 +169,14 @@ def test_refusals():
         sparse_causal_mask(4, 1.5)
     with pytest.raises(ValueError, match="patches divide the size"):
         MotionGenerator(replace(TINY, patch=3))
+    with pytest.raises(ValueError, match=r"a mask is boolean \[4, 4\]; got torch.float32"):
+        generator()(torch.randn(1, 4, 2, 8, 8), torch.randn(1, 10), mask=torch.ones(4, 4))
+
+
+def test_a_mask_may_be_of_each_clip():
+    latents, signal, model = torch.randn(2, 4, 2, 8, 8), torch.randn(2, 10), generator()
+    masks = torch.stack([sparse_causal_mask(4, 0.0), sparse_causal_mask(4, 1.0)])
+    found = model(latents, signal, mask=masks[:, None])
+    for row in (0, 1):
+        alone = model(latents[row : row + 1], signal[row : row + 1], mask=masks[row])
+        torch.testing.assert_close(found[row : row + 1], alone)

@@ -195,3 +195,15 @@ def test_refusals(model, words):
             under(Both(), kind, *given, edits=[edit])
     with pytest.raises(ValueError, match=r"9 frames do not divide at a share of 0.5"):
         under(Both(), "self", torch.randn(2, 9, 8), edits=[Shift()])
+
+
+def test_motions_are_made_in_double_precision(model, words):
+    made = generate(model.double(), words.double(), 8, steps=2)
+    assert made.dtype == torch.float64
+    assert made.isfinite().all()
+
+
+def test_emphasis_of_a_row_that_is_not_there():
+    modules, x, words = Both(), torch.randn(2, 8, 8), torch.randn(2, 6, 5)
+    with pytest.raises(ValueError, match="no row 2 in a batch of 2"):
+        under(modules, "cross", x, words, edits=[Emphasise([1], 0.2, row=2)])

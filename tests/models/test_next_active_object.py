@@ -137,3 +137,13 @@ def test_refusals():
         model(torch.randn(2, 8, 3, 2, 2), torch.rand(2, 3, 5, 4), torch.zeros(2, 3, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="6 channels do not divide by 4 heads"):
         GuidedAttention(6, heads=4)
+
+
+def test_what_is_no_box_does_not_count_whatever_stands_there():
+    model, features, boxes = guided(), torch.randn(2, 8, 3, 2, 2), torch.rand(2, 3, 5, 4)
+    mask = (torch.arange(5) < 4).expand(2, 3, 5)
+    found = model(features, boxes, mask)
+    boxes[:, :, 4] = math.nan
+    torch.testing.assert_close(model(features, boxes, mask), found)
+    with pytest.raises(ValueError, match=r"features are \[batch, 8, frame, row, column\]"):
+        model(features[:, :4], boxes)

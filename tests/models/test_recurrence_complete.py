@@ -123,3 +123,7 @@ def test_refusals():
         recurrence_complete(**SIZES)(cells().transpose(2, 3))
     with pytest.raises(ValueError, match="reduction last_pos or mean; got dilated, first"):
         FrameConfig(reduction="first")
+    with pytest.raises(ValueError, match="of a frame or more"):
+        recurrence_complete(**SIZES)(cells()[0, 0])
+    with pytest.raises(ValueError, match="one or more; got"):
+        recurrence_complete(**SIZES)(cells()[:, :0])

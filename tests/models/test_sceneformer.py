@@ -184,3 +184,8 @@ def test_gradients_reach_every_weight():
     sum(model([_room(3), _room(2)], torch.rand(2, 1, 32, 32)).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert F.softmax(model.properties["category"].output.bias, 0).shape == (6,)
+
+
+def test_no_room_has_no_likelihood():
+    with pytest.raises(ValueError, match="one room or more"):
+        sceneformer(**SMALL)([], torch.rand(0, 1, 32, 32))

@@ -187,3 +187,20 @@ def test_record_sees_both_kinds_of_attention():
 def test_refusals(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_words_that_fill_up_do_not_count_whatever_stands_there():
+    model, (levels, features, _) = seem(**SMALL).eval(), _given()
+    text, padding = torch.randn(2, 3, 16), torch.tensor([[False, False, True]] * 2)
+    found = model(levels, features, Prompts(text=text, text_padding=padding))
+    text[:, 2] = torch.nan
+    again = model(levels, features, Prompts(text=text, text_padding=padding))
+    torch.testing.assert_close(again.chosen, found.chosen)
+
+
+def test_points_in_double_precision():
+    levels, features, positive = _given()
+    model = seem(**SMALL).double().eval()
+    found = model([x.double() for x in levels], features.double(), Prompts(positive=positive))
+    assert found.chosen is not None
+    assert found.chosen.dtype == torch.float64

@@ -138,5 +138,7 @@ def test_refusals():
         Codebook(4, kind="fixed")
     with pytest.raises(ValueError, match=r"takes \[..., 4\]; got \[2, 5\]"):
         Codebook(4)(torch.randn(2, 5))
-    with pytest.raises(ValueError, match=r"views are \[batch, step, 6, 4\]; got \[2, 6, 4\]"):
+    with pytest.raises(ValueError, match=r"views are \[batch, step, 6, 4\], of one step or more; got \[2, 6, 4\]"):
         selective_codebook(**SIZES)(torch.randn(2, 6, 4), torch.zeros(2).long(), torch.zeros(2, 1).long())
+    with pytest.raises(ValueError, match="of one step or more"):
+        selective_codebook(**SIZES)(torch.randn(2, 0, 6, 4), torch.zeros(2).long(), torch.zeros(2, 0).long())

@@ -190,3 +190,13 @@ def test_refusals():
             model(torch.randn(2, 9, 5), torch.zeros(2, 3).long())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_refusals_of_ways_and_of_nothing():
+    for knob in ("activation", "initial"):
+        with pytest.raises(ValueError, match=f"{knob}='gelu'"):
+            small(**{knob: "gelu"})
+    with pytest.raises(ValueError, match="one or more"):
+        small()(torch.randn(2, 9, 5), torch.zeros(2, 0).long())
+    with pytest.raises(ValueError, match="length=0"):
+        small().generate(torch.randn(2, 9, 5), 0)

@@ -144,3 +144,14 @@ def test_refusals():
         small()(pictures[:, 0], state)
     with pytest.raises(ValueError, match="10 channels do not divide by 4 heads"):
         Decoder(10, 4)
+
+
+@pytest.mark.parametrize("encoder", [0, 1])
+def test_what_is_no_token_does_not_count_whatever_stands_there(encoder):
+    decoder = Decoder(16, 2, layers=1, encoder=encoder, hidden=8).eval()
+    tokens, position, queries = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.randn(3, 16)
+    pad = torch.tensor([[False] * 4 + [True], [False] * 5])
+    found = decoder(tokens, position, queries, pad=pad)
+    torch.testing.assert_close(found[:, :1], decoder(tokens[:1, :4], position[:1, :4], queries))
+    tokens[0, 4] = position[0, 4] = math.nan
+    torch.testing.assert_close(decoder(tokens, position, queries, pad=pad), found)

@@ -116,6 +116,10 @@ def test_record_sees_the_weights_that_rank():
     np.testing.assert_allclose(last.reshape(2, -1), kept, rtol=1e-5)
 
 
+def masked(mask: torch.Tensor):
+    return vlanet(**SMALL)(torch.randn(1, 8, 6), torch.randn(1, 2, 5), mask)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -124,6 +128,11 @@ def test_record_sees_the_weights_that_rank():
             "3 frames, and the shortest window has 4",
         ),
         (lambda: vlanet(**{**SMALL, "dim": 15}), "dim is even"),
+        (lambda: vlanet(**{**SMALL, "lengths": ()}), "lengths are of one frame or more"),
+        (lambda: vlanet(**SMALL)(torch.randn(2, 8, 6), torch.randn(3, 2, 5)), "as many sentences"),
+        (lambda: masked(torch.ones(1, 2)), "a mask is boolean"),
+        (lambda: masked(torch.tensor([[False, False]])), "each sentence has a word"),
+        (lambda: masked(torch.tensor([[False, True]])), "filled up at its end"),
         (lambda: vlanet(**{**SMALL, "heads": 3}), "16 channels do not divide by 3"),
     ],
 )

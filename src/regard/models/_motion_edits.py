@@ -35,7 +35,7 @@ class Edit:
 class Emphasise(Edit):
     """Adds to the weights of words, after the softmax: above 0 for more of it, below for less; -1 to 1.
 
-    keys: of the words; amount: one, or one for each row; row: of the batch, all unless given.
+    keys: of the words; row: of the batch, all unless given. ValueError where there is no such row.
     """
 
     def __init__(self, keys: Sequence[int], amount: float, *, row: int | None = None, **steps: Any) -> None:
@@ -43,6 +43,8 @@ class Emphasise(Edit):
         self.keys, self.amount, self.row = list(keys), amount, row
 
     def weights(self, call: Call, weights: Tensor, rows: range) -> Tensor:
+        if self.row is not None and not 0 <= self.row < len(weights):
+            raise ValueError(f"Emphasise: there is no row {self.row} in a batch of {len(weights)}")
         weights = weights.clone()
         at = slice(None) if self.row is None else slice(self.row, self.row + 1)
         weights[at, :, :, self.keys] += self.amount

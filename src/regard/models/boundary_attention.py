@@ -269,11 +269,12 @@ class BoundaryAttention(nn.Module, PyTorchModelHubMixin):
     def forward(self, pictures: Tensor) -> list[Maps]:
         """pictures [batch, channel, row, column], each brought to 0 to 1 -> maps of the start and of each iteration.
 
-        ValueError where a picture is smaller than a patch.
+        ValueError where a picture is smaller than a patch, or has other channels.
         """
-        if pictures.ndim != 4 or min(pictures.shape[2:]) < self.size:
+        channels = self.mixer.stem.in_features
+        if pictures.ndim != 4 or pictures.shape[1] != channels or min(pictures.shape[2:]) < self.size:
             raise ValueError(
-                f"BoundaryAttention: takes pictures [batch, channel, row, column] of {self.size} pixels a side or "
+                f"BoundaryAttention: takes pictures [batch, {channels}, row, column] of {self.size} pixels a side or "
                 f"more, got {list(pictures.shape)}"
             )
         low, high = pictures.amin((1, 2, 3), keepdim=True), pictures.amax((1, 2, 3), keepdim=True)

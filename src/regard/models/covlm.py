@@ -209,7 +209,7 @@ class Communicative(nn.Module):
             hidden = hidden.masked_scatter(images[..., None], patches.to(hidden))
         if boxes is not None and len(places):
             found = [regions(patches[i], boxes[places[:, 0] == i].to(patches)) for i in places[:, 0].unique().tolist()]
-            hidden = hidden.index_put(tuple(places.T), torch.cat(found) * (not silent))
+            hidden = hidden.index_put(tuple(places.T), torch.cat(found).to(hidden) * (not silent))
         output: Any = self.language_model(
             inputs_embeds=hidden, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
         )

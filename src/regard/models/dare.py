@@ -142,7 +142,8 @@ class Dare(nn.Module, PyTorchModelHubMixin):
                 f"Dare: takes targets [batch], histories [batch, key] and a boolean mask like these; got "
                 f"{list(target.item.shape)}, {list(shape)} and {mask.dtype} {list(mask.shape)}"
             )
-        scores = self.scores(target, history).masked_fill(~mask, float(1 - 2**32))
+        scores = self.scores(target, history)
+        scores = scores.masked_fill(~mask, max(float(1 - 2**32), torch.finfo(scores.dtype).min))
         read, keys = (
             self._held(target, attention=False, history=False),
             self._held(history, attention=False, history=True),

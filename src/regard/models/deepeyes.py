@@ -15,6 +15,7 @@ selection of questions, those answered now and then and helped by a crop of the 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ def group_advantages(rewards: Tensor, group: Tensor) -> Tensor:
             f"group_advantages: takes rewards and groups [trajectory]; got {list(rewards.shape)} and "
             f"{list(group.shape)}"
         )
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     found = torch.empty_like(rewards)
     for one in group.unique():
         own = rewards[group == one]
@@ -113,12 +115,15 @@ def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, c
 def clipped(box: Sequence[float], size: tuple[int, int], *, least: int = 31) -> Box | None:
     """A box inside a picture of this width and height, or None where the tool refuses it.
 
-    It does where nothing is left, where a side is shorter than `least`, or a hundred times longer than the other.
+    It does where a number is not finite, where nothing is left, where a side is shorter than `least`, or a hundred
+    times longer than the other.
 
     >>> from regard.models.deepeyes import clipped
     >>> clipped((-20, 5, 60, 300), (320, 240)), clipped((100, 100, 130, 140), (320, 240))
     ((0, 5, 60, 240), None)
     """
+    if not all(math.isfinite(x) for x in box):
+        return None
     left, top, right, bottom = (int(x) for x in box)
     left, top, right, bottom = max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
     wide, high = right - left, bottom - top
@@ -149,7 +154,7 @@ def called(text: str) -> list[float] | None:
     try:
         asked = json.loads(calls[-1])
         box = [float(x) for x in asked.get("arguments", asked)["bbox_2d"]]
-    except (IndexError, ValueError, KeyError, TypeError, AttributeError):
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return box if len(box) == 4 else None
 

@@ -107,7 +107,7 @@ class SubspaceLearners(nn.Module):
         if len(own) <= smallest or not least <= len(kept) < len(own):
             return False
         rest = own[~torch.isin(own, kept)]
-        weight = torch.empty(len(rest), self.linear.in_features, device=rest.device)
+        weight = self.linear.weight.new_empty(len(rest), self.linear.in_features)
         self.linear.weight[rest] = nn.init.xavier_normal_(weight)
         self.linear.bias[rest] = 0.0
         owner = self.owner

@@ -237,8 +237,8 @@ class GeneralRadianceField(nn.Module):
     def __init__(self, config: GRFConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or GRFConfig()
-        if c.coarse < 2 or c.fine < 0:
-            raise ValueError(f"grf: a ray has 2 coarse samples or more, and 0 fine ones or more; got {c}")
+        if c.coarse < 2 + bool(c.fine) or c.fine < 0:  # fine ones are drawn between the middles of coarse ones
+            raise ValueError(f"grf: a ray has 2 coarse samples or more, 3 where it has fine ones; got {c}")
         places, directions = 3 * (1 + 2 * c.positions), 3 * (1 + 2 * c.directions)
         self.pixels = PixelFeatures(c)
         self.views = ViewAttention(self.pixels.channels, places, c.dim, hidden=c.hidden, merge=c.merge)

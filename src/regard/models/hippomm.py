@@ -55,7 +55,7 @@ def segment(
     level is below `silence` dB, counted back from the end of those seconds. A segment lasts `shortest` seconds or more,
     but for the last.
 
-    ValueError where there is neither picture nor sound.
+    ValueError where there is neither picture nor sound, or a length is not above 0.
 
     >>> from regard.models.hippomm import segment
     >>> segment([1.0] * 61).tolist()
@@ -67,6 +67,8 @@ def segment(
         raise ValueError(
             f"hippomm: segments last `shortest` to `longest` seconds, above 0; got {shortest=}, {longest=}"
         )
+    if rate <= 0 or window <= 0:
+        raise ValueError(f"hippomm: rate and window are above 0; got {rate=}, {window=}")
     unlike = np.flatnonzero(np.asarray([] if similar is None else similar, float) < alike)
     sound = None if wave is None else np.asarray(wave, float)
     end = len(np.asarray(similar)) - 1.0 if similar is not None else len(sound) / rate if sound is not None else 0.0

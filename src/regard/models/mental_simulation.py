@@ -119,15 +119,27 @@ class LatentPredictor(nn.Module):
         return self.read((found[0] if self.dynamics == "lstm" else found)[:, -1])
 
     def rollout(self, latents: Tensor, steps: int) -> Tensor:
-        """The next `steps` latents, each from the window with those before. [batch, step, dim]"""
+        """The next `steps` latents, each from the window with those before. [batch, step, dim]
+
+        ValueError for fewer than one.
+        """
         window, found = latents, []
+        _some(steps)
         for _ in range(steps):
             found.append(self(window))
             window = torch.cat([window, found[-1][:, None]], 1)
         return torch.stack(found, 1)
 
     def loss(self, latents: Tensor) -> Tensor:
-        """Mean squared error one step ahead, at every place of [batch, time, dim] that has `past` before it."""
+        """Mean squared error one step ahead, at every place of [batch, time, dim] that has `past` before it.
+
+        ValueError where there is none.
+        """
+        if latents.ndim != 3 or latents.shape[1] <= self.past:
+            raise ValueError(
+                f"mental_simulation: the loss takes [batch, more than {self.past}, {self.dim}]; got "
+                f"{list(latents.shape)}"
+            )
         windows = latents.unfold(1, self.past, 1)[:, :-1].mT  # [batch, window, past, dim]
         return F.mse_loss(self(windows.flatten(0, 1)), latents[:, self.past :].flatten(0, 1))
 
@@ -163,7 +175,8 @@ class PixelPredictor(nn.Module):
         return self.decode(code), code
 
     def rollout(self, frames: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Pictures [batch, step, channel, row, column], and codes [batch, step, dim]."""
+        """Pictures [batch, step, channel, row, column], and codes [batch, step, dim]. ValueError for no step."""
+        _some(steps)
         made: list[Tensor] = []
         codes: list[Tensor] = []
         for _ in range(steps):
@@ -172,6 +185,11 @@ class PixelPredictor(nn.Module):
             codes.append(code)
             frames = torch.cat([frames, picture[:, None]], 1)
         return torch.stack(made, 1), torch.stack(codes, 1)
+
+
+def _some(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"mental_simulation: one step or more; got {steps}")
 
 
 class Fit(NamedTuple):

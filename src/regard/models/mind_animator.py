@@ -132,7 +132,8 @@ class MotionGenerator(nn.Module):
 
     def forward(self, latents: Tensor, signal: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """latents: [batch, frame, channel, row, column], up to one frame fewer than a clip has; signal: [batch, voxel];
-        mask: which frames each sees, boolean [frame, frame], a causal one unless given. ValueError for other sizes.
+        mask: which frames each sees, boolean [frame, frame], or [batch, 1, frame, frame], a causal one unless given.
+        ValueError for other sizes.
         """
         c, frames = self.config, latents.shape[1] if latents.ndim == 5 else 0
         if latents.shape[2:] != (c.channels, c.size, c.size) or not 0 < frames < c.frames:
@@ -144,6 +145,10 @@ class MotionGenerator(nn.Module):
             raise ValueError(f"mind_animator: a signal has {c.voxels} voxels, one a clip; got {list(signal.shape)}")
         if mask is None:
             mask = torch.ones(frames, frames, dtype=torch.bool, device=latents.device).tril()
+        if mask.dtype != torch.bool or mask.shape not in ((frames, frames), (len(latents), 1, frames, frames)):
+            raise ValueError(
+                f"mind_animator: a mask is boolean [{frames}, {frames}]; got {mask.dtype} {list(mask.shape)}"
+            )
         x = self.embed(latents.flatten(0, 1)).flatten(2).mT.unflatten(0, (-1, frames))
         x, read = x + self.places + self.times[:frames, None], self.signal(signal)
         for block in self.blocks:

@@ -239,15 +239,15 @@ def generate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, at how diffusers makes arrays
         sampler.set_timesteps(steps)
-    x = torch.randn(1, frames, model.channels, generator=noise).expand(batch, -1, -1)
-    told = torch.arange(2 * batch) < batch
+    x = torch.randn(1, frames, model.channels, generator=noise).to(words).expand(batch, -1, -1)
+    told = torch.arange(2 * batch, device=words.device) < batch
     for i, at in enumerate(sampler.timesteps):
         for edit in edits:
             edit.step = i
         with intervene(model, *edits):
-            both = model(torch.cat([x, x]), at.expand(2 * batch), torch.cat([words, words]), told)
+            both = model(torch.cat([x, x]), at.to(x.device).expand(2 * batch), torch.cat([words, words]), told)
         with_words, without = both.chunk(2)
-        fresh = torch.randn(1, frames, model.channels, generator=noise).expand(batch, -1, -1)
+        fresh = torch.randn(1, frames, model.channels, generator=noise).to(words).expand(batch, -1, -1)
         guess = without + guidance * (with_words - without)
         x = sampler.step(guess, at, x, variance_noise=fresh).prev_sample
     return x

@@ -54,8 +54,14 @@ class GuidedAttention(nn.Module):
         """boxes: [batch, frame, object, 4], left, top, right and bottom, as many frames or a multiple, of which every
         so manieth is taken; mask: boolean [batch, frame, object], False for what is no box.
 
-        ValueError where numbers of frames do not divide, and where a mask leaves a frame without a box.
+        ValueError for features of another shape, where numbers of frames do not divide, and where a mask leaves a frame
+        without a box.
         """
+        if features.ndim != 5 or features.shape[1] != self.box.out_features:
+            raise ValueError(
+                f"GuidedAttention: features are [batch, {self.box.out_features}, frame, row, column]; got "
+                f"{list(features.shape)}"
+            )
         batch, dim, frames, rows, columns = features.shape
         if boxes.ndim != 4 or boxes.shape[-1] != 4 or len(boxes) != batch or boxes.shape[1] % frames:
             raise ValueError(
@@ -63,7 +69,6 @@ class GuidedAttention(nn.Module):
                 f"{list(boxes.shape)}"
             )
         every = boxes.shape[1] // frames
-        given = self.box(boxes[:, ::every].flatten(0, 1))
         hidden = None
         if mask is not None:
             if mask.shape != boxes.shape[:3] or mask.dtype != torch.bool or not mask.any(-1).all():
@@ -72,6 +77,8 @@ class GuidedAttention(nn.Module):
                     f"{mask.dtype} {list(mask.shape)}"
                 )
             hidden = ~mask[:, ::every].flatten(0, 1)
+            boxes = boxes.masked_fill(~mask[..., None], 0.0)  # a weight of 0 does not stop a NaN
+        given = self.box(boxes[:, ::every].flatten(0, 1))
         tokens = features.movedim(1, -1).reshape(batch * frames, rows * columns, dim)
         found, _ = self.attention(tokens, given, given, key_padding_mask=hidden)
         tokens = tokens + self._kept(found, batch)

@@ -196,12 +196,13 @@ class PlayItBack(nn.Module):
         """spectrograms: of the same sounds, [batch, band, time], then with hops 1/2, 1/3, ... as long, one a round (any
         whole ratio does). ValueError for another number of them, or another length of the first.
         """
-        c, x = self.config, spectrograms[0]
-        if len(spectrograms) != c.rounds or x.shape[-1] != c.time:
+        c = self.config
+        if len(spectrograms) != c.rounds or spectrograms[0].shape[-1] != c.time:
             raise ValueError(
-                f"play_it_back: {c.rounds} spectrograms, the first of {c.time} frames; got {len(spectrograms)}, the "
-                f"first {list(x.shape)}"
+                f"play_it_back: {c.rounds} spectrograms, the first of {c.time} frames; got "
+                f"{[list(x.shape) for x in spectrograms]}"
             )
+        x = spectrograms[0]
         latents, vectors, parts, weighted = self.latents.expand(len(x), -1, -1), [], [], []
         for i, (read, block, find) in enumerate(zip(self.reads, self.blocks, self.slots, strict=True)):
             features = self.encoder(x)

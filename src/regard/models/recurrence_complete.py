@@ -137,6 +137,8 @@ class FrameHead(nn.Module):
         return found
 
     def forward(self, cells: Tensor) -> Tensor:
+        if cells.ndim < 4:
+            raise ValueError(f"FrameHead: cells are [..., row, column, 3], of a frame or more; got {list(cells.shape)}")
         frames = cells.flatten(0, -4)
         x = self.blocks(self.halved(self.embed(frames)).flatten(1, 2))
         x = x[:, -1] if self.config.reduction == "last_pos" else x.mean(1)
@@ -169,7 +171,12 @@ class FrameActionModel(nn.Module, PyTorchModelHubMixin):
         return self.read(self.head(cells), state)[0]
 
     def read(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Vectors of frames [batch, frame, dim] -> scores [batch, frame, action], and the state to go on from."""
+        """Vectors of frames [batch, frame, dim] -> scores [batch, frame, action], and the state to go on from.
+
+        ValueError where there is no frame.
+        """
+        if frames.ndim != 3 or not frames.shape[1]:
+            raise ValueError(f"FrameActionModel: frames are [batch, frame, dim], one or more; got {list(frames.shape)}")
         if state is None:
             hidden, cell = (part.expand(1, len(frames), -1).contiguous() for part in (self.hidden, self.cell))
             state = hidden, cell

@@ -211,6 +211,8 @@ class SceneFormer(nn.Module, PyTorchModelHubMixin):
         plan [batch, channel, row, column], text [batch, word, channel]. ValueError for rooms of more than `most`
         objects, for both plan and text, and for one that is not the model's condition.
         """
+        if not rooms:
+            raise ValueError("SceneFormer: the likelihood is of one room or more, got none")
         memory = self._memory(plan, text)
         objects = self._objects(rooms)
         found = {}

@@ -256,8 +256,9 @@ class PromptDecoder(nn.Module, PyTorchModelHubMixin):
         tokens, at = ({n: x.expand(batch, -1, -1) for n, x in of.items()} for of in (tokens, at))
         kinds = {name: x.shape[1] for name, x in tokens.items()}
         if p.text is not None:
-            tokens["text"], at["text"], kinds["text"] = p.text, p.text.detach(), p.text.shape[1]
             padding["text"] = p.text.new_zeros(p.text.shape[:2]).bool() if p.text_padding is None else p.text_padding
+            text = p.text.masked_fill(padding["text"][..., None], 0.0)  # a weight of 0 does not stop a NaN
+            tokens["text"], at["text"], kinds["text"] = text, text.detach(), text.shape[1]
         if drawn is not None:
             kinds["points"], padding["points"] = drawn[0].shape[1], drawn[2]
         return tokens, at, kinds, padding
@@ -321,7 +322,7 @@ def seem(**knobs: int) -> PromptDecoder:
 
 def _at(maps: Tensor, places: Tensor) -> Tensor:
     """Features at places from 0 to 1, between cells where need be. [batch, dim, row, column] -> [batch, point, dim]"""
-    return F.grid_sample(maps, 2 * places[:, None] - 1, align_corners=True)[:, :, 0].mT
+    return F.grid_sample(maps, 2 * places[:, None].to(maps) - 1, align_corners=True)[:, :, 0].mT
 
 
 def _sines(x: Tensor) -> Tensor:

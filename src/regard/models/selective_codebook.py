@@ -154,8 +154,11 @@ class GoalAgent(nn.Module, PyTorchModelHubMixin):
         forgotten ahead of a step.
         """
         c = self.config
-        if view.ndim != 4 or view.shape[2:] != (c.channels, c.places):
-            raise ValueError(f"GoalAgent: views are [batch, step, {c.channels}, {c.places}]; got {list(view.shape)}")
+        if view.ndim != 4 or view.shape[2:] != (c.channels, c.places) or not view.shape[1]:
+            raise ValueError(
+                f"GoalAgent: views are [batch, step, {c.channels}, {c.places}], of one step or more; got "
+                f"{list(view.shape)}"
+            )
         embeds, weights = self.embed(view, goal, last), None
         if self.codebook is not None:
             embeds, weights = self.codebook(embeds)

@@ -33,8 +33,9 @@ def observe(
 ) -> Percepts:
     """Let an autoencoder observe pictures, and what it draws of them, until no pixel changes by `tolerance`.
 
-    rounds: at most; orbit: keep every round. Pictures that have settled are left as they are, so that each is as it
-    would be alone. pictures [batch, ...]. ValueError for an autoencoder whose output has another shape.
+    autoencoder: in evaluation mode, where it has layers that differ in training; rounds: at most; orbit: keep every
+    round; pictures [batch, ...]. Pictures that have settled are left as they are, so that each is as it would be alone.
+    ValueError for an autoencoder whose output has another shape.
 
     >>> import torch
     >>> from torch import nn

@@ -80,6 +80,10 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
                 f"CaptionerConfig: words={c.words} is 2 or more, attention={c.attention!r} is soft or hard, "
                 f"gate={c.gate!r} is scalar or vector"
             )
+        if c.activation not in ("tanh", "relu") or c.initial not in ("tanh", "linear"):
+            raise ValueError(
+                f"CaptionerConfig: activation={c.activation!r} is tanh or relu, initial={c.initial!r} is tanh or linear"
+            )
         width = c.width or c.dim
         self.place, self.state, self.score = nn.Linear(c.dim, width), nn.Linear(c.hidden, width), nn.Linear(width, 1)
         self.embed = nn.Embedding(c.words, c.embedding, padding_idx=END)
@@ -103,15 +107,16 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
         again under `torch.use_deterministic_algorithms`, and RuntimeError says so.
         """
         grid = self._grid(grid)
-        if given.ndim != 2 or len(given) != len(grid) or given.is_floating_point():
+        if given.ndim != 2 or len(given) != len(grid) or given.is_floating_point() or not given.shape[1]:
             raise ValueError(
-                f"Captioner: words are numbers [batch, word] of {len(grid)} rows; got {given.dtype} {list(given.shape)}"
+                f"Captioner: words are numbers [batch, word], one or more of {len(grid)} rows; got {given.dtype} "
+                f"{list(given.shape)}"
             )
         c, hard = self.config, self.config.attention == "hard"
         if hard and self.training and generator is None and torch.are_deterministic_algorithms_enabled():
             raise RuntimeError("Captioner: hard attention draws places; give generator= where runs have to repeat")
         # One coin for the whole batch.
-        soft = not hard or (self.training and bool(torch.rand((), generator=generator) < c.mixing))
+        soft = not hard or (self.training and bool(torch.rand((), generator=generator, device=grid.device) < c.mixing))
         places, state, steps = self.place(grid), self._start(grid), []
         for embedded in self.embed(given).unbind(1):
             weights = self._weights(places, state[0])
@@ -155,6 +160,8 @@ class Captioner(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def generate(self, grid: Tensor, length: int = 20) -> tuple[Tensor, Tensor]:
         """The likeliest words one by one [batch, word], 0 from the end on; weights over places [batch, word, place]."""
+        if length < 1:
+            raise ValueError(f"Captioner: a caption has one word or more; got length={length}")
         grid = self._grid(grid)
         places, state, steps = self.place(grid), self._start(grid), []
         word = torch.full((len(grid),), END, device=grid.device)

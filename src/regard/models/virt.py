@@ -112,6 +112,8 @@ class Decoder(nn.Module):
         """tokens and position [batch, token, dim]; queries [query, dim], their positions; pad: boolean [batch, token],
         True for what is no token.
         """
+        if pad is not None:  # a weight of 0 does not stop a NaN
+            tokens, position = (x.masked_fill(pad[..., None], 0.0) for x in (tokens, position))
         for layer in self.encoder:
             tokens = layer(tokens, position, pad)
         queries = queries.expand(len(tokens), -1, -1)

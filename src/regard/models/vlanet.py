@@ -184,8 +184,11 @@ class Vlanet(nn.Module, PyTorchModelHubMixin):
         cascade: bool = True,
     ) -> None:
         super().__init__()
-        if dim % 2 or group < 1:
-            raise ValueError(f"Vlanet: dim is even and a group has one window or more, got {dim} and {group}")
+        if dim % 2 or group < 1 or min(lengths, default=0) < 1:
+            raise ValueError(
+                f"Vlanet: dim is even, a group has one window or more, and lengths are of one frame or more; got "
+                f"{dim}, {group} and {lengths}"
+            )
         self.lengths, self.group = tuple(lengths), group
         self.frames = nn.GRU(frame, dim // 2, batch_first=True, bidirectional=True)
         self.words = nn.GRU(word, dim // 2, batch_first=True, bidirectional=True)
@@ -196,10 +199,19 @@ class Vlanet(nn.Module, PyTorchModelHubMixin):
     def forward(self, frames: Tensor, words: Tensor, mask: Tensor | None = None, *, every: bool = False) -> Moments:
         """frames [batch, frame, channel], words [batch, word, channel]; mask: boolean [batch, word], False where a
         sentence is filled up at its end. every: each video with each sentence, [video, sentence] flattened to pairs.
-        ValueError for videos shorter than a window.
+        ValueError for videos shorter than a window, a sentence without a word, and one filled up elsewhere.
         """
+        if frames.ndim != 3 or words.ndim != 3 or (len(frames) != len(words) and not every):
+            raise ValueError(
+                f"Vlanet: takes frames [batch, frame, channel] and as many sentences [batch, word, channel]; got "
+                f"{list(frames.shape)} and {list(words.shape)}"
+            )
         at = windows(frames.shape[1], self.lengths).to(frames.device)
         mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device) if mask is None else mask
+        if mask.shape != words.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(f"Vlanet: a mask is boolean {list(words.shape[:2])}; got {mask.dtype} {list(mask.shape)}")
+        if not (mask.any(1).all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+            raise ValueError("Vlanet: each sentence has a word, and is filled up at its end")
         found = self.window(_means(self.frames(frames)[0], at))
         told = nn.utils.rnn.pack_padded_sequence(words, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         words, _ = nn.utils.rnn.pad_packed_sequence(self.words(told)[0], batch_first=True, total_length=words.shape[1])

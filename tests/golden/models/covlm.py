@@ -23,4 +23,7 @@ def compare(case: Case):
     )
     places = region_places(case["input_ids"], tokens)
     found = [regions(case["picture"][int(row)], box[None]) for (row, _), box in zip(places, case["boxes"], strict=True)]
-    return {"positions": places, "regions": torch.cat(found)}
+    return {
+        "positions": places,
+        "regions": torch.cat([case["picture"].new_zeros(0, case["picture"].shape[-1]), *found]),
+    }

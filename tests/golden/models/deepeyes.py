@@ -2,15 +2,17 @@
 
 import torch
 
-from regard.models.deepeyes import clipped, group_advantages, reward
+from regard.models.deepeyes import LONGEST, clipped, group_advantages, reward
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 
 SOURCE = Source("authors", "Visual-Agent/DeepEyes, vl_agent.py, core_algos.py and visual_toolbox_v2.py")
 
 
 def compare(case: Case):
     settings, mask = case.settings, case["response_mask"]
+    if settings["answer_limit"] != LONGEST:
+        raise Unmapped(f"answers of up to {settings['answer_limit']} characters")
     judged = case["judged"].tolist()
     rewards = [
         reward(text, "", judge=lambda said, truth, right=right: float(right))

@@ -45,10 +45,11 @@ def compare(case: Case):
             name = name.replace(theirs, ours)
         state[name] = value
     model.load_state_dict(state)
-    places = (weights["pos_embed"][0], model.places), (weights["time_embed"][0], model.times)
-    model.places, model.times = (theirs for theirs, _ in places)
-    output = model(leaves["latents"], case["signal"], mask=case["mask"][0])
-    found = {"output": output, **case.gradients(output.square().sum(), leaves)}
+    waves = {"places": (model.places, weights["pos_embed"][0]), "times": (model.times, weights["time_embed"][0])}
+    model.places, model.times = weights["pos_embed"][0], weights["time_embed"][0]
+    mask = case["mask"].bool()
+    output = model(leaves["latents"], case["signal"], mask=mask[0] if len(mask) == 1 else mask[:, None])
+    found = {"output": output, **waves, **case.gradients(output.square().sum(), leaves)}
     masks = case["masks"].bool()
     rule = torch.ones_like(masks[0]).tril()
     assert (masks <= rule).all()

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from regard.models.recurrence_complete import recurrence_complete
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 
 SOURCE = Source("authors", "mikex86/fbamtrain, toyimpl/src/model.py")
 NAMES = {
@@ -25,6 +25,8 @@ NAMES = {
 
 def compare(case: Case):
     settings, state, cells = case.settings, {}, case["cells"]
+    if settings.get("rms_norm_eps", 1e-5) != 1e-5:
+        raise Unmapped(f"an epsilon of {settings['rms_norm_eps']}")
     for name, value in case.weights.items():
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)

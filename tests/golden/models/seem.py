@@ -16,7 +16,8 @@ KINDS = {
 
 
 def compare(case: Case):
-    settings = case.settings
+    settings, previous = case.settings, case.get("previous_mask")
+    size = settings["map"] if isinstance(settings["map"], list) else [settings["map"]] * 2
     sizes, heads = settings["sizes"], settings["heads"]
     padding = {
         kind: case[name] for kind, name in (("text", "text_padding"), ("points", "point_padding")) if name in case
@@ -26,7 +27,8 @@ def compare(case: Case):
     sees = looks(
         ~case["predicted_block"],
         looking,
-        case["previous_mask"].repeat_interleave(heads, 0),
-        (settings["map"], settings["map"]),
+        None if previous is None else previous.repeat_interleave(heads, 0),
+        tuple(size),
     )
-    return {"self_block": ~visibility(own, padding), "cross_block": ~sees}
+    # Without padding ours is the same for all rows.
+    return {"self_block": ~visibility(own, padding).expand(len(case["self_block"]), -1, -1), "cross_block": ~sees}

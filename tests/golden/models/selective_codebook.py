@@ -13,6 +13,8 @@ def compare(case: Case):
     settings, leaves, state = case.settings, case.leaves("embeds"), case.weights
     if settings["indexing"] not in INDEX:
         raise Unmapped(f"draws by {settings['indexing']}")
+    if settings.get("dropout", "off") not in ("off", 0):
+        raise Unmapped(f"dropout {settings['dropout']}, whose draws cannot be repeated")
     for theirs, ours in NAMES.items():
         state = {name.replace(theirs, ours): value for name, value in state.items()}
     codes, dim = state["codes"].shape

@@ -22,6 +22,7 @@ def _own(name: str) -> str:
 
 def compare(case: Case):
     settings, sentence = case.settings, case["sentence"]
+    rows, columns = settings["size"] if isinstance(settings["size"], list) else [settings["size"]] * 2
     channels = settings["channels"]
     maps = [case[f"map{i}"] for i in range(len(channels))]
     model = SentenceGrounding(
@@ -32,5 +33,5 @@ def compare(case: Case):
     return {
         "channel_weights": weights,
         "block_output": found,
-        "logits": model(maps, sentence, size=(settings["size"],) * 2).logits,
+        "logits": model(maps, sentence, size=(rows, columns)).logits,
     }

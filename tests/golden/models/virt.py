@@ -2,13 +2,15 @@
 
 from regard.models.virt import Decoder
 
-from .. import Case, Source
+from .. import Case, Source, Unmapped
 
 SOURCE = Source("authors", "Lizhuoling/VIRT, VIRT/detr/models/transformer.py")
 
 
 def compare(case: Case):
     settings, leaves, state = case.settings, case.leaves("tokens"), {}
+    if settings.get("norm", "after") != "after":
+        raise Unmapped(f"norms {settings['norm']}")
     for name, value in case.weights.items():
         state[name.replace("encoder.layers.", "encoder.").replace("decoder.", "")] = value
     decoder = Decoder(
