@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import os
@@ -70,6 +71,11 @@ def load(name: str | Path = "reader", *, trust_remote_code: bool = False, **opti
         )
     if Path(where).is_dir():
         _refuse_damaged(Path(where))
+    elif near := _mistyped(where):
+        raise UnknownModel(
+            f"there is no model {shortened(name)!r}; did you mean {' or '.join(near)}? (zoo models: "
+            f"{', '.join(zoo())}; otherwise give a local folder, or a hub id such as owner/name)"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         auto = _auto_class(config)
@@ -110,6 +116,23 @@ def positions(model: nn.Module) -> int | None:
 
 def _zoo(name: str) -> str | None:
     return str(resources.files("regard.zoo").joinpath(name)) if name in zoo() else None
+
+
+def _mistyped(name: str) -> list[str]:
+    """Zoo models that were meant, where `name` is near one: to ask the hub takes half a minute without a network.
+
+    A hub id has an owner, apart from a few old ones such as gpt2, of which none is near; what the hub's cache holds
+    is no mistake.
+    """
+    near = [] if "/" in name else difflib.get_close_matches(name.lower(), zoo(), n=2, cutoff=0.7)
+    if not near:
+        return []
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return [] if isinstance(try_to_load_from_cache(name, "config.json"), str) else near
+    except ValueError:  # no hub id at all
+        return near
 
 
 def _pipeline(where: Path, **options: Any) -> Loaded:

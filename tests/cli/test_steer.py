@@ -94,6 +94,11 @@ def sound(tmp_path) -> Path:
             {"act": "act is for language models", "attention-buckets": "has no rotary positions", "vti": "vti is for"},
         ),
         ("listener", [], {"var": "WhisperForConditionalGeneration has none", "act": "has decoder, decoder_cross"}),
+        (
+            "lookout",  # which is given a picture, and reads no words
+            ["test-time-registers"],
+            dict.fromkeys(("agla", "inter", "damro", "carve", "dyfo"), "ViTForImageClassification has none"),
+        ),
     ],
 )
 def test_what_fits_a_model_is_listed_and_why_others_do_not(model, fitting, others):

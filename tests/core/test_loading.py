@@ -120,3 +120,47 @@ def test_a_picture_processor_that_cannot_be_read(copy):
     folder = copy("vit")
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     refused(folder, "preprocessor_config.json")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names that go on to transformers, and so to the hub."""
+    import transformers
+
+    names: list[str] = []
+
+    def ask(name: str, **_: object) -> None:
+        names.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("readr", "reader"), ("Reader", "reader"), ("veiwer", "viewer"), ("describer ", "describer")]
+)
+def test_a_mistyped_zoo_model_is_told_without_asking_the_hub(asked, tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    refused(Path(name), f"did you mean {meant}", "hub id")
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5-small", "bert-base-cased", "owner/readr", "reader/reader"])
+def test_hub_ids_are_asked_for(asked, name):
+    with pytest.raises(regard.UnknownModel, match="no network"):
+        regard.load(name)
+    assert asked == [name]
+
+
+def test_what_the_cache_holds_is_no_mistake(asked, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/readr/config.json")
+    with pytest.raises(regard.UnknownModel, match="no network"):
+        regard.load("readr")
+    assert asked == ["readr"]
+
+
+def test_a_folder_with_a_name_near_a_zoo_model(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["gpt2"], tmp_path / "readers")
+    monkeypatch.chdir(tmp_path)
+    assert regard.load("readers").model.config.model_type == "gpt2"

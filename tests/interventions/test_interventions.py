@@ -321,7 +321,7 @@ def test_steer_hands_over_the_picture_as_it_is(folders, tmp_path, name):
         ("llava", ["--with", "var", "--knob", "var.p=2"], "p is a share, 0 to 1, not 2.0"),
         ("llava", ["--with", "vhr", "--knob", "heads=2"], "it can be given from Python only"),
         ("gpt2", ["--with", "attention-buckets", "--knob", "times=1,x"], "give a number, or several with commas"),
-        ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification does not generate"),
+        ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification does not generate; regard studio"),
         ("gpt2", ["--with", "var", "--text", "it", "--out", "here"], "GPT2LMHeadModel does not"),
         ("painter", ["--with", "locatedit", "--text", "a ring"], "name a folder or a page for them with --out"),
         ("painter", ["--with", "locatedit", "--out", "here"], "what --text or --file says, one picture a line"),

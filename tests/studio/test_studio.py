@@ -29,6 +29,7 @@ from regard.gaze.nss import nss
 from regard.interventions import after_steps, scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
+from regard.studio.jobs import plainly
 from regard.studio.work import Desk
 
 TOKEN, HOST = "a-token-of-the-tests", "127.0.0.1:8000"
@@ -205,6 +206,23 @@ def test_wrong_requests_are_told_what_is_wrong(client, path, body):
     answer = client.post(path, content=json.dumps(body))
     assert answer.status_code == 422
     assert answer.json()["why"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "why"),
+    [
+        ("/api/jobs/look", {"generate": -1}, "Tokens to generate: give 0 or more"),
+        ("/api/jobs/look", {"generate": 513}, "Tokens to generate: give 512 or less"),
+        ("/api/jobs/circuit", {"model": "reader", "clean": "", "corrupted": "a"}, "Clean prompt: is empty"),
+    ],
+)
+def test_wrong_fields_are_told_in_the_words_of_the_page(client, path, body, why):
+    assert client.post(path, json=body).json()["why"] == why
+
+
+def test_no_option_of_the_command_line_is_told():
+    said = "the text has 6002 tokens, but reader has 1024 positions; shorten it, or cut it with --truncate"
+    assert plainly(said) == "the text has 6002 tokens, but reader has 1024 positions; shorten it"
 
 
 @pytest.mark.parametrize(("name", "takes"), [("reader", {"text", "generate"}), ("painter", {"text", "paints"})])

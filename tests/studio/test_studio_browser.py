@@ -56,6 +56,16 @@ def mute(page, layer: int, head: int) -> None:
     page.locator(f'.change .cell[data-layer="{layer}"][data-head="{head}"]').click()
 
 
+def test_a_hub_id_that_cannot_be_had_does_not_stay_beside_the_model(visit):
+    page = visit()
+    field = page.get_by_label("Hub id")
+    field.fill("../x")
+    field.press("Enter")
+    page.wait_for_selector("text=is no model of this studio")
+    page.wait_for_selector("#look:enabled")
+    assert field.input_value() == ""
+
+
 def test_a_head_is_muted_and_the_answer_changes(visit):
     page = visit(viewport={"width": 1360, "height": 1000})
     look(page)

@@ -403,6 +403,15 @@ def pixels(page) -> np.ndarray:
     return np.array(values).reshape(*shape, 4)[..., :3]
 
 
+def test_no_share_is_more_than_all(visit, tmp_path):
+    """Of even rows of few tokens, four times the mean, to which colours go, is more than one."""
+    weights = causal(1, 2, 3)
+    weights[:] = np.tri(3) / np.tri(3).sum(1, keepdims=True)
+    page = visit(report.write(xr.DataTree.from_dict({"m": node(weights, ["a", "b", "c"])}), tmp_path / "page.html"))
+    map_drawn(page)
+    assert page.locator(".all-pairs .key .ticks span").all_inner_texts() == ["0%", "25%", "100%"]
+
+
 def test_the_map_of_a_long_text_is_drawn_in_blocks_that_open(visit, tmp_path):
     """Even weights of 16,384 tokens, of which each row keeps a few: what is drawn is not blank, and exact up close."""
     n, k = 16_384, 4

@@ -102,7 +102,10 @@ def steer(
             f"not"
         )
     if not writes(model):
-        raise InputError(f"steer shows what a model says, and {type(model).__name__} does not generate")
+        raise InputError(
+            f"steer shows what a model says, and {type(model).__name__} does not generate; regard studio shows what it "
+            f"gives before and after"
+        )
     if heard is not None or model.main_input_name == "input_features":
         inputs = hear(loaded, name, heard, text is not None or picture is not None)
     else:

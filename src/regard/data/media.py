@@ -64,6 +64,8 @@ def opened(source: Path | bytes | Image.Image, where: str) -> Image.Image:
         raise DataError(_too_large(where)) from error
     except UnidentifiedImageError:
         raise DataError(f"{where}: not a whole picture (it is not a picture that Pillow can read)") from None
+    except FileNotFoundError:
+        raise DataError(f"{where}: No such file or directory") from None
     except Exception as error:  # Pillow's readers fail in any way on broken files
         why = (isinstance(error, OSError) and error.strerror) or error or type(error).__name__
         raise DataError(f"{where}: not a whole picture ({why})") from error

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ._method import Method, image_tokens, padded_left
+from ._method import Method, image_ids, image_tokens, padded_left
 
 ALIKE = 8.0  # of 255: how far a picture may be, on average, from what the model sees of it
 
@@ -53,8 +53,9 @@ def one_picture(model: nn.Module, inputs: Mapping[str, Any], method: str) -> Ten
 
     ValueError, which names the method, unless each row has one picture, in one part, and is not padded on the right.
     """
-    pixels, tokens = inputs.get("pixel_values"), inputs.get("input_ids")
-    if pixels is None or tokens is None:
+    image_ids(model, method)  # a model that reads none is told so, whatever it is given
+    tokens = inputs.get("input_ids")
+    if inputs.get("pixel_values") is None or tokens is None:
         raise ValueError(f"{method} looks at a picture, and {type(model).__name__} is given none here")
     image = image_tokens(model, tokens, method)
     parts = _n_pictures(inputs)

@@ -129,4 +129,4 @@ def plainly(message: str) -> str:
     """A message of the command line without the names of its options."""
     for option in ("text", "file", "image", "audio", "generate", "knob"):
         message = message.removeprefix(f"--{option}: ").replace(f" with --{option}", "").replace(f", --{option},", "")
-    return message
+    return message.replace(", or cut it with --truncate", "")

@@ -42,6 +42,12 @@ from .work import Change, Desk, Given
 
 LARGEST_UPLOAD = 16 * 2**20  # bytes
 LARGEST_REQUEST = 2**20
+CALLED = {  # fields of requests, as the page calls them
+    "generate": "Tokens to generate",
+    "clean": "Clean prompt",
+    "corrupted": "Corrupted prompt",
+    "heads": "Heads",
+}
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'self'; script-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -122,6 +128,20 @@ class Guard:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token)
 
 
+def _asked(error: dict[str, Any]) -> str:
+    """What a field must be, in the page's words."""
+    limit = error.get("ctx", {})
+    match error["type"]:
+        case "greater_than_equal":
+            return f"give {limit['ge']} or more"
+        case "less_than_equal":
+            return f"give {limit['le']} or less"
+        case "string_too_short":
+            return "is empty"
+        case _:
+            return error["msg"]
+
+
 def _too_large(most: int) -> Response:
     return JSONResponse({"why": f"a request holds at most {most:,} bytes"}, 413)
 
@@ -138,7 +158,7 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     async def _(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse({"why": f"{where}: {first['msg']}"}, 422)
+        return JSONResponse({"why": f"{CALLED.get(where, where)}: {_asked(first)}"}, 422)
 
     @api.exception_handler(HTTPException)
     async def _(_request: Request, error: HTTPException) -> JSONResponse:

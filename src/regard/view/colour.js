@@ -73,14 +73,15 @@ const finite = (values) => Float64Array.from(values).filter(Number.isFinite).sor
 
 // Scale for weights on tokens: square root, from 0 up to the 97th percentile (or a quarter of the most) of the ordinary
 // ones, so that one sink does not wash out the rest, and at least to four times their mean, so that an even spread looks
-// even, not strong. What is above is drawn in the last colour and marked.
-export function shadeScale(values, ordinary = null) {
+// even, not strong. What is above is drawn in the last colour and marked. Nothing is above `limit`, 1 of shares.
+export function shadeScale(values, ordinary = null, limit = Infinity) {
   const all = finite(values);
   const some = ordinary ? finite(Array.from(values).filter((_, i) => ordinary[i])) : all;
   const most = all.length ? all[all.length - 1] : 0;
   const base = some.length >= 8 ? some : all;
   const mean = base.reduce((sum, x) => sum + x, 0) / (base.length || 1);
-  const high = base.length ? Math.max(quantile(base, 0.97), base[base.length - 1] / 4, most / 50, 4 * mean) : 0;
+  const wide = base.length ? Math.max(quantile(base, 0.97), base[base.length - 1] / 4, most / 50, 4 * mean) : 0;
+  const high = Math.min(wide, Math.max(limit, most));
   return { kind: "one", low: 0, high: high || 1, most, clipped: most > high * 1.001,
     at: (value) => Math.sqrt(Math.max(0, value) / (high || 1)), value: (at) => at * at * (high || 1) };
 }

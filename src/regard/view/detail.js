@@ -188,7 +188,7 @@ export function map(element, data, events) {
     const width = Math.ceil(length(view[1]) / perColumn), height = Math.ceil(length(view[0]) / perRow);
     blocks = { perRow, perColumn, width, share };
     Object.assign(canvas, { width, height });
-    const scale = shadeScale(share.filter((x) => x > 0));
+    const scale = shadeScale(share.filter((x) => x > 0), null, 1);
     const colours = ramp(), context = canvas.getContext("2d"), image = context.createImageData(width, height);
     share.forEach((x, i) => {
       image.data.set([...colours[Math.min(255, Math.round(255 * scale.at(x)))], 255], 4 * i);

@@ -281,7 +281,8 @@ async function open(name) {
     file = null;
     fileInput.value = fileSaid.textContent = "";
     status.replaceChildren(`${model.kind}${model.sites ? `, ${model.sites} attention modules` : ""}.`);
-  } catch { /* told */ }
+    if (hub.value.trim() !== name) hub.value = "";
+  } catch { hub.value = ""; } // it is told; the model that is looked at is the one before
   go.disabled = false;
 }
 fileInput.addEventListener("change", async () => {
