@@ -154,6 +154,38 @@ def test_threads_do_not_change_the_result(call):
             torch.testing.assert_close(found[reduction], results[0][0][reduction], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_the_default_dtype_of_the_process_is_none_of_its_own(default):
+    """As while another thread loads a model in this dtype: what is written is as large as before."""
+    torch.manual_seed(0)
+    call = Call(SITE, *(torch.randn(2, 3, 150, 16) for _ in range(3)), 0.25, causal=True)
+    asked = [Reduction(name) for name in ("entropy", "received", "maximum", "lse", "squares")]
+    asked += [Reduction("distance"), Reduction("top_weights", 3), Reduction("top_keys", 3)]
+
+    def made():
+        leaves = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
+        output = native.attention(*leaves, causal=True, window=40)
+        grid_output = grid.attention(
+            *leaves,
+            [grid.Side(torch.arange(150).clamp(max=140), torch.arange(150).clamp(max=140) + 9, 150)],
+            scale=0.25,
+        )
+        grads = torch.autograd.grad(output.sum() + grid_output.square().sum(), leaves)
+        found, whole = native.forward(call.operands, asked, output=True)
+        return [whole, output.detach(), grid_output.detach(), *grads, *found.values()]
+
+    plain = made()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        under = made()
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(plain, under, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e2, 0.0])
 def test_scores_of_any_size(size):
     """±1e4 that float32 holds exactly (whole numbers), ties included; all equal; down to one hot."""

@@ -369,7 +369,7 @@ def marked(before: str, after: str) -> tuple[Text, Text]:
     left, right = Text(), Text()
     for pieces, text, style in zip(beside.pieces(before, after), (left, right), ("bold red", "bold green")):
         for words, own in pieces:
-            text.append(" " * bool(text) + "[" * own)
+            text.append("[" * own)
             text.append(words, style=style if own else "")
             text.append("]" * own)
     return left, right

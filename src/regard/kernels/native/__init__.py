@@ -27,6 +27,10 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _FLOATS = _TYPES.keys() - {torch.bool}
 _ROWWISE = {"entropy", "maximum", "squares", "distance", "mass", "at", "top_weights", "top_keys", "received", "lse"}
 _EVERY = 2**40  # keys to either side: no limit
+# What the library writes to. Said each time, since torch's defaults are those of the process: another thread that
+# loads a model in half precision changes them meanwhile.
+FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
+empty = partial(torch.empty, **FLOAT)
 
 
 # The structures of attention.h, whose every field takes 8 bytes: packed anew for each call, which for one token has to
@@ -163,25 +167,25 @@ def forward(
     for name, asked in by_name.items():
         match name:
             case "lse" | "entropy" | "maximum" | "squares":
-                made[name] = torch.empty(rows)
+                made[name] = empty(rows)
             case "distance":
-                made["clips"] = torch.tensor([-1.0 if r.knob is None else float(r.knob) for r in asked])
-                made[name] = torch.empty(len(asked), *rows)
+                made["clips"] = torch.tensor([-1.0 if r.knob is None else float(r.knob) for r in asked], **FLOAT)
+                made[name] = empty(len(asked), *rows)
             case "mass":
                 sets(asked, "sets", n_key)
-                made[name] = torch.empty(len(asked), *rows)
+                made[name] = empty(len(asked), *rows)
             case "received":
                 if any(r.knob is not None for r in asked):
                     everyone = Chosen(torch.ones(1, n_query, dtype=torch.bool))
                     sets([r if r.knob else Reduction(name, everyone) for r in asked], "groups", n_query)
-                made[name] = torch.empty(len(asked), batch, heads, n_key)
+                made[name] = empty(len(asked), batch, heads, n_key)
             case "top":
                 numbers["k"] = max(r.knob for r in asked)
-                made[name] = torch.empty(*rows, numbers["k"])
-                made["top_at"] = torch.empty(*rows, numbers["k"], dtype=torch.int64)
+                made[name] = empty(*rows, numbers["k"])
+                made["top_at"] = torch.empty(*rows, numbers["k"], dtype=torch.int64, device="cpu")
             case "at":
                 sets(asked, "at", n_query, torch.int64)
-                made["at_weight"] = torch.empty(len(asked), *rows)
+                made["at_weight"] = empty(len(asked), *rows)
         if (count := f"n_{name}") in _OF_RESULTS:
             numbers[count] = len(asked)
     if lse is not None:
@@ -249,7 +253,7 @@ def part(
     """
     if problem := _shapes(query, key, value, settings.get("window"), settings.get("blocks")):
         raise ValueError(problem)
-    out, lse = torch.empty(*query.shape[:3], value.shape[-1]), torch.empty(query.shape[:3])
+    out, lse = empty(*query.shape[:3], value.shape[-1]), empty(query.shape[:3])
     results = _results(out, {"lse": lse})
     _run("forward", results, query, key, value, None, None, mask, **_settings(query, key, **settings))
     return out, lse
@@ -347,7 +351,7 @@ class _Attend(torch.autograd.Function):
         # Laid out as models go on with it: heads side by side.
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
         # The sum of each row in two parts: a rounded log-sum-exp would lose digits.
-        reference, above = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+        reference, above = empty(query.shape[:3]), empty(query.shape[:3])
         results = _results(out, {"reference": reference, "above": above})
         _run("forward", results, query, key, value, bias, sinks, mask, **settings)
         ctx.settings = settings
@@ -382,7 +386,7 @@ def _in_torch(
         if bias is None and (boolean or mask is None):
             mask = met if mask is None else mask & met
         else:
-            limits = torch.zeros(met.shape).masked_fill(~met, float("-inf"))
+            limits = torch.zeros(met.shape, **FLOAT).masked_fill(~met, float("-inf"))
             bias = limits if bias is None else bias + limits
     scale, softcap = settings["scale"], settings["softcap"]
     output = strips.output(Operands(query, key, value, scale, mask, False, bias, softcap, sinks))
@@ -422,13 +426,13 @@ def _differentiate(
     batch, heads, n_query, dim = query.shape
     group = heads // key.shape[1]
     found = {
-        "query": torch.empty(batch, heads, n_query, dim),
-        "key": torch.empty(batch, heads, key.shape[2], dim),
-        "value": torch.empty(batch, heads, key.shape[2], value.shape[-1]),
+        "query": empty(batch, heads, n_query, dim),
+        "key": empty(batch, heads, key.shape[2], dim),
+        "value": empty(batch, heads, key.shape[2], value.shape[-1]),
     }
-    d_sinks = torch.empty(batch, heads, n_query) if sinks_given is not None and sinks else None
+    d_sinks = empty(batch, heads, n_query) if sinks_given is not None and sinks else None
     # Whole over what it is broadcast to, so that no two threads write one place.
-    d_bias = torch.zeros(batch, heads, n_query, key.shape[2]) if bias_given is not None and bias else None
+    d_bias = torch.zeros(batch, heads, n_query, key.shape[2], **FLOAT) if bias_given is not None and bias else None
     words = _OF_GRADIENTS | {name: tensor.data_ptr() for name, tensor in (sums | found).items()}
     last = 0 if d_sinks is None else d_sinks.data_ptr()
     results = _GRADIENTS.pack(*_tensor(out), *_tensor(grad), *words.values(), *_tensor(d_bias), last)

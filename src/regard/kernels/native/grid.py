@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import strips
 from ..derivatives import again, gradients, transformed
 from ..operands import Operands
-from . import _GRID, _GRID_ROWS, _call, _shapes, _tensor, why_not
+from . import _GRID, _GRID_ROWS, FLOAT, _call, _shapes, _tensor, empty, why_not
 
 
 class Side(NamedTuple):
@@ -50,7 +50,7 @@ def attention(
         raise ValueError(problem)
     if transformed(query, key, value):
         return _in_torch(query, key, value, there, sides, scale)
-    hidden = None if there is None else torch.zeros(there.shape).masked_fill_(~there, -math.inf)
+    hidden = None if there is None else torch.zeros(there.shape, **FLOAT).masked_fill_(~there, -math.inf)
     return _Attend.apply(query, key, value, there, hidden, sides, scale)  # type: ignore[return-value]
 
 
@@ -84,7 +84,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, there: Any, hidden: Any, sides: Any, scale: Any):
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]).transpose(1, 2)
-        reference, above = torch.empty(query.shape[:3]), torch.empty(query.shape[:3])
+        reference, above = empty(query.shape[:3]), empty(query.shape[:3])
         _run("grid_forward", query, key, value, hidden, sides, scale, [out, None], [reference, above])
         ctx.sides, ctx.scale = sides, scale
         ctx.save_for_backward(query, key, value, there, hidden, out, reference, above)
@@ -98,7 +98,7 @@ class _Attend(torch.autograd.Function):
             return *gradients(plain, grad, query, key, value, there), None, None, None
         inner = (grad.float() * out.float()).sum(-1)
         (batch, heads), group = query.shape[:2], query.shape[1] // key.shape[1]
-        found = [torch.empty(batch, heads, *t.shape[2:]) for t in (query, key, value)]
+        found = [empty(batch, heads, *t.shape[2:]) for t in (query, key, value)]
         rows = [reference, above, inner, *found]
         _run("grid_backward", query, key, value, hidden, ctx.sides, ctx.scale, [None, grad], rows)
         if group > 1:
