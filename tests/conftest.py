@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ os.environ.pop("COLUMNS", None)
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+CHROMIUM = "/usr/bin/chromium"
 SENTENCE = (
     "<pad> <s> </s> <unk> it was the best of times , worst age wisdom a picture what is in this ? user : assistant"
 )
@@ -93,3 +95,14 @@ def picture(tmp_path_factory) -> Path:
     image.paste("red", (20, 8, 32, 20))
     image.save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if shutil.which(CHROMIUM) is None:
+        pytest.skip(f"needs {CHROMIUM}")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import threading
 import time
@@ -13,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-CHROMIUM = "/usr/bin/chromium"
 TOKEN = "a-token-of-the-tests"
 
 
@@ -53,17 +51,6 @@ def ask():
             return error.code, error.read()
 
     return go
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if shutil.which(CHROMIUM) is None:
-        pytest.skip(f"needs {CHROMIUM}")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -88,18 +88,31 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Net:
     """The model, trained in place; models of one seed see the same batches. Left in evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     model.train()
-    for _ in range(steps):
-        some = torch.randint(len(x), (batch,), generator=generator)
-        optimiser.zero_grad()
-        loss(model(x[some]), y[some]).backward()
-        optimiser.step()
-        schedule.step()
+    fit(model.parameters(), lambda some: loss(model(x[some]), y[some]), len(x), steps, seed, batch=batch, rate=rate)
     settle(model, x)
     return model.eval()
+
+
+def fit(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    steps: int,
+    seed: int,
+    *,
+    batch: int = 32,
+    rate: float = 1e-3,
+    decay: float = 0.01,
+) -> None:
+    """In place, by the loss of items whose numbers, below `count`, are drawn anew in each step."""
+    optimiser, draws = torch.optim.AdamW(parameters, rate, weight_decay=decay), torch.Generator().manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(torch.randint(count, (batch,), generator=draws)).backward()
+        optimiser.step()
+        schedule.step()
 
 
 def on_digits(

@@ -24,23 +24,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from .slot_attention import CompetitiveAttention
+
 Kind = Literal["sa", "isa", "qsa", "plain"]
 EPSILON = 1e-8
 
 
-class CompetingAttention(nn.Module):
-    """Softmax over slots, so that they compete for each input; then each takes the weighted mean of the values."""
+class CompetingAttention(CompetitiveAttention):
+    """Slot attention's, with the shares beside the output."""
 
-    is_cross_attention = True
-
-    def __init__(self, *, guarded: bool = False) -> None:
-        super().__init__()
-        self.guard = EPSILON if guarded else 0.0
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """query [batch, query, dim], key and value [batch, key, dim] -> output, and shares [batch, query, key]"""
-        shares = (query @ key.mT * query.shape[-1] ** -0.5).softmax(1) + EPSILON
-        return shares / (shares.sum(-1, keepdim=True) + self.guard) @ value, shares
+        return self.shared(query, key, value)
 
 
 class ConceptSlots(nn.Module):
@@ -70,7 +65,7 @@ class ConceptSlots(nn.Module):
             nn.init.xavier_uniform_(self.log_deviation)
         self.norm_inputs, self.norm_slots = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.attention = CompetingAttention(guarded=kind == "isa")
+        self.attention = CompetingAttention(EPSILON, guard=EPSILON if kind == "isa" else 0.0)
         self.gru = nn.GRUCell(dim, dim)
 
     def forward(

@@ -49,9 +49,11 @@ class ContinuousTimeRNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         driven, found = self.input(x), []
         a = self.start.expand(len(x), -1)
+        h = a.tanh().relu()
         for step in range(x.shape[1]):
-            a = a + self.rate * (self.recurrent(a.tanh().relu()) + driven[:, step] - a)
-            found.append(a.tanh().relu())
+            a = a + self.rate * (self.recurrent(h) + driven[:, step] - a)
+            h = a.tanh().relu()
+            found.append(h)
         return self.output(torch.stack(found, 1))
 
 

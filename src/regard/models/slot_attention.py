@@ -82,14 +82,18 @@ class CompetitiveAttention(nn.Module):
 
     is_cross_attention = True
 
-    def __init__(self, epsilon: float = 1e-8) -> None:
+    def __init__(self, epsilon: float = 1e-8, guard: float = 0.0) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.guard = epsilon, guard  # added to a share, and to their sum over keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [batch, query, dim], key and value [batch, key, dim] -> [batch, query, dim]"""
+        return self.shared(query, key, value)[0]
+
+    def shared(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the share of each key that each query won [batch, query, key]."""
         shares = F.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=1) + self.epsilon
-        return shares / shares.sum(-1, keepdim=True) @ value
+        return shares / (shares.sum(-1, keepdim=True) + self.guard) @ value, shares
 
 
 @dataclass(frozen=True)

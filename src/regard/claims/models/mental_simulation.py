@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ...catalog import Finding, Premise
 from ...models.mental_simulation import LatentPredictor, PixelPredictor, neural_fit
+from .. import _nets
 from .._measure import lines, mean
 
 SCALES = "small", "large"
@@ -54,24 +55,22 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     shown, state = films(HELD, seed)
     torch.manual_seed(seed)
     coder, pixels, steps = Autoencoder(), PixelPredictor(1, SIZE, DIM, past=PAST, units=UNITS), STEPS[scale]
-    _fit(coder, lambda some: F.mse_loss(coder(other[some, 5]), other[some, 5]), steps, seed)
+    told = {"batch": BATCH, "rate": RATE, "decay": 0.0}
+    _nets.fit(
+        coder.parameters(), lambda some: F.mse_loss(coder(other[some, 5]), other[some, 5]), FILMS, steps, seed, **told
+    )
     model = LatentPredictor(DIM, encoder=coder.encode.eval(), dynamics="ctrnn", past=PAST, units=UNITS)
     still = LatentPredictor(DIM, encoder=coder.encode, dynamics="identity", past=PAST)
     known, seen = model.latents(other), model.latents(shown)
-    _fit(
-        model,
-        lambda some: model.loss(known[some]),
-        2 * steps,
-        seed,
-        of=[*model.network.parameters(), *model.read.parameters()],
-    )
+    dynamics = [*model.network.parameters(), *model.read.parameters()]
+    _nets.fit(dynamics, lambda some: model.loss(known[some]), FILMS, 2 * steps, seed, **told)
     at = np.random.default_rng(seed)
 
     def next_frame(some: Tensor) -> Tensor:
         start = int(at.integers(SEEN + HIDDEN - PAST))
         return F.mse_loss(pixels(other[some, start : start + PAST])[0], other[some, start + PAST])
 
-    _fit(pixels, next_frame, steps, seed)
+    _nets.fit(pixels.parameters(), next_frame, FILMS, steps, seed, **told)
     with torch.no_grad():
         codes = pixels.rollout(shown[:, :SEEN], HIDDEN)[1]
         features = {
@@ -156,14 +155,3 @@ def units(last: Tensor, state: np.ndarray, seed: int) -> np.ndarray:
     clean = (clean - clean.mean(0)) / clean.std(0)
     share = draws.uniform(0.5, 0.8, clean.shape[1])  # of the variance that both halves have
     return np.stack([clean + draws.normal(size=clean.shape) * np.sqrt(1 / share - 1) for _ in range(2)])
-
-
-def _fit(model: nn.Module, loss: Any, steps: int, seed: int, of: list[nn.Parameter] | None = None) -> None:
-    """In place."""
-    draws, optimiser = torch.Generator().manual_seed(seed), torch.optim.Adam(of or list(model.parameters()), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss(torch.randint(FILMS, (BATCH,), generator=draws)).backward()
-        optimiser.step()
-        schedule.step()

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...catalog import Finding, Premise
 from ...data.scenes import COLOURS, SHAPES, Dials, film, render, sample
 from ...models.mind_animator import MindAnimatorConfig, MotionGenerator, StructureDecoder, permutation_test
+from .. import _nets
 from .._measure import mean
 
 SCALES = "small", "large"
@@ -51,12 +52,9 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     clips = made(count + HELD, seed)
     torch.manual_seed(seed)
     structure = StructureDecoder(SIZES)
-    fit(
-        structure,
-        lambda some: F.mse_loss(structure(clips.signal[some]), clips.frames[some, 0]),
-        count,
-        STEPS[scale],
-        seed,
+    told = {"count": count, "steps": STEPS[scale], "seed": seed, "batch": BATCH, "rate": RATE}
+    _nets.fit(
+        structure.parameters(), lambda some: F.mse_loss(structure(clips.signal[some]), clips.frames[some, 0]), **told
     )
     first = structure.eval()(clips.signal[count:]).detach()
     other = torch.cat([torch.arange(count).roll(count // 2), torch.arange(count, count + HELD)])
@@ -64,12 +62,10 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     for name, signal in {"own": clips.signal, "others'": clips.signal[other], "no direction": clips.silent}.items():
         torch.manual_seed(seed)
         model, masks = MotionGenerator(SIZES), torch.Generator().manual_seed(seed)
-        fit(
-            model,
+        _nets.fit(
+            model.parameters(),
             lambda some, of=signal, m=model, g=masks: m.loss(clips.frames[some], of[some], generator=g),
-            count,
-            STEPS[scale],
-            seed,
+            **told,
         )
         found[name] = model.eval().continue_(first, signal[count:])
     truth, draws = clips.frames[count:], torch.Generator().manual_seed(seed)
@@ -134,17 +130,6 @@ def made(n: int, seed: int) -> Clips:
 
 def as_float(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x).float()
-
-
-def fit(model: nn.Module, loss: Any, count: int, steps: int, seed: int) -> None:
-    """In place, on the first `count` clips."""
-    optimiser, draws = torch.optim.AdamW(model.parameters(), RATE), torch.Generator().manual_seed(seed)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss(torch.randint(count, (BATCH,), generator=draws)).backward()
-        optimiser.step()
-        schedule.step()
 
 
 def flow_error(true: Tensor, clip: Tensor) -> Tensor:

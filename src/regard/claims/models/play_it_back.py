@@ -63,14 +63,15 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         time = RATIO * TIME if all_fine else TIME
         model = PlayItBack(Encoder(time), PlayItBackConfig(time=time, rounds=rounds, random=random, **SIZES))
         given = [fine] if all_fine else [coarse, fine][:rounds]
-        optimiser, draws = torch.optim.AdamW(model.parameters(), RATE), torch.Generator().manual_seed(seed)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS[scale])
-        for _ in range(STEPS[scale]):
-            some = torch.randint(TRAIN, (BATCH,), generator=draws)
-            optimiser.zero_grad()
-            loss(model([x[some] for x in given]), label[some]).backward()
-            optimiser.step()
-            schedule.step()
+        _nets.fit(
+            model.parameters(),
+            lambda some, m=model, of=given: loss(m([x[some] for x in of]), label[some]),
+            TRAIN,
+            STEPS[scale],
+            seed,
+            batch=BATCH,
+            rate=RATE,
+        )
         with torch.no_grad():
             found = model.eval()([x[TRAIN:] for x in given])
         right[name] = (found.logits.argmax(1) == label[TRAIN:]).float()
