@@ -156,8 +156,7 @@ class Prediction:
             return (1 + logits[:, 0]) / 2
         if self.kind == "object":
             return self._of(_likely(self.model, logits), self.target)
-        several = getattr(getattr(self.model, "config", None), "problem_type", None) == "multi_label_classification"
-        return self._of(logits.sigmoid() if several or logits.shape[1] == 1 else logits.softmax(-1), self.target)
+        return self._of(chances(self.model, logits), self.target)
 
     def _of(self, logits: Tensor, which: Index) -> Tensor:
         which = cast(Tensor, which)
@@ -672,6 +671,15 @@ def _position(model: nn.Module, question: Question, logits: Tensor, inputs: Mapp
         counts = ", ".join(map(str, masked.sum(-1).tolist()))
         raise ValueError(f"{name} is asked for masked tokens, and there are {counts} of them: mask one, or say at=")
     return masked.int().argmax(-1).to(logits.device)
+
+
+def chances(model: nn.Module, logits: Tensor) -> Tensor:
+    """Probabilities of classes or tokens, from their logits. [..., class]
+
+    Each class by itself where labels do not exclude each other, as the model's configuration says, or there is one.
+    """
+    several = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    return logits.sigmoid() if several or logits.shape[-1] == 1 else logits.softmax(-1)
 
 
 def _likely(model: Any, logits: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -18,7 +20,9 @@ from typer.testing import CliRunner
 import regard
 from regard import catalog
 from regard.cli import app
-from regard.cli.steer import ROUNDS, marked, measured, parsed, shown, told
+from regard.cli.beside import Said
+from regard.cli.steer import ROUNDS, marked, measured, moved, parsed, shown, told
+from regard.data.scenes import Dials, render, sample
 from regard.interventions import Method, painted
 from regard.interventions._picture import Box
 
@@ -309,6 +313,52 @@ def test_steer_hands_over_the_picture_as_it_is(folders, tmp_path, name):
     assert f"{name}: image 0, 64 x 32, is another than the model is given, or cut" in " ".join(done.output.split())
 
 
+def test_steer_shows_the_classes_of_a_model_that_says_nothing(tmp_path):
+    """Against the model's own softmax, with and without; and what the page holds is what the table does."""
+    scene = tmp_path / "scene.png"
+    render(sample(Dials(), 3, 0)).image(0).save(scene)
+    page = tmp_path / "page.html"
+    done = steer("lookout", "--with", "test-time-registers", "--image", scene, "--out", page)
+    assert done.exit_code == 0, done.output
+    loaded = regard.load("lookout")
+    inputs = loaded.processor(images=Image.open(scene), return_tensors="pt")
+    method = catalog.method("interventions", "test_time_registers")
+    with torch.inference_mode():
+        before = loaded.model(**inputs).logits[0].sigmoid()  # its labels do not exclude each other
+        with regard.intervene(loaded.model, method.fit(loaded.model, dict(inputs))):
+            after = loaded.model(**inputs).logits[0].sigmoid()
+    assert (before - after).abs().max() > 0
+    first = int(before.argmax())
+    best = loaded.model.config.id2label[first]
+    line = next(line for line in done.output.splitlines() if line.startswith(best))
+    assert line[len(best) :].split() == [f"{chances[first]:.1%}" for chances in (before, after)]
+    assert f"probabilities moved by up to {(before - after).abs().max():.1%}; " in " ".join(done.output.split())
+    header = re.search(r'id="header">(.*?)</script>', page.read_text())
+    assert header
+    rows = json.loads(header[1])["classes"]
+    assert rows[0]["label"] == best
+    shown = np.array([[row["before"], row["after"]] for row in rows])
+    ids = [loaded.model.config.label2id[row["label"]] for row in rows]
+    np.testing.assert_allclose(shown, torch.stack([before, after], 1)[ids], atol=1e-6)
+    assert json.loads(header[1])["stacks"]
+
+
+def test_that_words_are_the_same_is_not_that_nothing_changed():
+    def said(*scores, ids=(0, 0)):
+        return Said("", torch.tensor(ids), torch.tensor(scores).log())
+
+    one, two = said([0.6, 0.4], [0.9, 0.1]), said([0.6, 0.4], [0.7, 0.3])
+    assert moved(one, two) == pytest.approx(0.2)
+    assert moved(one, one) == 0
+    parted = said([0.4, 0.6], [0.1, 0.9], ids=(1, 1))
+    assert moved(one, parted) == pytest.approx(0.2)  # after the first token that differs, the texts are others
+    costs = np.ones((9, 2))
+    told = [str(shown("a", "a", costs, 0.0, much).renderables[2]) for much in (0.0, 1e-5, 0.2)]
+    assert told[0].startswith("nothing changed; ")
+    assert told[1].startswith("the same words, but probabilities moved by less than 0.1%; ")
+    assert told[2].startswith("the same words, but probabilities moved by up to 20.0%; ")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
@@ -321,7 +371,9 @@ def test_steer_hands_over_the_picture_as_it_is(folders, tmp_path, name):
         ("llava", ["--with", "var", "--knob", "var.p=2"], "p is a share, 0 to 1, not 2.0"),
         ("llava", ["--with", "vhr", "--knob", "heads=2"], "it can be given from Python only"),
         ("gpt2", ["--with", "attention-buckets", "--knob", "times=1,x"], "give a number, or several with commas"),
-        ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification does not generate; regard studio"),
+        ("vit", ["--with", "var", "--image", "PICTURE"], "ViTForImageClassification has none"),
+        ("vit", ["--with", "inter", "--image", "PICTURE"], "ViTForImageClassification has none"),
+        ("bert", ["--with", "act", "--text", "it was"], "BertForMaskedLM gives logits [1, "),
         ("gpt2", ["--with", "var", "--text", "it", "--out", "here"], "GPT2LMHeadModel does not"),
         ("painter", ["--with", "locatedit", "--text", "a ring"], "name a folder or a page for them with --out"),
         ("painter", ["--with", "locatedit", "--out", "here"], "what --text or --file says, one picture a line"),

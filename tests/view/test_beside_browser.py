@@ -47,6 +47,12 @@ def painting(folder) -> Path:
     return made("painter", folder / "texts.txt", "--with", "locatedit", "--out", folder / "painter.html")
 
 
+@pytest.fixture(scope="module")
+def sorting(folder, seeing) -> Path:
+    arguments = ["--with", "test-time-registers", "--out", folder / "registers.html"]
+    return made("lookout", folder / "scene.png", *arguments)
+
+
 def shade(page, layer: int, head: int) -> str:
     """Of a head in the atlas of changes."""
     cell = page.locator(".atlas").nth(2).locator(f'.cell[data-layer="{layer}"][data-head="{head}"]')
@@ -131,6 +137,20 @@ def test_what_is_painted_stands_beside_each_other(visit, painting):
     assert captions == ["before and after: the same", "before", "after", "where they differ"]
     assert page.locator(".atlas").count() == 3
     assert page.locator(".texts").count() == 0
+
+
+def test_classes_are_bars_of_both(visit, sorting):
+    page = visit(sorting)
+    assert page.locator(".classes h2").text_content() == "What it takes it for"
+    rows = [[cell.text_content() for cell in row.locator("th, td.number").all()]
+            for row in page.locator(".classes tbody tr").all()]  # fmt: skip
+    wanted = header(page)["classes"]
+    assert [row[0] for row in rows] == [row["label"] for row in wanted]
+    shares = [[float(share.strip("%")) / 100 for share in row[1:]] for row in rows]
+    assert shares == [pytest.approx([row["before"], row["after"]], abs=0.006) for row in wanted]
+    assert "Both are given the same input" in page.locator("footer").text_content()
+    assert page.locator(".texts, .steps").count() == 0
+    assert page.locator(".atlas").count() == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

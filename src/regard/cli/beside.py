@@ -202,6 +202,7 @@ def write(
     processor: Any,
     *,
     said: tuple[Said, Said] | None = None,
+    classes: Sequence[tuple[str, float, float]] = (),
     pictures: Sequence[View] = (),
     asked: str | None = None,
     heads: Sequence[Heads] = (),
@@ -209,20 +210,23 @@ def write(
 ) -> None:
     """Write the page, whole or not at all; FileExistsError where it would replace what Regard did not write.
 
-    said: both texts. heads: of both ways, on the same tokens; none where the methods leave attention as it is.
+    said: both texts. classes: with their probabilities before and after, where a model gives these. heads: of both
+    ways, on the same tokens; none where the methods leave attention as it is.
     """
     first = step(*said, processor) if said and min(len(one.ids) for one in said) else None
+    paints = said is None and not classes
     page = Standalone("beside.html", "report.css", "answers.css", "beside.css", script="beside.js")
     named = [
         " ".join([method, *(f"{knob}={value}" for knob, value in knobs.items())])
         for method, knobs in about.methods.items()
     ]
     header = {
-        "paints": said is None,
+        "paints": paints,
         "asked": asked,
         "views": [shown(view) for view in pictures],
         "said": said and dict(zip(("before", "after"), pieces(*(one.text for one in said)))),
         "step": first and first._asdict(),
+        "classes": [dict(zip(("label", "before", "after"), row)) for row in classes],
         "stacks": _stacks(heads),
     }
     html = page.html(
@@ -232,7 +236,8 @@ def write(
         methods=named,
         kind=about.kind,
         facts=list(facts),
-        paints=said is None,
+        paints=paints,
+        classes=bool(classes),
         versions=[f"{package} {version(package)}" for package in ("regard", "transformers", "torch")],
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from ..evaluation.word_error import word_error_rate
 from ..files import written_aside
 from ..interventions import after_steps, painted
 from ..loading import Loaded, load
-from ..prediction import writes
+from ..prediction import chances, writes
 from ..seam import intervene
 from . import beside, sound
 from .inputs import (
@@ -45,6 +45,7 @@ ROUNDS = (10, 50)  # at least and at most
 SECONDS = 20.0  # after which no round begins beyond the least
 SURE = 0.1  # of the ratio: where twice its standard error is more, it is not told
 PAGE = (".html", ".htm")  # what a page ends in
+CLASSES = 5  # the likeliest, that are shown
 
 
 def steer(
@@ -65,9 +66,10 @@ def steer(
 ) -> Group:
     """What a model says before and after, the words that differ marked, and the time that a token takes.
 
-    Of a model that paints: the pictures that it paints of each line of the text, and how they differ. out: a page that
-    shows both beside each other, and what changed in the heads (see `beside`); of a model that paints also a folder for
-    its pictures. truth: what is said in a sound, to count the words that are wrong.
+    Of a model that scores classes: how likely each is. Of a model that paints: the pictures that it paints of each line
+    of the text, and how they differ. out: a page that shows both beside each other, and what changed in the heads (see
+    `beside`); of a model that paints also a folder for its pictures. truth: what is said in a sound, to count the words
+    that are wrong.
     """
     console = console or Console(quiet=True)
     chosen = {method: catalog.method("interventions", method.replace("-", "_")) for method in methods}
@@ -101,15 +103,13 @@ def steer(
             f"--out is a page, such as page.html; a folder is for models that paint, and {type(model).__name__} does "
             f"not"
         )
-    if not writes(model):
-        raise InputError(
-            f"steer shows what a model says, and {type(model).__name__} does not generate; regard studio shows what it "
-            f"gives before and after"
-        )
+    says = writes(model)
     if heard is not None or model.main_input_name == "input_features":
         inputs = hear(loaded, name, heard, text is not None or picture is not None)
     else:
-        inputs, _ = prepare(loaded, name, text, picture, truncate, generate)
+        inputs, _ = prepare(loaded, name, text, picture, truncate, generate if says else 0)
+    if not says:
+        _scored(loaded, inputs)  # a model that gives no classes is refused before anything is fitted
 
     began = time.process_time()
     with console.status("fitting"):
@@ -126,6 +126,10 @@ def steer(
     def under() -> Any:
         return intervene(model, *inside)
 
+    if not says:
+        if words := [key for key, thing in zip(chosen, made) if callable(thing)]:
+            raise InputError(f"{words[0]} changes words that are said, and {type(model).__name__} says none")
+        return _classes(loaded, about, inputs, picture, inside, fitted, page, console)
     with console.status("generating"):
         plain = _said(loaded, inputs, generate, nullcontext)
         steered = _said(loaded, inputs, generate, under, **after)
@@ -134,7 +138,7 @@ def steer(
             lambda: _said(loaded, inputs, generate, nullcontext, min_new_tokens=generate),
             lambda: _said(loaded, inputs, generate, under, min_new_tokens=generate, **after),
         )
-    lines = shown(plain.text, steered.text, costs / generate, fitted)
+    lines = shown(plain.text, steered.text, costs / generate, fitted, moved(plain, steered))
     wrong = [] if truth is None else [word_error_rate(truth, one.text) for one in (plain, steered)]
     if wrong:
         lines.renderables.append(Text(f"words that are wrong: {wrong[0]:.0%} before, {wrong[1]:.0%} after"))
@@ -151,6 +155,72 @@ def steer(
         beside.write(page, about, loaded.processor, said=both, pictures=views, asked=asked, heads=heads, facts=facts)
         lines.renderables.append(Text(f"page {page}"))
     return lines
+
+
+def _scored(loaded: Loaded, inputs: dict[str, Any], around: Any = nullcontext) -> Tensor:
+    """Probabilities of the classes of one input. [class] InputError where a model gives none."""
+    with torch.inference_mode(), around():
+        logits = getattr(loaded.model(**inputs), "logits", None)
+    if logits is None or logits.ndim != 2 or logits.shape[-1] < 2:
+        raise InputError(
+            f"steer shows what a model says or paints, or the class that it chooses; {type(loaded.model).__name__} "
+            f"gives {'no logits' if logits is None else f'logits {list(logits.shape)}'}: regard studio shows its heads "
+            f"before and after"
+        )
+    return chances(loaded.model, logits[0].float())
+
+
+def _classes(
+    loaded: Loaded,
+    about: beside.About,
+    inputs: dict[str, Any],
+    picture: Image.Image | None,
+    inside: Sequence[Any],
+    fitted: float,
+    page: Path | None,
+    console: Console,
+) -> Group:
+    """The likeliest classes before and after, and the time that a run takes."""
+    ways = [nullcontext, partial(intervene, loaded.model, *inside)]
+    with console.status("running"):
+        both = torch.stack([_scored(loaded, inputs, way) for way in ways])
+    with console.status("measuring"):
+        costs = measured(*(partial(_scored, loaded, inputs, way) for way in ways))
+    names = getattr(loaded.model.config, "id2label", None) or {}
+    among = both.amax(0).topk(min(CLASSES, both.shape[1])).indices
+    among = among[both[0, among].argsort(descending=True)]
+    rows = [(str(names.get(i, i)), *both[:, i].tolist()) for i in among.tolist()]
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("class")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    for label, before, after in rows:
+        table.add_row(Text(label), f"{before:.1%}", f"{after:.1%}")
+    fact = f"{_change(float((both[0] - both[1]).abs().max()))}; {_cost(costs, fitted, 'run')}"
+    lines = Group(table, Text(), Text(fact))
+    if page is not None:
+        with console.status("comparing the heads"):
+            heads = [beside.heads(loaded, partial(_scored, loaded, inputs, way)) for way in ways]
+        views = _views(loaded, inputs, picture, inside)
+        beside.write(page, about, loaded.processor, classes=rows, pictures=views, heads=heads, facts=[fact])
+        lines.renderables.append(Text(f"page {page}"))
+    return lines
+
+
+def moved(before: beside.Said, after: beside.Said) -> float:
+    """By how much the probability of a token moves most, up to the first at which another one is chosen."""
+    n = min(len(before.ids), len(after.ids))
+    differ = (before.ids[:n] != after.ids[:n]).nonzero()
+    n = int(differ[0]) + 1 if len(differ) else n
+    likely = [one.scores[:n].float().softmax(-1) for one in (before, after)]
+    return float((likely[0] - likely[1]).abs().max()) if n else 0.0
+
+
+def _change(apart: float) -> str:
+    """By how much probabilities moved, in words."""
+    if apart == 0:
+        return "nothing changed"
+    return f"probabilities moved by {f'up to {apart:.1%}' if apart >= 5e-4 else 'less than 0.1%'}"
 
 
 def _forced(said: beside.Said) -> dict[str, Any]:
@@ -347,21 +417,31 @@ def told(costs: NDArray[np.float64]) -> tuple[float, float] | None:
     return (ratio, ratio * unsure) if unsure <= SURE else None
 
 
-def shown(before: str, after: str, costs: NDArray[np.float64], fitted: float) -> Group:
-    """A table of both texts, with the words that only one has marked, and what a token took."""
+def shown(before: str, after: str, costs: NDArray[np.float64], fitted: float, moved: float = 0.0) -> Group:
+    """A table of both texts, with the words that only one has marked, and what a token took.
+
+    moved: by how much probabilities did, which is told where the words did not.
+    """
     table = Table(box=None, header_style="bold", expand=True, padding=(0, 2, 0, 0))
     for name in ("before", "after"):
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*marked(before, after))
+    cost = _cost(costs, fitted, "token")
+    return Group(
+        table,
+        Text(),
+        Text(cost if before != after else f"{'the same words, but ' if moved else ''}{_change(moved)}; {cost}"),
+    )
+
+
+def _cost(costs: NDArray[np.float64], fitted: float, unit: str) -> str:
     ms = np.median(costs, axis=0) * 1e3
-    cost = f"{ms[0]:.1f} ms of processor time a token before, {ms[1]:.1f} after: "
+    cost = f"{ms[0]:.1f} ms of processor time a {unit} before, {ms[1]:.1f} after: "
     if (found := told(costs)) is not None:
         cost += f"{found[0]:.2f} ± {found[1]:.2f} times, over {len(costs)} rounds"
     else:
         cost += f"how many times that is cannot be told, {len(costs)} rounds differ too much"
-    if fitted > 0.01:
-        cost += f"; fitting took {fitted:.1f} s"
-    return Group(table, Text(), Text(cost if before != after else f"nothing changed; {cost}"))
+    return f"{cost}; fitting took {fitted:.1f} s" if fitted > 0.01 else cost
 
 
 def marked(before: str, after: str) -> tuple[Text, Text]:

@@ -31,7 +31,7 @@ from ..files import written_aside
 from ..interventions import after_steps, painted
 from ..loading import INDEX, Loaded, load, parameters, zoo
 from ..observations import observe
-from ..prediction import writes
+from ..prediction import chances, writes
 from ..recording import statistic
 from ..seam import intervene, record
 from ..tokens import chat_roles
@@ -365,7 +365,7 @@ class Desk:
         if logits.ndim == 2 and hasattr(model.config, "id2label"):
             names = model.config.id2label
             best = int(logits[0].argmax())
-            return Answer(str(names.get(best, best)), "class", logits[0].float().softmax(-1), labels=names)
+            return Answer(str(names.get(best, best)), "class", chances(model, logits[0].float()), labels=names)
         if writes(model):
             return Answer(
                 "", "token", logits[0, -1].float().softmax(-1), labels=getattr(processor, "tokenizer", processor)
@@ -607,9 +607,10 @@ def code(again: Again, where: str, steps: Sequence[Any], source: Path | None) ->
             "print(said)",
         ]
     else:
+        imports.append("from regard.prediction import chances")
         body += [
             "    logits = model(**inputs).logits",
-            "shares = (logits[0, -1] if logits.ndim == 3 else logits[0]).float().softmax(-1)",
+            "shares = chances(model, (logits[0, -1] if logits.ndim == 3 else logits[0]).float())",
         ]
     if not paints:
         body += ["for share, i in zip(*shares.topk(min(10, len(shares)))):", "    print(f'{share:.1%}', int(i))"]
