@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 import regard
 from regard import catalog
 from regard.claims import _oracles as oracles
 from regard.claims._shown import JUDGED, MODELS, SETS, Gain, Shown, fewer, invented, paired, share
+from regard.interventions._picture import Redrawn
 from regard.zoo.recipes import describer
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,13 @@ CHANGES = {  # what a method has, the first that tells, and the families of orac
     "mlp": ("states",),
     "hidden": ("states",),
 }
+POINTS: dict[str, Callable[[Any], Tensor]] = {  # where a method that is made looks, or what it keeps: [row, token]
+    "gift": lambda made: made.gaze.saliency,
+    "visual_emphasis": lambda made: made.tokens.top,
+    "visual_flow": lambda made: made.flow.active,
+    "vflowopt": lambda made: made.importance.value,
+    "avisc": lambda made: ~made.blind,
+}
 COLOURS = ("crowded", "tiny", "plain")  # sets of scenes whose colours are asked for
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
@@ -59,7 +68,7 @@ def shown(model: str, name: str, n: int, seed: int) -> Shown:
 def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, Any]:
     """Answers of a model under a method, and its `pace`, each kept as soon as it is there; or why it is `unfit`."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    parts = ["pace", "passes", *COLOURS, "polls", "captions", "sampled"] + ["oracles"] * (name == GREEDY)
+    parts = ["pace", "passes", *COLOURS, "polls", "captions", "sampled", "oracles" if name == GREEDY else "aim"]
     missing = [part for part in parts if part not in found and "unfit" not in found]
     if not missing:
         return found
@@ -77,6 +86,8 @@ def measure(model: str, name: str, n: int, seed: int, path: Path) -> dict[str, A
                 found |= {"family": [], "passes": None} if method is None else passes(scenes, method)
             elif part == "oracles":
                 found[part] = {which: headroom(model, which, n, seed) for which in COLOURS}
+            elif part == "aim":
+                found[part] = {which: aim(shown(model, which, n, seed), name, method) for which in COLOURS}
             else:
                 under = under or (method and once(scenes, method, found["pace"]))
                 found[part] = answered(model, part, n, seed, under)
@@ -152,6 +163,42 @@ def headroom(model: str, which: str, n: int, seed: int) -> dict[str, Any]:
     return {name: found and [list(gain) for gain in found] for name, found in families.items()}
 
 
+def aim(scenes: Shown, name: str, method: Any) -> list[tuple[float, float]] | None:
+    """Of each question on a colour, `hits` of the patches that the method points at, and of chance; None where it
+    points at none.
+    """
+    found = []
+    for asked in scenes.colours():
+        inputs = scenes.inputs([asked])
+        made = method(scenes.model, inputs)
+        if name in POINTS:
+            image = inputs["input_ids"] == scenes.model.config.image_token_id
+            points = POINTS[name](made)[image].view(oracles.ROWS, oracles.ROWS)
+        elif isinstance(made, Redrawn):
+            points = adaptive_avg_pool2d(made.kept[0][None].float(), oracles.ROWS)[0]
+        else:
+            return None
+        there = scenes.patches(asked)
+        if not there.any():
+            continue  # an object so small that it owns no patch
+        found.append((hits(points.flatten().float(), there), float(there.float().mean())))
+    return found
+
+
+def hits(points: Tensor, there: Tensor) -> float:
+    """Of as many patches as an object has, those with the highest points, how many are its own; ties count by their
+    share. points, there: [patch]
+
+    >>> hits(torch.tensor([3.0, 2.0, 2.0, 0.0]), torch.tensor([True, True, False, False]))
+    0.75
+    """
+    k = int(there.sum())
+    least = points.topk(k).values[-1]
+    above, even = points > least, points == least
+    share = (k - above.sum()) / even.sum()
+    return float(((above & there).sum() + (even & there).sum() * share) / k)
+
+
 def once(scenes: Shown, method: Any, pace: dict[str, float] | None) -> Any:
     """The method, fitted once to captions of other scenes where fitting it takes as long as `SLOW` captions do, unless
     what it finds is of its pictures alone.
@@ -175,6 +222,15 @@ def questions(found: dict[str, Any], greedy: dict[str, Any] | None) -> list[str]
     for among in (there, torch.ones(len(yes), dtype=torch.bool)):
         change = greedy and paired(yes[among], torch.tensor(greedy["polls"]["yes"])[among], scene[among].tolist())
         cells.append(f"{yes[among].mean():.1%}{brief_gain(change)}")
+    return cells
+
+
+def aims(found: dict[str, Any]) -> list[str]:
+    """Cells of what a method points at: the share that is right, and how much that is above chance."""
+    cells = []
+    for part in COLOURS:
+        hit, chance = torch.tensor(found["aim"][part], dtype=torch.float64).T
+        cells.append(f"{hit.mean():.1%}{brief_gain(paired(hit, chance))}")
     return cells
 
 
@@ -223,6 +279,10 @@ def section(model: str, found: dict[str, dict[str, Any]]) -> str:
         ["method", "absent", "named", "absent, sampled", "named, sampled", "passes", "time", "fitting"],
         {words[name]: captions(figures, other[name]) for name, figures in fit.items()},
     )
+    pointing = table(
+        ["method", *(f"colours, {part}" for part in COLOURS)],
+        {words[name]: aims(figures) for name, figures in fit.items() if (figures.get("aim") or {}).get(COLOURS[0])},
+    )
     oracle_rows = {}
     for name in oracles.FAMILIES:
         cells = []
@@ -248,6 +308,14 @@ def section(model: str, found: dict[str, dict[str, Any]]) -> str:
 What knowing the answer's place would gain on colours, in points, beside a control that knows as much of a random place:
 
 {table(head, oracle_rows)}
+
+### Where methods look
+
+Of as many patches as the asked object has, those that a method points at most, how many are the object's; in brackets
+points above chance. An oracle has 100%: a method whose patches are hardly better than chance cannot have its gain.
+Methods that are made without choosing patches, or that choose them while the answer is written, are left out.
+
+{pointing}
 
 ### Not measured
 
@@ -294,7 +362,7 @@ def brief(text: str) -> str:
 def kept(path: Path) -> dict[str, Any]:
     """What an earlier run measured, where that was all of it."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found if "unfit" in found or "sampled" in found else {"unfit": "it was not asked for in this run"}
+    return found if "unfit" in found or "aim" in found else {"unfit": "it was not asked for in this run"}
 
 
 def main() -> None:

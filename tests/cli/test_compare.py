@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -45,6 +50,37 @@ def test_tables_file_plot_and_page(quickly, tmp_path):
     again = run(*given)
     assert "going on after 6 of 6 runs" in again.output
     assert page.read_text() == text
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc, as Linux has it")
+def test_one_that_is_killed_leaves_no_process_behind(tmp_path):
+    arguments = ["--task", "passkey", "--scale", "tiny", "--jobs", "2", "--out", str(tmp_path / "out.json")]
+    parent = subprocess.Popen([sys.executable, "-m", "regard", "compare", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        journal = tmp_path / "out.json.state" / "journal.0"
+        assert until(lambda: journal.exists() and journal.stat().st_size > 0)  # one run was made, others are being made
+        children = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if of(pid)[1] == parent.pid]
+        assert len(children) >= 2
+    finally:
+        parent.kill()
+        parent.wait()
+    assert until(lambda: all(of(pid)[0] in "ZX" for pid in children), 20.0)
+
+
+def of(pid: int) -> tuple[str, int]:
+    """State of a process, X where it is gone, and its parent."""
+    try:
+        state, above = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "X", 0
+    return state, int(above)
+
+
+def until(true, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.1)
+    return true()
 
 
 def test_a_stopped_one_goes_on(quickly, tmp_path, monkeypatch):

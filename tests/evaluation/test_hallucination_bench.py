@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import regard
+from regard.interventions._picture import Redrawn
 from regard.zoo.recipes import describer
 
 
@@ -102,7 +103,7 @@ def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path,
         return capsys.readouterr().out
 
     monkeypatch.setattr(bench.oracles, "FAMILIES", {"attention": bench.oracles.attention})
-    assert run().count("describer, avisc: ") == 8
+    assert run().count("describer, avisc: ") == 9
     kept = tmp_path / "describer-avisc-2-1.json"
     figures = json.loads(kept.read_text())
     measured = figures.pop("polls")
@@ -114,7 +115,24 @@ def test_the_bench_goes_on_where_it_stopped_and_writes_one_page(bench, tmp_path,
     assert json.loads(kept.read_text())["polls"] == measured
     assert "| `avisc` | contrasts | 50.0% (" in text
     assert "| attention | " in text
+    hit, chance = torch.tensor(figures["aim"]["tiny"]).T
+    assert f"| {hit.mean():.1%} ({100 * (hit - chance).mean():+.1f} ± " in text
     assert "- `var`: var does not fit" in text
     monkeypatch.setattr("sys.argv", ["hallucination.py", "--only", "aviscc"])
     with pytest.raises(SystemExit):
         bench.main()
+
+
+class Pointed(Redrawn):
+    def __init__(self, kept):
+        self.kept = [kept]
+
+
+def test_a_method_that_points_at_the_object_hits_it(bench):
+    scenes = bench.shown("describer", "crowded", 4, 1)
+    asked = iter(scenes.colours())
+    right = bench.aim(scenes, "own", lambda model, inputs: Pointed(scenes.patches(next(asked)).view(8, 8).float()))
+    assert [hit for hit, _ in right] == [1.0] * len(right)
+    even = bench.aim(scenes, "own", lambda model, inputs: Pointed(torch.ones(64, 64)))
+    assert [hit for hit, _ in even] == pytest.approx([chance for _, chance in even])
+    assert bench.aim(scenes, "own", lambda model, inputs: Mute()) is None

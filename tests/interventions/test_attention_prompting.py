@@ -66,6 +66,7 @@ def test_the_dimmed_picture_is_the_one_that_is_read(name):
     made = attention_prompting.fit(model, inputs, processor, steps=2, layer=1)
     own = looks(model, inputs, "test", steps=2, among=[1], within=True)
     new = [overlay(image, soften(one[:, 0].mean(0))) for image, one in zip(images, own)]
+    assert all(torch.allclose(kept, soften(one[:, 0].mean(0))) for kept, one in zip(made.kept, own))
     want = model(**asking(processor, ["w4 w5 w6", "w7"], new)).logits
     with regard.intervene(model, made):
         assert torch.allclose(model(**inputs).logits, want, atol=1e-4)

@@ -92,8 +92,9 @@ def test_the_refined_picture_is_the_one_that_is_read(name):
     made = carve.fit(model, inputs, processor, top=0.3, **how)
     maps = relevance(model, inputs, processor, **how)
     new = []
-    for image, values in zip(images, maps):
+    for image, values, kept in zip(images, maps, made.kept):
         refined = refine(image, picture.spread(values, image.size).astype(float), top=0.3)
+        assert np.array_equal(kept.numpy(), refined.mask)
         box = picture.Box(*(edge / side for edge, side in zip(refined.box, image.size * 2))).grown()
         new.append(picture.cropped(refined.masked, box, image.size))
     other = asking(processor, ["w4 w5 w6", "w7"], new)

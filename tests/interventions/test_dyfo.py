@@ -100,8 +100,11 @@ def test_the_part_that_was_found_is_the_one_that_is_read(name):
     made = dyfo.fit(model, inputs, processor, expert=expert, budget=1)
     assert {"w4 w5 w6" in text for text in texts} == {True, False}
     assert all(torch.equal(a, b) for a, b in zip(made.after, made.before))  # the expert lost it in the part
+    assert all(kept.all() for kept in made.kept)
     found = dyfo.fit(model, inputs, processor, expert=lambda image, text: [box], budget=1)
     part = box.grown(1.5, 0.2)
+    left, top, right, bottom = part.pixels(images[0].size)
+    assert all(kept.sum() == kept[top:bottom, left:right].numel() for kept in found.kept)
     want = model(**asking(processor, ["w4 w5 w6", "w7"], [picture.cropped(i, part, i.size) for i in images])).logits
     with regard.intervene(model, found):
         assert torch.allclose(model(**inputs).logits, want, atol=1e-4)

@@ -231,7 +231,7 @@ def test_boxes_by_hand():
 def test_the_redrawn_picture_is_what_the_model_is_given(name):
     model, _, inputs, _ = asked(name)
     after = inputs | {"pixel_values": inputs["pixel_values"].flip(0).contiguous()}
-    made = Redrawn(inputs, after)
+    made = Redrawn(inputs, after, [])
     want = generate(model, after)
     with regard.intervene(model, made):
         assert torch.equal(generate(model, inputs), want)

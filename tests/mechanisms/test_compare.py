@@ -317,6 +317,26 @@ def test_resuming_runs_only_what_is_missing(quickly, tmp_path):
         compare(["moba"], **{**settings, "scale": "small"})
 
 
+def test_what_was_stopped_is_kept_while_another_task_is_finished(quickly, tmp_path):
+    out = tmp_path / "out.json"
+    settings = {"scale": "tiny", "seeds": 1, "out": out}
+
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(["power"], tasks=["recall"], progress=stop, **settings)
+    other = compare(["power"], tasks=["passkey"], **settings)
+    assert other.tasks() == ["passkey"]
+    told = []
+    compare(["power"], tasks=["recall"], progress=lambda p: told.append(p.resumed), **settings)
+    assert told[0] == 2
+    assert len(quickly) == len(set(quickly)) == 6
+    assert not (tmp_path / "out.json.state").exists()
+    assert Result.load(out).tasks() == ["recall", "passkey"]
+
+
 def test_a_torn_journal_costs_one_run(quickly, tmp_path):
     out = tmp_path / "out.json"
 

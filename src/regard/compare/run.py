@@ -12,8 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -105,14 +106,15 @@ def compare(
         wanted += [_Job(name, way, seed) for seed in range(count) for way in fit]
     with ExitStack() as held:
         journal, before = None, _before(where, scale, size)
-        kept = list(before.runs)
+        journaled: list[dict[str, Any]] = []
         told = Progress(len(wanted))
         if where is not None:
             origin = {"comparison": scale, "settings": asdict(size), "regard": version("regard")}
             journal = Journal(where.with_name(f"{where.name}.state"), origin, "comparison")
             held.callback(journal.close)
-            kept += [json.loads(record) for record in journal.replay()[1]]
+            journaled += [json.loads(record) for record in journal.replay()[1]]
             told.cut = journal.cut
+        kept = [*before.runs, *journaled]
         missing = []
         for job in wanted:
             (result.runs.append(found) if (found := next(filter(job.known, kept), None)) else missing.append(job))
@@ -131,7 +133,8 @@ def compare(
         result = _joined(result, before)
         if where is not None and journal is not None:
             result.save(where)
-            journal.remove()
+            if not _missing(journaled, result):
+                journal.remove()  # otherwise a call for something else was stopped, and goes on from there
     return result
 
 
@@ -140,7 +143,7 @@ def _made(jobs: Sequence[_Job], size: Scale, processes: int) -> Iterator[dict[st
         for job in jobs:
             yield _run(job, size)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_worker) as pool:
         try:
             for future in as_completed(
                 [pool.submit(_by_key, job.task, job.candidate.key, job.seed, size) for job in jobs]
@@ -148,6 +151,18 @@ def _made(jobs: Sequence[_Job], size: Scale, processes: int) -> Iterator[dict[st
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _worker() -> None:
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool whose parent is killed is not told: each of its processes holds the other end of the others' pipes."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _by_key(task: str, key: str, seed: int, size: Scale) -> dict[str, Any]:
@@ -186,21 +201,30 @@ def _joined(result: Result, before: Result) -> Result:
     """The result, and of what a file held that which was not asked for now and is of no other code; in order."""
     every = candidates()
 
-    def of(thing: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(thing.get(k) for k in ("task", "mechanism", "seed"))
-
-    def stays(thing: Mapping[str, Any]) -> bool:
-        now = every.get(thing["mechanism"])
-        return thing["task"] in TASKS and (now is None or thing.get("code", now.code) == now.code)
-
     def merged(new: list[Any], old: list[Any]) -> list[Any]:
-        known, keys, names = {of(thing) for thing in new}, list(every), list(TASKS)
-        both = [*new, *(thing for thing in old if of(thing) not in known and stays(thing))]
+        known, keys, names = {_which(thing) for thing in new}, list(every), list(TASKS)
+        both = [*new, *(thing for thing in old if _which(thing) not in known and _stays(thing, every))]
         last = {key: len(keys) for key in (thing["mechanism"] for thing in both) if key not in every}
         places = {key: i for i, key in enumerate(keys)} | last
         return sorted(both, key=lambda t: (names.index(t["task"]), places[t["mechanism"]], t.get("seed", 0)))
 
     return Result(result.scale, merged(result.runs, before.runs), merged(result.unfit, before.unfit), result.made)
+
+
+def _which(thing: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(thing.get(k) for k in ("task", "mechanism", "seed"))
+
+
+def _missing(journaled: Sequence[Mapping[str, Any]], result: Result) -> bool:
+    """Whether a journal has runs that would be needed, and a result has not."""
+    every, there = candidates(), {_which(one) for one in result.runs}
+    return any(_which(one) not in there and _stays(one, every) for one in journaled)
+
+
+def _stays(thing: Mapping[str, Any], every: Mapping[str, Candidate]) -> bool:
+    """Whether a run is of a task that there is, and of the code that its mechanism has now."""
+    now = every.get(thing["mechanism"])
+    return thing["task"] in TASKS and (now is None or thing.get("code", now.code) == now.code)
 
 
 def _known(name: str, among: Collection[str], what: str) -> str:

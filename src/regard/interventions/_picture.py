@@ -223,10 +223,13 @@ class Redrawn(Method):
 
     The picture is exchanged before the model reads it, for one of the same size, so that whatever else looks on or
     changes the model sees the new one. `fit` makes them, for one batch.
+
+    kept: how much of each place of each row's picture the new one shows, 0 to 1, [row, column] of patches or of pixels.
     """
 
-    def __init__(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def __init__(self, before: Mapping[str, Any], after: Mapping[str, Any], kept: Sequence[Tensor]) -> None:
         self.before, self.after = (_split(inputs["pixel_values"], inputs) for inputs in (before, after))
+        self.kept = list(kept)
 
     def given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if (pixels := inputs.get("pixel_values")) is None:

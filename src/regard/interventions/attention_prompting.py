@@ -90,10 +90,11 @@ class attention_prompting(Redrawn):
             texts = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
             masks = [source(picture, text) for picture, text in zip(shown, texts)]
         new: list[Image.Image | None] = []
-        for fine, picture, mask in zip(finer(shown, images, "attention-prompting"), shown, masks):
-            dimmed = overlay(fine, 1 - strength * (1 - mask), gray=gray)
+        kept = [1 - strength * (1 - mask) for mask in masks]
+        for fine, picture, much in zip(finer(shown, images, "attention-prompting"), shown, kept):
+            dimmed = overlay(fine, much, gray=gray)
             new.append(None if strength == 0 else dimmed.resize(picture.size, Image.Resampling.LANCZOS))
-        return cls(inputs, given(model, inputs, processor, new, "attention-prompting"))
+        return cls(inputs, given(model, inputs, processor, new, "attention-prompting"), kept)
 
 
 def heat(class_map: Tensor, patch_map: Tensor, *, coe: float = 5.0, kernel: int = 3) -> Tensor:

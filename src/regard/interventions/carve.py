@@ -89,6 +89,7 @@ class carve(Redrawn):
         maps = relevance(model, inputs, processor, lam=lam, steps=steps, among=among, general=general)
         shown = seen(model, inputs, processor, "carve")
         new: list[Image.Image | None] = []
+        kept: list[Tensor] = []
         for i, (picture, values) in enumerate(zip(finer(shown, images, "carve"), maps)):
             fused = spread(values, picture.size).astype(np.float64)
             if top < 1 and np.ptp(fused) <= 1e-6 * abs(fused).max():
@@ -96,7 +97,8 @@ class carve(Redrawn):
             refined = refine(picture, fused, top=top, regions=regions)
             box = Box(*(edge / side for edge, side in zip(refined.box, picture.size * 2))).grown()
             new.append(None if refined.mask.all() else cropped(refined.masked, box, shown[i].size))
-        return cls(inputs, given(model, inputs, processor, new, "carve"))
+            kept.append(torch.from_numpy(refined.mask).float())
+        return cls(inputs, given(model, inputs, processor, new, "carve"), kept)
 
 
 def relevance(

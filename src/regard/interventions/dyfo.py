@@ -104,12 +104,16 @@ class dyfo(Redrawn):
         shown = seen(model, inputs, processor, "dyfo")
         texts = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         new: list[Image.Image | None] = []
+        kept: list[Tensor] = []
         for i, (fine, text) in enumerate(zip(finer(shown, images, "dyfo"), texts)):
             row, size = row_of(inputs, i), shown[i].size
             looker = _Looker(model, row, processor, fine, size, text, expert, confirm)
             found = search(looker.answer, looker.ground, looker.agree, budget=budget, depth=depth, weight=weight)
             new.append(None if found.focus.box == WHOLE else cropped(fine, found.focus.box, size))
-        return cls(inputs, given(model, inputs, processor, new, "dyfo"))
+            left, top, right, bottom = found.focus.box.pixels(fine.size)
+            kept.append(torch.zeros(fine.size[::-1]))
+            kept[-1][top:bottom, left:right] = 1
+        return cls(inputs, given(model, inputs, processor, new, "dyfo"), kept)
 
 
 def search(
