@@ -192,13 +192,18 @@ def rollout(
     turns: int = 5,
     length: int = 256,
     prompt: str = PROMPT,
+    again: str | None = None,
+    asked: Callable[[str], Sequence[float] | None] | None = None,
+    least: int = 31,
     size: tuple[int, int] | None = None,
     **options: Any,
 ) -> Trajectory:
     """One trajectory of a model for a question on a picture.
 
-    turns, length: answers at most, and tokens of each; size: of crops; `options` go to `generate`, such as
-    `do_sample=True`. ValueError for a model without pictures or without a chat template.
+    turns, length: answers at most, and tokens of each; again: what is said with a crop, the prompt unless given; asked:
+    the box that a turn asks for, in pixels, or None, `called` unless given; least, size: pixels of a crop's sides, at
+    least, and as it is shown; `options` go to `generate`, such as `do_sample=True`. ValueError for a model without
+    pictures or without a chat template.
     """
     if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
         raise ValueError(
@@ -208,22 +213,25 @@ def rollout(
     said: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{question} {prompt}".strip()}]}
     ]
-    pictures, found = [picture], Trajectory()
+    pictures, found, again = [picture], Trajectory(), prompt if again is None else again
     for turn in range(turns):
         text = processor.apply_chat_template(said, add_generation_prompt=True)
         inputs = dict(processor(text=[text], images=pictures, return_tensors="pt"))
         ids = cast(Any, model).generate(**inputs, max_new_tokens=length, **options)[0, inputs["input_ids"].shape[1] :]
         reply = processor.decode(ids, skip_special_tokens=True)
         found.turns.append(Turn(inputs, ids, reply))
-        box = called(reply)
-        crop = None if box is None or turn == turns - 1 else zoom(picture, box, size=size)
+        box = (asked or called)(reply)
+        crop = None if box is None or turn == turns - 1 else zoom(picture, box, least=least, size=size)
         if crop is None:
             break
         found.crops.append(crop)
         pictures = [*pictures, crop]
         said += [
             {"role": "assistant", "content": [{"type": "text", "text": reply}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": again}],
+            },
         ]
     return found
 
