@@ -1,16 +1,16 @@
 """Volumes segmented with a person: every voxel an agent that nudges its own probability after each round of clicks.
 
 Boundary-aware Supervoxel-level Iteratively Refined Interactive 3D Image Segmentation with Multi-agent Reinforcement
-Learning (arXiv:2303.10692). The state is the volume, the probabilities so far and two maps of hints; an action is one of
-a few changes of a voxel's probability; a click marks the whole supervoxel that it lies in; a voxel's reward is how much
-its cross entropy falls, and more near the boundary.
+Learning (arXiv:2303.10692). The state is the volume, the probabilities so far and two maps of hints; an action is one
+of a few changes of a voxel's probability; a click marks the whole supervoxel that it lies in; a voxel's reward is how
+much its cross entropy falls, and more near the boundary.
 
 No code of the authors is at hand. Written from the abstract and from notes on the paper and its forerunner
 (arXiv:1911.10334), and not checked against the text: the changes, six clicks a round, the weight of a voxel at a
 distance d of the boundary, 1 + weight * exp(-d^2 / (2 * reach^2)), sizes of the network and the rates of the loss.
 Rounds are few, so returns are whole and the loss is taken over an episode at once, where the paper's workers are
-asynchronous (A3C). Supervoxels are SLIC's, without its last pass that joins what is not connected. There is no attention
-here, so `regard.record` has nothing to read: what is attended is what the person marks.
+asynchronous (A3C). Supervoxels are SLIC's, without its last pass that joins what is not connected. There is no
+attention here, so `regard.record` has nothing to read: what is attended is what the person marks.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def supervoxels(volumes: Tensor, size: int = 4, *, compactness: float = 0.3, rou
     """
     if volumes.ndim != 4 or size < 1 or rounds < 1 or not compactness > 0:
         raise ValueError(
-            f"supervoxels: volumes are [batch, depth, row, column], size and rounds 1 or more, compactness above 0; got "
-            f"{list(volumes.shape)}, {size}, {rounds}, {compactness}"
+            f"supervoxels: volumes are [batch, depth, row, column], size and rounds 1 or more, compactness above 0; "
+            f"got {list(volumes.shape)}, {size}, {rounds}, {compactness}"
         )
     shape, device = volumes.shape[1:], volumes.device
     cells = [-(-n // size) for n in shape]
@@ -84,8 +84,8 @@ def simulated_clicks(probabilities: Tensor, truth: Tensor, count: int = 6) -> li
     for said, true in zip(probabilities.detach().cpu() > 0.5, truth.cpu() > 0.5, strict=True):
         regions = []
         for belongs in (True, False):
-            numbered: Any
-            numbered, several = ndimage.label(((said != true) & (true == belongs)).numpy())
+            labelled: Any = ndimage.label(((said != true) & (true == belongs)).numpy())
+            numbered, several = labelled
             regions += [(int((numbered == i).sum()), belongs, numbered == i) for i in range(1, several + 1)]
         regions.sort(key=lambda region: -region[0])
         clicks = []
@@ -186,9 +186,10 @@ class VoxelAgents(nn.Module, PyTorchModelHubMixin):
 
 
 def marked(hints: Tensor, regions: Tensor, clicks: Sequence[Tensor]) -> Tensor:
-    """Hints, and the supervoxels of these clicks, the last click where two disagree. [batch, 2, depth, row, column]
+    """Hints for and against, with the supervoxels of these clicks; the last click counts where two disagree.
 
-    regions: of `supervoxels`; clicks: as of `simulated_clicks`. ValueError for a click outside.
+    hints: [batch, 2, depth, row, column], and so is what comes back; regions: of `supervoxels`; clicks: as of
+    `simulated_clicks`. ValueError for a click outside.
     """
     hints = hints.clone()
     if len(clicks) != len(hints):
@@ -198,7 +199,7 @@ def marked(hints: Tensor, regions: Tensor, clicks: Sequence[Tensor]) -> Tensor:
             if any(not 0 <= i < n for i, n in zip(at, region.shape, strict=True)) or belongs not in (0, 1):
                 raise ValueError(f"clicks: {[*at, belongs]} is no place in {list(region.shape)} with a 0 or 1")
             there = region == region[tuple(at)]
-            into[1 - belongs, there], into[belongs, there] = 1, 0
+            into[:, there] = torch.tensor([[belongs], [1 - belongs]]).to(into)
     return hints
 
 
@@ -212,7 +213,7 @@ def refine(
     regions: Tensor | None = None,
     size: int = 4,
 ) -> list[Tensor]:
-    """Probabilities at first and after each round, in which a person marks errors and each voxel does what is likeliest.
+    """Probabilities at first and after each round: a person marks errors, and each voxel does what is likeliest.
 
     volumes, coarse (probabilities): [batch, depth, row, column]; user: probabilities to clicks, as `simulated_clicks`
     gives them, with what is true known to it alone; regions: of `supervoxels`, made with this `size` unless given.
@@ -222,7 +223,7 @@ def refine(
     with torch.no_grad():
         for _ in range(rounds):
             hints = marked(hints, regions, user(found[-1]))
-            logits, _ = model(torch.cat([torch.stack([volumes, found[-1]], 1), hints.flip(1)], 1))
+            logits, _ = model(_state(volumes, found[-1], hints))
             found.append(model.moved(found[-1], logits.argmax(1)))
     return found
 
@@ -241,14 +242,15 @@ def episode_loss(
     kind: str = "relative",
     boundary: Tensor | None = None,
     weight: float = 1.0,
-    entropy: float = 0.01,
+    entropy: float = 0.3,
     critic: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Loss of actor and critic over one episode with actions drawn at random; a scalar, means over voxels and rounds.
 
-    gamma: discount of later rounds; kind, boundary, weight: of `rewards`; entropy: of its bonus; critic: of the squared
-    error of values, which are baselines that the policy's gradient does not change.
+    gamma: discount of later rounds; kind, boundary, weight: of `rewards`; entropy: of its bonus, in nats of reward,
+    without enough of which all agents soon do the same; critic: of the squared error of values, which are baselines
+    that the policy's gradient does not change.
     """
     _alike(coarse, truth, "episode_loss")
     regions = _started(volumes, coarse, regions, size)
@@ -256,7 +258,7 @@ def episode_loss(
     chosen, values, won, spread = [], [], [], []
     for _ in range(rounds):
         hints = marked(hints, regions, user(now))
-        logits, value = model(torch.cat([torch.stack([volumes, now], 1), hints.flip(1)], 1))
+        logits, value = model(_state(volumes, now, hints))
         logs = logits.log_softmax(1)
         flat = logs.detach().exp().movedim(1, -1).flatten(0, -2)
         actions = torch.multinomial(flat, 1, generator=generator).view_as(now)
@@ -273,6 +275,10 @@ def episode_loss(
     value = torch.stack(values)
     policy = -(torch.stack(chosen) * (gains - value.detach())).mean()
     return policy + critic * (gains - value).square().mean() - entropy * torch.stack(spread).mean()
+
+
+def _state(volumes: Tensor, probabilities: Tensor, hints: Tensor) -> Tensor:
+    return torch.cat([torch.stack([volumes, probabilities], 1), hints], 1)
 
 
 def _started(volumes: Tensor, coarse: Tensor, regions: Tensor | None, size: int) -> Tensor:
