@@ -33,7 +33,9 @@ widget""",
     """print("chosen", widget.selected)""",
     """widget.select(layer=4, head=1, token=3)""",
     """recording.show(height=500)""",
+    """widget""",
 ]
+PAINTED = "one => new Set(one.getContext('2d').getImageData(0, 0, one.width, one.height).data).size"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_a_head_that_is_chosen_in_the_widget_is_read_in_a_cell(browser, lab):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{lab}/lab/tree/look.ipynb?token={TOKEN}")
     cells = page.locator(".jp-Notebook .jp-CodeCell")
-    cells.nth(3).wait_for()
+    cells.nth(4).wait_for()
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
 
     def run(i: int) -> None:
@@ -111,6 +113,11 @@ def test_a_head_that_is_chosen_in_the_widget_is_read_in_a_cell(browser, lab):
     frame.locator("html[data-drawn]").wait_for(state="attached")
     assert cells.nth(0).locator("iframe").count() == 1  # the widget alone, not its substitute beside it
     assert frame.locator('html[data-theme="dark"]').count() == 1  # as JupyterLab is, and the system is not
+    expect(frame.locator(".heads .cell")).to_have_count(48)
+    deadline = time.monotonic() + 10
+    while frame.locator(".map canvas").evaluate(PAINTED) < 20:  # numbers of colours; the map comes after the rest
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
     frame.locator('.heads .cell[data-layer="2"][data-head="3"]').click()
     frame.locator(".token").nth(5).click()
     frame.locator(".token.chosen").wait_for()
@@ -129,5 +136,11 @@ def test_a_head_that_is_chosen_in_the_widget_is_read_in_a_cell(browser, lab):
     plain.locator("html[data-drawn]").wait_for(state="attached")
     plain.locator('.heads .cell[data-layer="1"][data-head="2"]').click()
     expect(plain.locator(".numbers h2")).to_have_text("Layer 1, head 2")
+
+    run(4)  # shown again it is where it was, and both follow each other
+    again = cells.nth(4).frame_locator('iframe[title="Regard"]')
+    expect(again.locator(".numbers h2")).to_have_text("Layer 4, head 1")
+    again.locator('.heads .cell[data-layer="5"][data-head="0"]').click()
+    expect(frame.locator(".numbers h2")).to_have_text("Layer 5, head 0")
     assert not [url for url in asked if not url.startswith((lab, "data:", "about:", "blob:"))]
     page.close()
