@@ -281,10 +281,22 @@ class Recording:
         `print(recording)` says. height: in pixels.
         options: `pictures`, and `budget`, 3,000,000 bytes unless told otherwise, since the notebook keeps it.
         """
+        tree, page = self._shown(run, options)
+        return import_module("regard.report").Shown(page, as_text([tree]), height)
+
+    def widget(self, *, run: int | None = None, height: int = 900, **options: Any) -> Any:
+        """The same page as a widget: what is chosen on it is its `selected`, and `select` chooses on it.
+
+        Pages made of the notebook, and places where no widget runs, have the frame of `show`. Needs anywidget, of the
+        extra `notebook`. run, height, options: as of `show`.
+        """
+        tree, page = self._shown(run, options)
+        return import_module("regard.widget").Widget(tree, page, as_text([tree]), height)
+
+    def _shown(self, run: int | None, options: dict[str, Any]) -> tuple[xr.DataTree, bytes]:
         report, observations = (import_module(f"regard.{name}") for name in ("report", "observations"))
         tree = self.tree if run is None else self[run]
-        page = report.html(tree, **{"findings": observations.observe(tree), "budget": 3_000_000, **options})
-        return report.Shown(page, as_text([tree]), height)
+        return tree, report.html(tree, **{"findings": observations.observe(tree), "budget": 3_000_000, **options})
 
     def plot(self, kind: str = "atlas", statistic: str | None = None, *, run: int | None = None, **options: Any) -> Any:
         """Draw the one run, or this one of several, and return the matplotlib axes.

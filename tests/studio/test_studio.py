@@ -575,6 +575,51 @@ def test_edits_by_hand_change_the_vote_as_the_arithmetic_says(client):
     assert client.post("/api/jobs/edit", json={"mask": [64]}).status_code == 422
 
 
+def test_a_picture_of_one_s_own_is_named_by_its_neighbours_too(client):
+    """One of the claim's, uploaded, is named as it is there; what is no picture is refused."""
+    from regard.claims.attribution import chm_corr
+    from regard.data.scenes import render
+
+    scene = chm_corr.biased_scenes(chm_corr.ASKED, chm_corr.HELD, 1 - chm_corr.BIAS)[0][3]
+    held = io.BytesIO()
+    render([scene], 64).image().save(held, "png")
+    own = client.post("/api/uploads", content=held.getvalue()).json()["id"]
+    plain, found = (dict(told(client, "/api/jobs/edit", body))["edited"] for body in ({"item": 3}, {"upload": own}))
+    assert found["truth"] is None
+    assert {**found, "truth": plain["truth"]} == plain
+    moved = dict(told(client, "/api/jobs/edit", {"upload": own, "mask": [9]}))["edited"]
+    assert moved["votes"][0] == plain["votes"][0] != moved["votes"][1]
+    file = client.post("/api/files", content=b"a,b").json()["id"]
+    for upload, why in ((file, "no picture"), ("0" * 16, "no longer here")):
+        name, what = told(client, "/api/jobs/edit", {"upload": upload})[-1]
+        assert (name, why in what["why"]) == ("failed", True)
+
+
+# Names that were mistyped.
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "meant"),
+    [
+        ("/api/jobs/open", {"model": "raeder"}, "did you mean reader?"),
+        ("/api/jobs/look", {"model": "Viewer"}, "did you mean viewer?"),
+        ("/api/jobs/change", {"steps": [{"kind": "method", "key": "vhrr"}]}, "did you mean vhr?"),
+        ("/api/jobs/change", {"steps": [{"kind": "method", "key": "var", "knobs": {"q": "1"}}]}, "no such knob"),
+        ("/api/jobs/change", {"steps": [{"kind": "heads", "heads": [[9, 0, 0.0]]}]}, "layers 0 to 5, and no layer 9"),
+        ("/api/jobs/change", {"steps": [{"kind": "heads", "heads": [[2, 8, 0.0]]}]}, "has 8 heads, and no head 8"),
+        ("/api/jobs/explain", {"methods": ["rolout"]}, "did you mean rollout?"),
+    ],
+)
+def test_what_was_mistyped_is_told_with_what_may_be_meant(client, looked, path, body, meant):
+    name, what = told(client, path, body if "model" in body else {"recording": looked, **body})[-1]
+    assert name == "failed"
+    assert meant in what["why"], what
+
+
+def test_a_paper_that_was_mistyped_is_told_with_what_may_be_meant(client):
+    assert "did you mean chm-corr" in client.get("/api/papers/chm-cor").json()["why"]
+
+
 # Forms and papers.
 
 

@@ -383,6 +383,25 @@ def test_correspondences_are_edited_by_hand(visit):
     page.wait_for_selector(".by-hand path.edited", state="detached")
 
 
+def test_a_picture_of_one_s_own_is_named_by_hand(visit, tmp_path):
+    page = visit()
+    open_tab(page, "By hand")
+    page.wait_for_selector(".by-hand .tie")
+    first = page.locator(".by-hand image").first.get_attribute("href")
+    Image.new("RGB", (90, 60), "blue").save(tmp_path / "own.png")
+    page.get_by_label("A picture of your own").set_input_files(tmp_path / "own.png")
+    page.wait_for_selector("text=after its neighbours alone")
+    own = page.locator(".by-hand image").first.get_attribute("href")
+    assert own != first
+    page.get_by_role("button", name="Undo the edits").click()  # it stays
+    page.wait_for_selector(".by-hand-card .working:has-text('Took')")
+    assert page.locator(".by-hand image").first.get_attribute("href") == own
+    shot(page, "by-hand-own")
+    page.get_by_role("button", name="Another picture").click()
+    page.wait_for_selector("text=it is a")
+    assert page.get_by_label("A picture of your own").input_value() == ""
+
+
 def test_words_that_were_read_are_shaded_in_time(visit, tmp_path):
     page = visit(viewport={"width": 1360, "height": 1000}, reduced_motion="reduce")
     look(page, generate=0)

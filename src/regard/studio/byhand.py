@@ -1,12 +1,13 @@
 """A picture named by corresponding patches, whose correspondences and attention are edited by hand (chm-corr).
 
-The pictures are those of the claim on chm-corr: known ones with biased names, and others that are asked.
+The pictures are those of the claim on chm-corr: known ones with biased names, and others that are asked, or one of the
+user's own.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from PIL import Image
@@ -14,11 +15,15 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .. import report
+from .. import report, zoo
 from ..attribution.chm_corr import SMALLEST, CorrespondenceClassifier
 from ..claims.attribution import chm_corr as pictures
 from ..data.scenes import render
 from .jobs import Job
+from .steps import Upload
+
+if TYPE_CHECKING:
+    from .work import Desk
 
 SHOWN = 12  # neighbours
 TIMES = 4  # as large as the pictures are
@@ -26,9 +31,13 @@ Patch = Annotated[int, Field(ge=0, lt=pictures.GRID**2)]
 
 
 class Edited(BaseModel):
-    """A picture that is asked, the patches that count (none: those of the attention), and correspondences by hand."""
+    """A picture that is asked, the patches that count (none: those of the attention), and correspondences by hand.
+
+    The picture is one of the claim's, or one that was uploaded.
+    """
 
     item: Annotated[int, Field(ge=0, lt=pictures.ASKED)] = 0
+    upload: Upload | None = None
     mask: Annotated[list[Patch], Field(max_length=pictures.GRID**2)] = []
     moved: Annotated[list[tuple[Annotated[int, Field(ge=0, lt=SHOWN)], Patch, Patch]], Field(max_length=768)] = []
 
@@ -40,11 +49,19 @@ def _known() -> tuple[CorrespondenceClassifier, list[Any], list[Any], list[int]]
     return CorrespondenceClassifier(pictures.patch_features(known), labels), known, asked, names
 
 
-def edit(job: Job, asked: Edited) -> None:
+def edit(desk: Desk, job: Job, asked: Edited) -> None:
     """Tell the answer without the edits and with them, and the neighbours with what their patches correspond to."""
     job.tell("progress", what="comparing patches")
     classifier, _, others, names = _known()
-    query = pictures.patch_features([others[asked.item]])[0]
+    if asked.upload is None:
+        query = pictures.patch_features([others[asked.item]])[0]
+        shown_as, truth = _picture("asked", asked.item), pictures.NAMES[names[asked.item]]
+    else:
+        given = desk.picture(asked.upload)
+        _, processor = zoo.load("viewer")
+        query, truth = pictures.held(processor(given, return_tensors="pt")["pixel_values"])[0], None
+        size = (pictures.viewer.SIZE,) * 2
+        shown_as = _drawn(given.resize(size, Image.Resampling.BILINEAR))  # as the model is given it
     before = classifier.explain(query)
     found = classifier.features[torch.from_numpy(before.item.values)]
     own = corresponding(query, found)
@@ -76,8 +93,8 @@ def edit(job: Job, asked: Edited) -> None:
     job.tell(
         "edited",
         grid=pictures.GRID,
-        picture=_picture("asked", asked.item),
-        truth=pictures.NAMES[names[asked.item]],
+        picture=shown_as,
+        truth=truth,
         names=list(pictures.NAMES),
         votes=[of.tolist() for of in votes],
         answers=[pictures.NAMES[of.attrs["prediction"]] for of in (before, after)],
@@ -96,5 +113,9 @@ def corresponding(query: Tensor, near: Tensor) -> Tensor:
 def _picture(kind: str, item: int) -> str:
     _, known, asked, _ = _known()
     image = Image.fromarray(render([(known if kind == "known" else asked)[item]], pictures.viewer.SIZE).pixels[0])
+    return _drawn(image)
+
+
+def _drawn(image: Image.Image) -> str:
     side = TIMES * image.width
     return report.picture(image.resize((side, side), Image.Resampling.NEAREST))["source"]

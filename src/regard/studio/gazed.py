@@ -22,7 +22,7 @@ from ..gaze.nss import nss
 from ..gaze.score import EVEN, WIDE, on_screen
 from .jobs import PLAIN, Job
 from .readings import UNTIMED, reading
-from .steps import Name
+from .steps import Name, Upload
 from .work import Desk
 
 MOST = 20_000  # fixations that a page draws
@@ -33,7 +33,7 @@ class Gazed(BaseModel):
     """A file of fixations on the picture of a recording. screen: of what x and y are in; None: the picture's own."""
 
     recording: Name
-    upload: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    upload: Upload
     stimulus: Annotated[str, Field(max_length=1000)] | None = None
     screen: tuple[Side, Side] | None = None
     placed: Literal["centre", "fit", "fill"] | None = None

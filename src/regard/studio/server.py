@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ with needs("the studio", "studio"):
     import uvicorn
     from fastapi import FastAPI, HTTPException, Query, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+    from fastapi.responses import (
+        HTMLResponse,
+        JSONResponse,
+        PlainTextResponse,
+        RedirectResponse,
+        Response,
+        StreamingResponse,
+    )
+    from pydantic import BaseModel
+    from starlette.exceptions import HTTPException as NotServed
 
 from . import steps as stepping
 from .byhand import Edited, edit
@@ -60,7 +69,33 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-Next = Callable[[Request], Awaitable[Response]]
+BYTES = "application/octet-stream"
+
+
+class Refused(BaseModel):
+    """Why a request is not answered, in words for people."""
+
+    why: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refused, "description": words}
+    for status, words in {
+        400: "The studio cannot do that",
+        404: "There is no such thing",
+        413: "The request is too large",
+        422: "A field is missing, or out of range",
+        429: "Too many jobs wait",
+    }.items()
+}
+
+
+def _gives(*kinds: str) -> dict[str, Any]:
+    """What a route's answers are, other than JSON."""
+    return {"response_class": Response, "responses": {200: {"content": {kind: {} for kind in kinds}}}}
+
+
+TAKES_BYTES = {"requestBody": {"content": {BYTES: {"schema": {"type": "string", "format": "binary"}}}}}
 
 
 class Guard:
@@ -148,7 +183,9 @@ def _too_large(most: int) -> Response:
 
 def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     """The studio as an ASGI application that answers only who has the token and names one of `hosts`."""
-    api = FastAPI(title="Regard studio", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
+    api = FastAPI(
+        title="Regard studio", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", responses=REFUSALS
+    )
     jobs = Jobs()
     view = resources.files("regard") / "view"
     files = {one.name: one.read_bytes() for one in view.iterdir() if one.name.endswith((".js", ".css"))}
@@ -160,9 +197,9 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return JSONResponse({"why": f"{CALLED.get(where, where)}: {_asked(first)}"}, 422)
 
-    @api.exception_handler(HTTPException)
-    async def _(_request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"why": error.detail}, error.status_code)
+    @api.exception_handler(NotServed)
+    async def _(_request: Request, error: NotServed) -> JSONResponse:
+        return JSONResponse({"why": error.detail}, error.status_code, error.headers)
 
     for kind in PLAIN:
 
@@ -172,11 +209,11 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
             status = 404 if isinstance(error, KeyError) else 429 if isinstance(error, Busy) else 400
             return JSONResponse({"why": plainly(str(message))}, status)
 
-    @api.get("/")
+    @api.get("/", response_class=HTMLResponse)
     def index() -> Response:
         return Response(page, media_type="text/html")
 
-    @api.get("/view/{name}")
+    @api.get("/view/{name}", **_gives("text/javascript", "text/css"))
     def module(name: str) -> Response:
         if name not in files:  # the files of the page, by name: no path is made of what is asked
             raise HTTPException(404, "there is no such file")
@@ -188,12 +225,12 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
         names = list(desk.names())
         return {"models": names, "start": desk.named or "reader"}
 
-    @api.post("/api/uploads")
+    @api.post("/api/uploads", openapi_extra=TAKES_BYTES)
     async def upload(request: Request) -> dict[str, Any]:
         data = await request.body()
         return await anyio.to_thread.run_sync(desk.upload, data)
 
-    @api.post("/api/files")
+    @api.post("/api/files", openapi_extra=TAKES_BYTES)
     async def keep(request: Request) -> dict[str, str]:
         return {"id": desk.keep(await request.body())}
 
@@ -209,13 +246,13 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
     def card(key: str) -> dict[str, Any]:
         return desk.card(key)
 
-    @api.get("/api/recordings/{key}/blocks/{number}")
+    @api.get("/api/recordings/{key}/blocks/{number}", **_gives(BYTES))
     def block(key: str, number: int) -> Response:
         blocks = desk.page(key).blocks
         if not 0 <= number < len(blocks):
             raise HTTPException(404, f"the recording has blocks 0 to {len(blocks) - 1}")
         block = blocks[number]
-        return Response(block if isinstance(block, bytes) else block(), media_type="application/octet-stream")
+        return Response(block if isinstance(block, bytes) else block(), media_type=BYTES)
 
     def added(model: str, work: Callable[[Job], None]) -> dict[str, str]:
         return {"id": jobs.add(model, work).id}
@@ -255,7 +292,7 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
 
     @api.post("/api/jobs/edit")
     def by_hand(asked: Edited) -> dict[str, str]:
-        return added("viewer by hand", lambda job: edit(job, asked))
+        return added("viewer by hand", lambda job: edit(desk, job, asked))
 
     @api.post("/api/jobs/claim/{key}")
     def claim(key: str) -> dict[str, str]:
@@ -264,7 +301,7 @@ def app(desk: Desk, token: str, hosts: set[str]) -> Guard:
             raise ValueError(f"{key} has no claim to run")
         return added("claims", lambda job: _claimed(job, key))
 
-    @api.get("/api/jobs/{number}/events")
+    @api.get("/api/jobs/{number}/events", **_gives("text/event-stream"))
     async def events(number: str) -> Response:
         job = jobs.all.get(number)
         if job is None:

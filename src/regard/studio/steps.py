@@ -17,6 +17,7 @@ from ..interventions import scale_attention, scale_heads
 from ..loading import Loaded
 
 Name = Annotated[str, Field(max_length=200)]
+Upload = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # the id of a file that was uploaded
 Place = Annotated[int, Field(ge=0, le=10_000_000)]
 Factor = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import re
 import secrets
@@ -37,7 +38,7 @@ from ..seam import intervene, record
 from ..tokens import chat_roles
 from . import steps as stepping
 from .jobs import Job
-from .steps import Name, Step
+from .steps import Name, Step, Upload
 
 BARS = 10  # of the likeliest next tokens, before and after
 MOST_TEXT = 400_000  # characters
@@ -65,7 +66,7 @@ class Given(BaseModel):
     model: Name = "reader"
     text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     turns: Annotated[list[Turn], Field(max_length=200)] = []
-    upload: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    upload: Upload | None = None
     generate: Annotated[int, Field(ge=0, le=512)] = 0
 
 
@@ -175,7 +176,11 @@ class Desk:
             return names[name]
         if HUB.fullmatch(name) and not Path(name).exists():
             return name
-        raise InputError(f"{name!r} is no model of this studio; choose one of {', '.join(names)}, or give a hub id")
+        near = difflib.get_close_matches(name, names, n=2, cutoff=0.7)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise InputError(
+            f"{name!r} is no model of this studio{hint}; choose one of {', '.join(names)}, or give a hub id"
+        )
 
     def model(self, name: str) -> Loaded:
         with self._loading:
@@ -202,6 +207,14 @@ class Desk:
         if key not in self._uploads:
             raise InputError("the file is no longer here; choose it again")
         return self._uploads[key][1]
+
+    def picture(self, key: str) -> Image.Image:
+        """A picture that was uploaded."""
+        self.file(key)
+        held = self._uploads[key][0]
+        if not isinstance(held, Image.Image):
+            raise InputError("the file is no picture")
+        return held
 
     def takes(self, job: Job, name: str) -> None:
         """Tell what a model takes and gives."""

@@ -3,12 +3,13 @@
 
 import { bars } from "./answers.js";
 import { make, number, panel, percent } from "./dom.js";
+import { upload } from "./wire.js";
 
 const SIDE = 100, GAP = 24; // of a picture in the drawing
 
 // ask(path, body, heard) runs a job. Handle: element, open().
 export function editing(ask) {
-  const state = { item: 0, mask: new Set(), moved: [], near: 0, held: null, cursor: 0, aim: 0 };
+  const state = { item: 0, upload: null, mask: new Set(), moved: [], near: 0, held: null, cursor: 0, aim: 0 };
   let told = null;
   const svg = make("svg", { class: "by-hand", viewBox: `0 0 ${2 * SIDE + GAP} ${SIDE}`, tabindex: "0", role: "application",
     "aria-label": "The picture, left, and a neighbour, right: arrow keys move, Space lets a patch count, Enter takes a patch and puts it on another, Escape drops it" });
@@ -19,7 +20,7 @@ export function editing(ask) {
     const size = SIDE / told.grid;
     return [(right ? SIDE + GAP : 0) + (i % told.grid) * size, Math.floor(i / told.grid) * size, size];
   };
-  const run = () => ask("/api/jobs/edit", { item: state.item, mask: [...state.mask], moved: state.moved }, (name, what) => {
+  const run = () => ask("/api/jobs/edit", { item: state.item, upload: state.upload, mask: [...state.mask], moved: state.moved }, (name, what) => {
     if (name === "edited") { told = what; draw(); }
   }).catch(() => {});
 
@@ -50,7 +51,7 @@ export function editing(ask) {
     const rows = told.names.map((label, i) => ({ label, before: told.votes[0][i] / told.voters, after: told.votes[1][i] / told.voters }));
     votes.replaceChildren(bars(rows, "Votes"));
     const [before, after] = told.answers;
-    lead.textContent = `${before === after ? `It is named ${after}` : `It was named ${before}, and is named ${after} now`}; it is a ${told.truth}. `
+    lead.textContent = `${before === after ? `It is named ${after}` : `It was named ${before}, and is named ${after} now`}${told.truth ? `; it is a ${told.truth}` : ", after its neighbours alone"}. `
       + `${told.voters} of the nearest vote. ${state.mask.size ? `${state.mask.size} patches count, chosen by hand.` : "The five most alike of the attention’s patches count."}`;
     if (!pointer) readout.textContent = `Neighbour ${state.near + 1}, a ${one.label}: score ${number(one.score)}. Yellow: what counts, and what it corresponds to; drag from a patch on the left to one on the right.`;
   }
@@ -116,11 +117,21 @@ export function editing(ask) {
   });
   for (const name of ["focus", "blur"]) svg.addEventListener(name, () => told && draw());
 
-  const fresh = (item) => { Object.assign(state, { item, mask: new Set(), moved: [], near: 0, held: null }); run(); };
+  const fresh = (item, own = null) => {
+    Object.assign(state, { item, upload: own, mask: new Set(), moved: [], near: 0, held: null });
+    if (!own) file.value = "";
+    run();
+  };
+  const file = make("input", { type: "file", accept: "image/*", "aria-label": "A picture of your own" });
+  file.addEventListener("change", async () => {
+    if (!file.files[0]) return;
+    try { fresh(state.item, (await upload(file.files[0])).id); } catch (error) { lead.textContent = error.message; }
+  });
   const button = (label, act) => make("button", { type: "button", class: "quiet-button", onclick: act }, label);
   const one = panel("by-hand-card", "Named by what corresponds", make("p", { class: "lead" },
     "A classifier that names a picture by its neighbours: those vote whose patches are most like the picture’s. Click a patch on the left to let only chosen ones count; drag one to a patch of the neighbour to say what it corresponds to."),
-  make("div", { class: "ask" }, make("div", { class: "row" }, button("Another picture", () => fresh((state.item + 1) % 800)), button("Undo the edits", () => fresh(state.item)))));
+  make("div", { class: "ask" }, make("div", { class: "row" }, button("Another picture", () => fresh((state.item + 1) % 800)), button("Undo the edits", () => fresh(state.item, state.upload)),
+    make("label", { class: "labelled" }, make("span", {}, "Your own"), file))));
   one.element.append(make("div", { class: "split even" }, make("div", {}, svg, readout, near), make("div", {}, lead, votes)));
   return { element: one.element, open() { if (!told) fresh(0); } };
 }

@@ -37,25 +37,34 @@ function address({ stack, layer, head, token, scope, sample }) {
 }
 
 // In a notebook the page stands in a frame that has no address: nothing is kept there, and links lead to no other page.
+// What is chosen is told to whoever holds the frame, and chosen as they say: addresses, and nothing else.
 const framed = location.protocol === "about:";
+const told = (state, begins = false) => parent.postMessage({ regard: address(state), begins }, "*"); // nothing secret
 if (framed) {
+  addEventListener("message", ({ source, data }) => {
+    const next = source === parent && typeof data?.regard === "string" ? parse(data.regard) : null;
+    if (next) page.go(next);
+  });
   document.addEventListener("click", (event) => {
     const link = event.target.closest?.('a[href^="#"]');
     if (!link) return;
     event.preventDefault();
     const next = parse(link.getAttribute("href"));
-    if (next) page.go(next);
-    else document.querySelector(link.getAttribute("href"))?.focus();
+    if (next) {
+      page.go(next);
+      told(next);
+    } else document.querySelector(link.getAttribute("href"))?.focus();
   });
 }
 
 // replaceState, not location.hash: choosing twenty tokens should not take twenty steps back.
 const page = explore(document.getElementById("explore"), recording,
-  { changed: (state) => { if (!framed) history.replaceState(null, "", address(state)); },
+  { changed: (state) => { if (framed) told(state); else history.replaceState(null, "", address(state)); },
     // Milliseconds from opening the page to the first picture of heads and text.
     drawn: () => { document.documentElement.dataset.drawn ??= Math.round(performance.now()); } });
 const first = parse(`#${encodeURIComponent(recording.stacks[header.start].name)}`);
 page.go(parse(location.hash) ?? first);
+if (framed) told(page.state, true);
 addEventListener("hashchange", () => {
   const next = parse(location.hash);
   if (!next) return;

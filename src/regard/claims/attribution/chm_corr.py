@@ -107,11 +107,16 @@ def biased_scenes(n: int, seed: int, bias: float) -> tuple[list[Scene], list[int
     return scenes, names
 
 
-@torch.no_grad()
 def patch_features(scenes: list[Scene]) -> Tensor:
     """What the viewer's last layer but one holds of each patch. [scene, channel, row, column]"""
+    return held(viewer.pixels(render(scenes, viewer.SIZE)))
+
+
+@torch.no_grad()
+def held(pixels: Tensor) -> Tensor:
+    """What the viewer's last layer but one holds of each patch of pictures. [picture, channel, row, column]"""
     model, _ = zoo.load("viewer")
-    states = model(viewer.pixels(render(scenes, viewer.SIZE)), output_hidden_states=True).hidden_states[-2]
+    states = model(pixels, output_hidden_states=True).hidden_states[-2]
     return states[:, 1:].mT.unflatten(-1, (GRID, GRID)).double()
 
 
