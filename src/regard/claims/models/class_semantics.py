@@ -119,7 +119,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
             label = None if i else "found, as many"
             left.plot([start * seconds, end * seconds], [-2] * 2, "C3", lw=3, alpha=0.7, label=label)
         left.set(xlabel="seconds", ylabel="mel band", ylim=(-4, BANDS + 6))
-        left.legend(fontsize=7, loc="upper right")
+        left.legend(fontsize=7, loc="center right")
         other.bar([arm.replace(" ", "\n") for arm in scored], [float(of.mean()) for of in scored.values()], color="0.8")
         for i, of in enumerate(scored.values()):
             other.plot([i] * len(of), of, "o", color="C0", markersize=3)
