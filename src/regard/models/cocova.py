@@ -63,8 +63,8 @@ def select(scores: Tensor, keep: int, mask: Tensor | None = None) -> tuple[Tenso
 class LatentQFormer(nn.Module, PyTorchModelHubMixin):
     """Rounds of picking image tokens, looking at these and at the text, and updating the thought by a gate.
 
-    `regard.record` sees three sites, each called once a round: the thoughts among each other, on the image tokens that
-    were picked, and on the text; the rounds join along `query`.
+    `regard.record` sees three stacks, each round as a layer: the thoughts among each other, on the image tokens that
+    were picked, the highest score first, and on the text.
 
     >>> import torch
     >>> from regard.models.cocova import LatentConfig, LatentQFormer
