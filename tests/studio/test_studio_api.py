@@ -10,6 +10,7 @@ import itertools
 import re
 import time
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -29,7 +30,7 @@ from regard.studio.work import Desk
 TOKEN, HOST = "a-token-of-the-tests", "127.0.0.1:8000"
 HEADERS = {"authorization": f"Bearer {TOKEN}", "host": HOST}
 LONGEST = 0.3  # seconds that a job may run before it is stopped
-EACH = settings(max_examples=6, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True, database=None)
+EACH = settings(deadline=None, suppress_health_check=[*HealthCheck], derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,15 @@ def end(job: Job, longest: float = LONGEST) -> tuple[str, dict]:
     return job.events[-1]
 
 
-def _of(ask, mode: GenerationMode):
-    def one(case) -> None:
-        ask(case, mode)
+def drawn(operation, ask, most: int = 6, mode: GenerationMode = GenerationMode.POSITIVE) -> None:
+    """Calls `ask` with requests that an operation allows, or does not."""
 
-    return one
+    @settings(EACH, max_examples=most)
+    @given(operation.as_strategy(generation_mode=mode))
+    def each(case) -> None:
+        ask(case)
+
+    each()
 
 
 def test_answers_are_as_the_schema_says(studio, subtests):
@@ -97,11 +102,27 @@ def test_answers_are_as_the_schema_says(studio, subtests):
 
     operations = [one.ok() for one in schema.get_all_operations()]
     for operation, mode in itertools.product(operations, GenerationMode):
-        drawn = given(operation.as_strategy(generation_mode=mode))(_of(ask, mode))
         with subtests.test(f"{operation.label}, {mode.value}"), suppress(Unsatisfiable):  # any text is a name
-            EACH(drawn)()
+            drawn(operation, partial(ask, mode=mode), mode=mode)
     assert {label for label, mode in asked if mode is GenerationMode.POSITIVE} == {one.label for one in operations}
     assert {label for label, mode in asked if mode is GenerationMode.NEGATIVE} >= {
         one.label for one in operations if "/jobs/" in one.path and one.body
     }
     assert {"done", "failed"} <= ends
+
+
+def test_every_address_asks_for_the_token_and_for_its_own_host(studio, subtests):
+    client, jobs = studio
+    schema = schemathesis.openapi.from_asgi("/api/openapi.json", client.app, headers=HEADERS)
+    before = len(jobs.all)
+
+    def refused(case, headers: dict[str, str], status: int) -> None:
+        response = case.call(headers=headers, base_url=f"http://{HOST}")
+        assert response.status_code == status
+        case.validate_response(response, excluded_checks=[CHECKS.get_one("positive_data_acceptance")])
+
+    for operation in (one.ok() for one in schema.get_all_operations()):
+        for headers, status in (({"host": HOST}, 403), ({**HEADERS, "host": "other.example"}, 421)):
+            with subtests.test(operation.label):
+                drawn(operation, partial(refused, headers=headers, status=status), most=1)
+    assert len(jobs.all) == before

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # neighbours
 TIMES = 4  # as large as the pictures are
-Patch = Annotated[int, Field(ge=0, lt=pictures.GRID**2)]
+Patch = Annotated[int, Field(strict=True, ge=0, lt=pictures.GRID**2)]
 
 
 class Edited(BaseModel):
@@ -36,10 +36,12 @@ class Edited(BaseModel):
     The picture is one of the claim's, or one that was uploaded.
     """
 
-    item: Annotated[int, Field(ge=0, lt=pictures.ASKED)] = 0
+    item: Annotated[int, Field(strict=True, ge=0, lt=pictures.ASKED)] = 0
     upload: Upload | None = None
     mask: Annotated[list[Patch], Field(max_length=pictures.GRID**2)] = []
-    moved: Annotated[list[tuple[Annotated[int, Field(ge=0, lt=SHOWN)], Patch, Patch]], Field(max_length=768)] = []
+    moved: Annotated[
+        list[tuple[Annotated[int, Field(strict=True, ge=0, lt=SHOWN)], Patch, Patch]], Field(max_length=768)
+    ] = []
 
 
 @functools.cache

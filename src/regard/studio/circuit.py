@@ -29,7 +29,7 @@ class Contrasted(BaseModel):
     corrupted: Text
     answer: Name
     wrong: Name
-    heads: Annotated[int, Field(ge=1, le=24)] = 8
+    heads: Annotated[int, Field(strict=True, ge=1, le=24)] = 8
 
 
 class Example(BaseModel):
@@ -37,7 +37,7 @@ class Example(BaseModel):
 
     model: Name
     task: Literal["ioi", "greater_than", "docstring", "induction"]
-    seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**31)] = 0
 
 
 class _Watched(Contrast):

@@ -38,7 +38,8 @@ class Asked(BaseModel):
     recording: Name
     methods: Annotated[list[Name], Field(max_length=2)] = []
     target: Name | None = None  # a class, or a text of one token; None for the model's own
-    word: Annotated[int, Field(ge=0, le=100_000)] | None = None  # of what was generated, the token that is explained
+    # of what was generated, the token that is explained
+    word: Annotated[int, Field(strict=True, ge=0, le=100_000)] | None = None
 
 
 def fitting(desk: Desk, job: Job, asked: Asked) -> None:

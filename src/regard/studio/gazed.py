@@ -26,7 +26,7 @@ from .steps import Name, Upload
 from .work import Desk
 
 MOST = 20_000  # fixations that a page draws
-Side = Annotated[int, Field(ge=1, le=100_000)]
+Side = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 
 
 class Gazed(BaseModel):

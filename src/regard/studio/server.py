@@ -87,6 +87,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         422: "A field is missing, or out of range",
         429: "Too many jobs wait",
     }.items()
+} | {
+    status: {"description": words, "content": {"text/plain": {}}}
+    for status, words in {403: "No token, or another site asked", 421: "Another host was meant"}.items()
 }
 
 

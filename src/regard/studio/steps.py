@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictBool
 
 from .. import catalog
 from ..cli.inputs import InputError
@@ -18,15 +18,15 @@ from ..loading import Loaded
 
 Name = Annotated[str, Field(max_length=200)]
 Upload = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]  # the id of a file that was uploaded
-Place = Annotated[int, Field(ge=0, le=10_000_000)]
-Factor = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Place = Annotated[int, Field(strict=True, ge=0, le=10_000_000)]
+Factor = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
 
 
 class Heads(BaseModel):
     """Heads, muted or scaled."""
 
     kind: Literal["heads"]
-    on: bool = True
+    on: StrictBool = True
     stack: Name = "language_model"
     heads: Annotated[list[tuple[Place, Place, Factor]], Field(min_length=1, max_length=4096)]  # layer, head, factor
 
@@ -35,20 +35,20 @@ class Attention(BaseModel):
     """What flows from keys to queries, cut or raised."""
 
     kind: Literal["attention"]
-    on: bool = True
+    on: StrictBool = True
     stack: Name = "language_model"
     keys: Annotated[list[Place], Field(min_length=1, max_length=100_000)]
     queries: Annotated[list[Place], Field(max_length=100_000)] | None = None
     layers: list[Place] | None = None
     heads: list[Place] | None = None
-    factor: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    factor: Annotated[float, Field(strict=True, ge=0, le=1000, allow_inf_nan=False)] = 0.0
 
 
 class Method(BaseModel):
     """An intervention of the catalog."""
 
     kind: Literal["method"]
-    on: bool = True
+    on: StrictBool = True
     key: Name
     knobs: Annotated[dict[Name, Name], Field(max_length=50)] = {}
 

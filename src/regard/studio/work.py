@@ -67,7 +67,7 @@ class Given(BaseModel):
     text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     turns: Annotated[list[Turn], Field(max_length=200)] = []
     upload: Upload | None = None
-    generate: Annotated[int, Field(ge=0, le=512)] = 0
+    generate: Annotated[int, Field(strict=True, ge=0, le=512)] = 0
 
 
 class Change(BaseModel):
