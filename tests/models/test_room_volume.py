@@ -76,6 +76,8 @@ def test_rows_are_energy_then_phase():
     low = features(tone(float(frequencies[0]), seconds=1.0), 8000, bands=16, window=128, hop=64, phases=4)[0]
     expected = 2 * math.pi * float(frequencies[0]) * (64 + 64 * 50) / 8000
     assert float((low[16, 50] - expected).sin()) == pytest.approx(0, abs=0.02)
+    bands = filtered(tone(float(frequencies[0]), seconds=1.0), 8000, frequencies)[0, :, 64 + 64 * 50]
+    assert float((low[20, 50] - (bands[1].angle() - bands[0].angle())).sin()) == pytest.approx(0, abs=1e-4)
     loud = features(10 * wave, 8000, bands=16, window=128, hop=64, phases=4)[0]
     torch.testing.assert_close(loud[16:], found[16:], atol=2e-2, rtol=0)  # loudness has no part in phase
     torch.testing.assert_close(loud[8] - found[8], torch.full_like(loud[8], math.log(100)), atol=1e-3, rtol=0)
@@ -92,6 +94,9 @@ def test_tokens_of_four_seconds():
 def test_each_clip_is_its_own_and_rows_are_standardised():
     model, given = room_volume(**SMALL).eval(), torch.randn(3, 24, 60)
     torch.testing.assert_close(model(given[:1]), model(given)[:1], atol=1e-5, rtol=1e-4)
+    torch.nn.init.normal_(model.transformer.embeddings.cls_token)
+    tokens = model.transformer(given.mT).last_hidden_state
+    torch.testing.assert_close(model(given), model.read(tokens[:, 0])[:, 0])  # the class token's
     other = room_volume(**SMALL).eval()
     other.load_state_dict(model.state_dict())
     shifted = given * torch.linspace(1, 5, 24)[:, None] + 7
@@ -129,7 +134,7 @@ def test_it_learns_and_is_saved(tmp_path):
 
 def test_it_starts_from_a_picture_transformer():
     config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    pictures = ViTModel(ViTConfig(**config, image_size=32, patch_size=8))  # 4 x 4 places
+    pictures = ViTModel(ViTConfig(**config, image_size=40, patch_size=8))  # 5 x 5 places
     torch.nn.init.normal_(pictures.embeddings.position_embeddings)
     model = room_volume(**SMALL)
     model.start_from(pictures)
@@ -137,7 +142,7 @@ def test_it_starts_from_a_picture_transformer():
     red_green_blue = theirs.patch_embeddings.projection.weight
     torch.testing.assert_close(own.patch_embeddings.projection.weight[:, 0], red_green_blue.sum(1))
     torch.testing.assert_close(own.position_embeddings[:, 1], theirs.position_embeddings[:, 0])
-    places = theirs.position_embeddings[0, 1:].view(4, 4, 16)[0:3]  # the middle three of four rows, from the first
+    places = theirs.position_embeddings[0, 1:].view(5, 5, 16)[1:4]  # the middle three of five rows
     wide = torch.nn.functional.interpolate(places.permute(2, 0, 1)[None], (3, 9), mode="bilinear")
     torch.testing.assert_close(own.position_embeddings[0, 2:], wide.flatten(2)[0].T)
     torch.testing.assert_close(
@@ -161,6 +166,8 @@ def test_a_response_falls_by_its_time_and_its_reverberation_is_one_over_volume()
     responses = {v: [impulse_response(v, 0.6, 1.0, seed=3, index=i) for i in range(40)] for v in (50, 500)}
     for found in responses.values():
         assert found[0][round(8000 / SPEED)] == pytest.approx(math.exp(-3 * math.log(10) / SPEED / 0.6), rel=1e-6)
+    farther = impulse_response(500, 0.6, 2.0, seed=3)[round(2 * 8000 / SPEED)]
+    assert farther == pytest.approx(math.exp(-6 * math.log(10) / SPEED / 0.6) / 2, rel=1e-6)
     power = {v: np.square(found).mean(0) for v, found in responses.items()}
     late = slice(1600, 3600)
     level = np.log10(power[50][late])
