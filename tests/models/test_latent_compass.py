@@ -111,6 +111,10 @@ def test_units_of_a_layers_features_are_their_deviations():
     a, b = one.step * one.spread, hundred.step * hundred.spread
     assert float(b[0] / b[1]) == pytest.approx(100 * float(a[0] / a[1]), rel=1e-4)
     assert float(b[2]) == 0  # what does not differ is left alone
+    seen = codes[:, :2].double()
+    w, offset = separate((seen - seen.mean(0)) / seen.std(0), labels)
+    expected = ((seen - seen.mean(0)) / seen.std(0)) @ w + offset
+    torch.testing.assert_close(one.scores(torch.cat([codes[:, :2], torch.zeros(10, 1)], 1)), expected)
 
 
 def test_directions_are_kept_added_and_saved():

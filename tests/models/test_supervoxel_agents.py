@@ -94,6 +94,9 @@ def test_supervoxels_follow_edges_and_cover_all():
     flat = supervoxels(grey, 4, compactness=1e6)
     assert flat.unique().numel() == 4
     assert torch.equal(flat[0, 0, :, 3], flat[0, 0, :, 0])  # by place alone, the edge counts nothing
+    line = torch.ones(1, 1, 1, 16)
+    line[..., :4], line[..., 15] = 0, 0  # its last is as grey as the first supervoxel, which is too far away
+    assert supervoxels(line, 4, compactness=0.01)[0, 0, 0, 15] >= 2
     both = torch.cat([grey, torch.rand(1, 4, 8, 8)])
     assert torch.equal(supervoxels(both, 4, compactness=0.05)[:1], sharp)
 
@@ -147,23 +150,30 @@ def test_hints_reach_only_as_far_as_the_trunk_sees():
     assert not changed[:, :, 4:].any()
 
 
-def test_one_round_of_the_loss_by_hand():
+def test_two_rounds_of_the_loss_by_hand():
     grey, truth, coarse = scene(1)
     agents, regions = model(), supervoxels(grey)
     clicks = simulated_clicks(coarse, truth)
     weights = boundary_weights(truth)
     found = episode_loss(
-        agents, grey, coarse, truth, lambda p: clicks, rounds=1, regions=regions, boundary=weights, entropy=0.1,
-        generator=torch.Generator().manual_seed(3),
+        agents, grey, coarse, truth, lambda p: clicks, rounds=2, regions=regions, boundary=weights, entropy=0.1,
+        gamma=0.5, generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
-    state = torch.cat([grey[:, None], coarse[:, None], marked(torch.zeros(1, 2, *SHAPE), regions, clicks)], 1)
-    logits, value = agents(state)
-    flat = logits.softmax(1).movedim(1, -1).flatten(0, -2)
-    actions = torch.multinomial(flat, 1, generator=torch.Generator().manual_seed(3)).view_as(coarse)
-    won = rewards(coarse, agents.moved(coarse, actions), truth, weights)
-    logs = logits.log_softmax(1).gather(1, actions[:, None])[:, 0]
-    entropy = torch.distributions.Categorical(logits=logits.movedim(1, -1)).entropy().mean()
-    expected = -(logs * (won - value).detach()).mean() + 0.5 * (won - value).square().mean() - 0.1 * entropy
+    draws, now, parts = torch.Generator().manual_seed(3), coarse, []
+    for _ in range(2):
+        state = torch.cat([grey[:, None], now[:, None], marked(torch.zeros(1, 2, *SHAPE), regions, clicks)], 1)
+        logits, value = agents(state)
+        flat = logits.softmax(1).movedim(1, -1).flatten(0, -2)
+        actions = torch.multinomial(flat, 1, generator=draws).view_as(now)
+        after = agents.moved(now, actions)
+        entropy = torch.distributions.Categorical(logits=logits.movedim(1, -1)).entropy().mean()
+        log = logits.log_softmax(1).gather(1, actions[:, None])[:, 0]
+        parts.append((rewards(now, after, truth, weights), value, log, entropy))
+        now = after
+    expected = torch.zeros(())
+    for won, value, log, entropy in ((parts[0][0] + 0.5 * parts[1][0], *parts[0][1:]), parts[1]):
+        gain = won - value
+        expected = expected + (-(log * gain.detach()).mean() + 0.5 * gain.square().mean() - 0.1 * entropy) / 2
     torch.testing.assert_close(found, expected)
 
 

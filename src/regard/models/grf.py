@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import _cameras
+from ._cameras import rigid
 from .slot_attention import SlotAttention
 
 MERGES = "attention", "slots", "mean", "max"
@@ -46,16 +48,8 @@ def project(points: Tensor, poses: Tensor, intrinsics: Tensor) -> tuple[Tensor, 
     >>> project(torch.tensor([[0.0, 0.0, 3.0]]), pose, lens)[0]
     tensor([[[12.,  8.]]])
     """
-    turn, shift = poses[:, :3, :3], poses[:, :3, 3]
-    last, one = poses.new_tensor([0.0, 0, 0, 1]), torch.eye(3, dtype=poses.dtype, device=poses.device)
-    rigid = (turn @ turn.mT - one).abs().amax((1, 2)) < 1e-3
-    rigid &= (torch.linalg.det(turn) > 0) & ((poses[:, 3] - last).abs().amax(1) < 1e-6)
-    if not rigid.all():
-        wrong = int((~rigid).nonzero()[0])
-        raise ValueError(f"grf: pose {wrong} is no rotation and shift [4, 4] from camera to world:\n{poses[wrong]}")
-    local = torch.einsum("vji,pvj->pvi", turn, points[:, None] - shift)
-    seen = torch.einsum("vij,pvj->pvi", intrinsics, local)
-    return seen[..., :2] / seen[..., 2:].clamp_min(1e-6), local[..., 2]
+    rigid(poses, "grf")
+    return _cameras.project(points, poses, intrinsics)
 
 
 def sampled(features: Tensor, places: Tensor, depth: Tensor) -> Tensor:
