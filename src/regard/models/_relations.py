@@ -65,7 +65,7 @@ class RelationAttention(nn.Module):
         return Told((weights @ told).transpose(1, 2).flatten(2), weights, told)
 
 
-def _read(module: RelationAttention, args: Any, kwargs: Any, output: Told) -> tuple[Tensor, Tensor]:
+def _read(module: nn.Module, args: Any, kwargs: Any, output: Told) -> tuple[Tensor, Tensor]:
     return output.weights, output.values
 
 
