@@ -8,7 +8,7 @@ too long to learn. Arms of equal weights, steps and curriculum: three rounds of 
 round of three thoughts side by side, as many vectors without a chain; and a chain in words, one round for each, which
 is taught what to write and reads it next. Until three quarters of the steps all tokens are kept, as an alignment, then
 three of six: with fewer from the start, pilots did not learn more than one look-up. Trained on the answer alone,
-without contrast and diffusion. Control at test: weights of the selection drawn anew. Ten short pilots, on one other
+without contrast and diffusion. Control at test: weights of the selection drawn anew. Some sixteen short pilots, on one other
 seed, while the task was made. Stand-ins: all of it is small and generated.
 """
 
