@@ -1,15 +1,15 @@
 """Ma et al. (arXiv:2511.02360): thoughts in vectors find what takes several steps, without writing these down.
 
-Six things, each an image token: its shape, its colour, and the shape that it points at, as one-hot features and noise.
-The question names a shape and how many look-ups it takes, one to three: the colour of the named thing, of the one that
-it points at, or of the next. So seeing is easy and the search is serial. (Neighbours on a grid, for pointers, take far
-longer to learn.) A small network that is told which thought counts stands for the language model, which in pilots took
-too long to learn. Arms of equal weights, steps and curriculum: three rounds of one thought; one round, at once; one
-round of three thoughts side by side, as many vectors without a chain; and a chain in words, one round for each, which
-is taught what to write and reads it next. Until three quarters of the steps all tokens are kept, as an alignment, then
-three of six: with fewer from the start, pilots did not learn more than one look-up. Trained on the answer alone,
-without contrast and diffusion. Control at test: weights of the selection drawn anew. Some sixteen short pilots, on one other
-seed, while the task was made. Stand-ins: all of it is small and generated.
+Six things, each an image token: its shape, its colour, and the shape that it points at, as one-hot features and
+noise. The question names a shape and how many look-ups it takes, one to three: the colour of the named thing, of the
+one that it points at, or of the next. So seeing is easy and the search is serial. (Neighbours on a grid, for
+pointers, take far longer to learn.) A small network that is told which thought counts stands for the language model,
+which in pilots took too long to learn. Arms of equal weights, steps and curriculum: three rounds of one thought; one
+round, at once; one round of three thoughts side by side, as many vectors without a chain; and a chain in words, one
+round for each, which is taught what to write and reads it next. Until three quarters of the steps all tokens are
+kept, as an alignment, then three of six: with fewer from the start, pilots did not learn more than one look-up.
+Trained on the answer alone, without contrast and diffusion. Control at test: weights of the selection drawn anew.
+Some sixteen short pilots, on one other seed, while the task was made. Stand-ins: all of it is small and generated.
 """
 
 from __future__ import annotations
