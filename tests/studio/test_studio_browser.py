@@ -75,6 +75,7 @@ def test_a_head_is_muted_and_the_answer_changes(visit):
     mute(page, 3, 5)
     page.wait_for_selector(".differences .cell")
     assert "mute layer 3, head 5" in page.locator(".steps").inner_text()
+    assert page.locator(".change .readout").first.inner_text() == "Layer 3, head 5: muted"
     rows = page.locator(".before-after .bars tbody tr").all()
     shares = [[cell.inner_text() for cell in row.locator(".number").all()] for row in rows]
     assert any(before != after for before, after in shares)

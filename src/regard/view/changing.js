@@ -142,7 +142,7 @@ export function changing(element, forms, at, events) {
       stack = next;
       box.replaceChildren();
       const say = (l, h) => { readout.textContent = l === null || l === undefined ? "Click a head to mute it; click it again to let it be." : grid.words(l, h); };
-      grid = { view: atlas(box, { layers: stack.layers, heads: stack.heads, sites: stack.sites }, { choose: toggle, look: say }) };
+      grid = { view: atlas(box, { layers: stack.layers, heads: stack.heads, sites: stack.sites }, { choose: (l, h) => { toggle(l, h); say(l, h); }, look: say }) };
       say(null);
       draw();
     },
