@@ -262,6 +262,12 @@ def thought_contrast(thoughts: Tensor, image: Tensor, text: Tensor, *, temperatu
     """
     if len(thoughts) < 2 or temperature <= 0:
         raise ValueError(f"thought_contrast: two rows or more, temperature above 0; got {len(thoughts)}, {temperature}")
+    own_shape = (len(thoughts), thoughts.shape[-1])
+    if thoughts.ndim != 4 or 0 in thoughts.shape or not image.shape == text.shape == own_shape:
+        raise ValueError(
+            f"thought_contrast: thoughts [batch, round, thought, dim], of a round or more, image, text [batch, dim]; "
+            f"got {list(thoughts.shape)}, {list(image.shape)} and {list(text.shape)}"
+        )
     mean, own = F.normalize(thoughts.mean((1, 2)), dim=-1), torch.arange(len(thoughts), device=thoughts.device)
     losses = []
     for other in (image, text):
@@ -280,6 +286,8 @@ class ThoughtDiffusion(nn.Module):
 
     def __init__(self, dim: int, latent: int, *, hidden: int = 256, steps: int = 1000) -> None:
         super().__init__()
+        if steps < 1:
+            raise ValueError(f"ThoughtDiffusion: steps are 1 or more, got {steps}")
         self.net = nn.Sequential(nn.Linear(latent + dim + 1, hidden), nn.GELU(), nn.Linear(hidden, latent))
         self.register_buffer("alphas", (1 - torch.linspace(1e-4, 0.02, steps)).cumprod(0), persistent=False)
 
@@ -291,7 +299,7 @@ class ThoughtDiffusion(nn.Module):
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         share = self.alphas[step, None].to(latents)
         noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
-        told = torch.cat([noisy, thoughts[:, -1].mean(1), step[:, None] / len(self.alphas)], -1)
+        told = torch.cat([noisy, thoughts[:, -1].mean(1), (step[:, None] / len(self.alphas)).to(noisy)], -1)
         return F.mse_loss(self.net(told), noise)
 
 
