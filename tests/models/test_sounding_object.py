@@ -107,7 +107,11 @@ def test_the_intervention_does_the_same():
             found = condition(text, patches).condition
         torch.testing.assert_close(found, condition(text, patches, mask, fit=fit).condition)
     with torch.no_grad(), regard.intervene(condition, MaskAttention(mask, layers={3})):
-        torch.testing.assert_close(condition(text, patches).condition, condition(text, patches).condition)
+        found = condition(text, patches).condition
+    torch.testing.assert_close(found, condition(text, patches).condition)
+    twice = MaskAttention(mask.repeat(2, 1))
+    with regard.intervene(condition, twice), pytest.raises(ValueError, match="4 masks for 2 rows"):
+        condition(text, patches)
     own = nn.MultiheadAttention(12, 2, batch_first=True)
     with torch.no_grad(), regard.intervene(own, MaskAttention(mask)):  # self attention is left alone
         found = own(patches, patches, patches)[0]

@@ -85,6 +85,11 @@ class MaskAttention:
         """[batch, head, query, key]"""
         if not call.site.cross or (self.layers is not None and call.site.layer not in self.layers):
             return weights
+        if len(self.mask) not in (1, len(weights)):
+            raise ValueError(
+                f"MaskAttention: {len(self.mask)} masks for {len(weights)} rows; give one, or one a row (guidance may "
+                "double rows)"
+            )
         return match(self.mask.to(weights.device)[:, None, None], weights, fit=self.fit)
 
 
