@@ -238,3 +238,12 @@ def test_without_thoughts_there_is_no_contrast():
         thought_contrast(torch.randn(3, 2, 1, 8), torch.randn(2, 8), torch.randn(3, 8))
     with pytest.raises(ValueError, match="steps are 1 or more"):
         ThoughtDiffusion(8, 5, steps=0)
+
+
+def test_without_a_cache_it_says_so():
+    model, given = built()
+    model.language.enable_input_require_grads()
+    model.language.activation_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="switch activation checkpointing off"):
+        model(**given)

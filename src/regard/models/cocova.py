@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from ..objectives._contrast import both_ways
+
 
 @dataclass(frozen=True)
 class LatentConfig:
@@ -209,6 +211,11 @@ class CoCoVa(nn.Module):
         if not mask[:, -1].all():
             raise ValueError("CoCoVa: prompts are padded on the left, as the answer comes next; a row ends in padding")
         found = self._decoded(embeds, mask, None)
+        if found.past_key_values is None:
+            raise ValueError(
+                "CoCoVa: the language model keeps no cache, which thoughts and answer are read with; switch activation "
+                "checkpointing off"
+            )
         hidden = found.last_hidden_state
         seen, seen_mask = _gathered(embeds, image & mask)
         words, words_mask = _gathered(hidden, ~image & mask)
@@ -268,12 +275,8 @@ def thought_contrast(thoughts: Tensor, image: Tensor, text: Tensor, *, temperatu
             f"thought_contrast: thoughts [batch, round, thought, dim], of a round or more, image, text [batch, dim]; "
             f"got {list(thoughts.shape)}, {list(image.shape)} and {list(text.shape)}"
         )
-    mean, own = F.normalize(thoughts.mean((1, 2)), dim=-1), torch.arange(len(thoughts), device=thoughts.device)
-    losses = []
-    for other in (image, text):
-        logits = mean @ F.normalize(other, dim=-1).mT / temperature
-        losses += [F.cross_entropy(logits, own), F.cross_entropy(logits.mT, own)]
-    return torch.stack(losses).mean()
+    mean, *others = (F.normalize(x, dim=-1) for x in (thoughts.mean((1, 2)), image, text))
+    return torch.stack([both_ways(mean @ other.mT / temperature) for other in others]).mean()
 
 
 class ThoughtDiffusion(nn.Module):
