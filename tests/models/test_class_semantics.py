@@ -213,3 +213,27 @@ def test_refusals():
         class_semantics(**SIZES | {"attention": "sse"})
     with pytest.raises(ValueError, match="longest is 1 or more"):
         class_semantics(**SIZES | {"longest": 0})
+
+
+def test_proposals_are_no_longer_than_what_was_judged():
+    found = class_semantics(**SIZES)(torch.randn(2, 6, 20), torch.randn(2, 4, 20).softmax(1))
+    for (stretches, scores), (own, same) in zip(proposals(found, above=0.0), proposals(found, above=0.0, longest=5)):
+        assert torch.equal(stretches, own)
+        assert torch.equal(scores, same)
+        assert float((stretches[:, 1] - stretches[:, 0]).max()) == 5
+        assert not scores.requires_grad
+
+
+def test_no_videos_and_what_is_not_of_them():
+    model, scores = class_semantics(**SIZES), torch.randn(2, 4, 9).softmax(1)
+    found = model(torch.randn(2, 6, 9), scores)
+    assert localiser_loss(Localised(*(None if x is None else x[:0] for x in found)), []) == 0
+    for actions in ([torch.zeros(1, 2)], [torch.zeros(2)] * 2, [torch.zeros(1, 3)] * 2):
+        with pytest.raises(ValueError, match="of each of 2 videos"):
+            localiser_loss(found, actions)
+    with pytest.raises(ValueError, match="sigma above 0"):
+        proposals(found, sigma=0.0)
+    with pytest.raises(ValueError, match="reduction are 1 or more"):
+        ClassSemanticsAttention(8, 4, reduction=0)
+    with pytest.raises(ValueError, match="reduction of the gate by classes, which attention='se' has not"):
+        class_semantics(**SIZES, attention="se", reduction=4)

@@ -221,3 +221,29 @@ def test_refusals():
         former()(torch.randn(2, 6, 8), torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match="a word of text or more"):
         former()(torch.randn(2, 6, 8), torch.randn(2, 0, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_denoiser_in_half_precision(dtype):
+    denoiser = ThoughtDiffusion(8, 5).to(dtype)
+    found = denoiser(torch.randn(3, 2, 1, 8, dtype=dtype), torch.randn(3, 5, dtype=dtype))
+    assert found.dtype == dtype
+    assert found.isfinite()
+
+
+def test_without_thoughts_there_is_no_contrast():
+    with pytest.raises(ValueError, match="of a round or more"):
+        thought_contrast(torch.randn(3, 0, 1, 8), torch.randn(3, 8), torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"got \[3, 2, 1, 8\], \[2, 8\]"):
+        thought_contrast(torch.randn(3, 2, 1, 8), torch.randn(2, 8), torch.randn(3, 8))
+    with pytest.raises(ValueError, match="steps are 1 or more"):
+        ThoughtDiffusion(8, 5, steps=0)
+
+
+def test_without_a_cache_it_says_so():
+    model, given = built()
+    model.language.enable_input_require_grads()
+    model.language.activation_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="switch activation checkpointing off"):
+        model(**given)

@@ -181,3 +181,19 @@ def test_refusals():
         conditional_embedding(conditions=2, backbone=flat)(torch.randn(2, 3, 4, 4))
     with pytest.raises(ValueError, match="conditional_triplet: embeddings"):
         conditional_triplet(F.normalize(torch.randn(3, 2)), torch.zeros(3), torch.zeros(2))
+
+
+def test_precision_in_half_precision_and_of_what_is_none():
+    at = torch.rand(300)
+    embeddings, labels = torch.stack([at.cos(), at.sin()], 1).bfloat16(), torch.arange(300) % 2
+    # one label: all are right at every rank, where ranks beyond 256 are no numbers of bfloat16
+    assert torch.equal(average_precision(embeddings, torch.zeros(300)), torch.ones(300))
+    with pytest.raises(ValueError, match="to be finite"):
+        average_precision(embeddings * math.nan, labels)
+    with pytest.raises(ValueError, match=r"got \[300, 2\] and \[299\]"):
+        average_precision(embeddings, labels[:-1])
+
+
+def test_the_block_is_one_of_the_layers():
+    with pytest.raises(ValueError, match="num_hidden_layers is 1 or more"):
+        conditional_embedding(conditions=2, vision={**VISION, "num_hidden_layers": 0})

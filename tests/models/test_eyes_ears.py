@@ -184,3 +184,53 @@ def test_seen_by_record_and_kept(retriever, items, tmp_path):
     read = Retriever.from_pretrained(tmp_path).eval()
     assert read.temperature == 0.1
     assert torch.allclose(read.embed_memory(items), embedded, atol=1e-5)
+
+
+def test_a_talk_goes_on_from_a_memory_that_was_kept(retriever):
+    talk = Conversation("ann", Told(), retriever, lambda text, *_: Perceived(torch.tensor([1])), Memory([Unit("x", 4)]))
+    talk.session("ben")
+    talk.hear("ben", "hello")
+    assert talk.recalled() is talk.memory.units[0]
+    (unit,) = talk.close()
+    assert unit.session == 5
+
+
+def test_a_session_whose_links_fail_is_closed_once():
+    class Failing(Told):
+        links = iter([(), None, (), ()])
+
+        def write(self, said, pictures, sounds):
+            return [Unit("x", 0), Unit("y", 0)]
+
+        def link(self, unit, earlier):
+            return next(self.links)
+
+    talk = Conversation("ann", Failing(), None, None)
+    talk.session("ben")
+    with pytest.raises(TypeError):
+        talk.close()
+    assert not talk.memory.units
+    talk.close()
+    assert [unit.text for unit in talk.memory.units] == ["x", "y"]
+
+
+def test_what_an_encoder_cannot_read(retriever, items):
+    long = eyes_ears(words=12, picture=5, sound=3, width=16, heads=2, longest=4)
+    for encoder, item, said in [
+        (retriever, Perceived(torch.tensor([12])), "0 to 11"),
+        (retriever, Perceived(torch.tensor([-1])), "0 to 11"),
+        (retriever, Perceived(torch.tensor([1.0])), "words are ids"),
+        (retriever, Perceived(torch.tensor([1]), torch.randn(5)), "features are"),
+        (retriever, Perceived(torch.tensor([1]), None, torch.randn(1, 5)), r"features are \[item, 3\]"),
+        (long, Perceived(torch.ones(5, dtype=torch.long)), "raise `longest`"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            encoder.embed_memory([item])
+    for among in (torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match="among is boolean"):
+            retriever.loss(items[:1], items, torch.tensor([0]), among=among)
+
+
+def test_scores_that_are_not_numbers_are_not_right():
+    nan = float("nan")
+    assert ranks(torch.tensor([[nan, 1.0, 2.0], [nan, 3.0, 2.0]]), torch.tensor([0, 1])).tolist() == [3, 2]

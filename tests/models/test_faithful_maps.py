@@ -250,3 +250,17 @@ def test_refusals(model, pictures):
         model(pictures, patches=torch.zeros(2, 4, 4, 16))
     with pytest.raises(ValueError, match="one size"):
         FaithfulMaps(vit(), ViTModel(ViTConfig(**{**SIZES, "patch_size": 8})), classes=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, pictures, dtype):
+    whole = model(pictures)
+    half = copy.deepcopy(model).to(dtype)
+    assert torch.allclose(half(pictures.to(dtype)).logits.float(), whole.logits, atol=0.1)
+    assert half.losses(pictures.to(dtype), torch.tensor([0, 1, 2]))["total"].isfinite()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_a_soft_mask_is_no_less_than_0(model, pictures, value):
+    with pytest.raises(ValueError, match="floats from 0 to 1"):
+        model.second(pictures, torch.full((3, 4, 4), value))

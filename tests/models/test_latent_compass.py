@@ -190,3 +190,22 @@ def test_refusals():
         with pytest.raises(ValueError, match=said):
             ask()
     assert compass.steer(found, CODES[:0], 1.0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("model", ["logistic", "svm"])
+def test_heaps_that_are_alike_give_no_direction(model):
+    compass, codes = Compass(nn.Identity(), model=model), torch.tensor([[1.0], [-1], [1], [-1]])
+    with pytest.raises(ValueError, match="both heaps are alike"):
+        compass.fit(codes, [1, 1, 0, 0], name="none")
+    assert compass.directions == {}
+
+
+def test_separate_refuses_what_it_cannot_do():
+    for labels, knobs, said in [
+        (LABELS, {"model": "tree"}, "logistic, svm"),
+        (LABELS, {"strength": 0.0}, "strength above 0"),
+        ([0, 1, 2, 1], {}, "labels 0 or 1"),
+        ([0, 1, 1], {}, "labels 0 or 1"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            separate(CODES, torch.tensor(labels), **knobs)

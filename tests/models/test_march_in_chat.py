@@ -298,3 +298,43 @@ def test_refusals():
         Navigator(NavigatorConfig(ROOMS, THINGS))(torch.rand(1, 2, 3), torch.ones(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="words are there once"):
         Navigator(NavigatorConfig(("hall", "hall"), ()))
+
+
+def test_words_and_places_are_where_the_navigator_is():
+    home = corridor("hall", "kitchen")
+    navigator = Navigator(NavigatorConfig(ROOMS, THINGS)).half()
+    assert march_in_chat(home, FIND, RulePlanner(), navigator, most=1).path[0] == 0
+    assert navigator.around(home, 0, visited={0}).dtype == torch.float16
+    there = navigator.to("meta")
+    assert there.ids(FIND).device.type == there.around(home, 0, visited={0}).device.type == "meta"
+
+
+def test_a_language_model_is_given_words_where_it_is():
+    class Model:
+        device = torch.device("meta")
+
+        def generate(self, ids, **options):
+            assert ids.device == self.device
+            return torch.tensor([[1, 2, 9]])
+
+    def tokenizer(text, return_tensors):
+        return SimpleNamespace(input_ids=torch.tensor([[1, 2]]))
+
+    tokenizer.decode = lambda ids, skip_special_tokens: "go left"  # type: ignore[attr-defined]
+    assert TransformersPlanner(Model(), tokenizer, [("a", ["b"])]).goal(FIND) == "go left"
+
+
+def test_what_a_navigator_does_not_know(tmp_path):
+    config = NavigatorConfig(ROOMS, THINGS)
+    navigator = Navigator(config)
+    navigator.save_pretrained(tmp_path)
+    assert Navigator.from_pretrained(tmp_path).config == config
+    places = torch.rand(1, 2, 26)
+    for wrong in (-1, len(navigator.number) + 1):
+        with pytest.raises(ValueError, match="words are 1 to"):
+            navigator(places, torch.tensor([[1, wrong]]))
+    for mask in (torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 2)):
+        with pytest.raises(ValueError, match="a mask is boolean"):
+            navigator(places, torch.tensor([[1]]), mask=mask)
+    with pytest.raises(ValueError, match="heads divide dim"):
+        Navigator(NavigatorConfig(ROOMS, THINGS, heads=0))

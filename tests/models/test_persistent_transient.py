@@ -243,3 +243,14 @@ def test_gradients_are_those_of_differences():
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     assert torch.autograd.gradcheck(lambda a, b: tuple(model(a, b, 1, on=on)[:2]), given, atol=1e-4)
+
+
+def test_what_the_switch_is_told_is_of_its_steps():
+    human, objects = scene()
+    model = both()
+    forecast = model(human[:, :, :3], objects[:, :, :3], 2)
+    for on in (torch.ones(2, 2, 5, dtype=torch.bool), torch.ones(2, 2, 4)):
+        with pytest.raises(ValueError, match=r"on is boolean \[2, 2, 4\]"):
+            model.loss(forecast, human, objects, on=on)
+    with pytest.raises(ValueError, match="does not divide by 0 heads"):
+        both(heads=0)

@@ -203,3 +203,21 @@ def test_refusals():
         pixel_entity_linking(**SIZES | {"interact": "pixel"})
     with pytest.raises(ValueError, match="tokens_of_regions: features"):
         tokens_of_regions(features, masks[0])
+
+
+@pytest.mark.parametrize("interact", ["region", "patch", "alone"])
+def test_no_pictures(interact):
+    features, masks, asked, entities = (x[:0] if i < 3 else x for i, x in enumerate(_given()))
+    found = pixel_entity_linking(**SIZES | {"interact": interact})(features, masks, asked, entities)
+    assert found.shape == (0, len(entities))
+
+
+def test_sizes_that_do_not_fit():
+    features, masks, asked, entities = _given()
+    with pytest.raises(ValueError, match="as fine as features or finer"):
+        tokens_of_regions(features, masks[:, :, ::8, ::8])
+    with pytest.raises(ValueError, match=r"entities are \[entity, 5\]"):
+        pixel_entity_linking(**SIZES)(features, masks, asked, entities[:, :4])
+    for knob, said in (({"heads": 3}, "divides by heads"), ({"temperature": 0.0}, "temperature is above 0")):
+        with pytest.raises(ValueError, match=said):
+            pixel_entity_linking(**SIZES | knob)

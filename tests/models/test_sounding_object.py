@@ -107,7 +107,11 @@ def test_the_intervention_does_the_same():
             found = condition(text, patches).condition
         torch.testing.assert_close(found, condition(text, patches, mask, fit=fit).condition)
     with torch.no_grad(), regard.intervene(condition, MaskAttention(mask, layers={3})):
-        torch.testing.assert_close(condition(text, patches).condition, condition(text, patches).condition)
+        found = condition(text, patches).condition
+    torch.testing.assert_close(found, condition(text, patches).condition)
+    twice = MaskAttention(mask.repeat(2, 1))
+    with regard.intervene(condition, twice), pytest.raises(ValueError, match="4 masks for 2 rows"):
+        condition(text, patches)
     own = nn.MultiheadAttention(12, 2, batch_first=True)
     with torch.no_grad(), regard.intervene(own, MaskAttention(mask)):  # self attention is left alone
         found = own(patches, patches, patches)[0]
@@ -242,3 +246,36 @@ def test_refusals(model):
         SoundingObject(nn.Identity(), model.condition, shape=(1, 4, 2), predicts="noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a mask is \[batch, key\]"):
         MaskAttention(torch.ones(9))
+
+
+@pytest.mark.parametrize("patches", [7, 49, 197])
+def test_a_mask_that_is_the_same_everywhere_keeps_the_mean(patches):
+    weights = torch.randn(patches).softmax(0)
+    for share in (0.1, 0.2, 0.3, 0.7, 1.0):  # means of which are not exact
+        torch.testing.assert_close(match(torch.full((patches,), share), weights), weights.mean().expand(patches))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_moves_even_weights_in_half_precision(dtype):
+    weights, mask = (0.03 * torch.randn(196)).softmax(0), (torch.arange(196) < 20).float()
+    found = match(mask, weights.to(dtype))
+    assert found.dtype == dtype
+    whole = match(mask, weights.to(dtype).float())
+    torch.testing.assert_close(found.float(), whole, atol=2e-5, rtol=0)
+    assert float(found.float().std()) > 0.9 * float(weights.to(dtype).float().std()) > 0
+
+
+def test_making_sound_leaves_every_module_in_its_mode(model):
+    model.train()
+    model.unet.eval()  # as one that is not trained
+    model.generate(torch.randn(2, 6), torch.randn(2, 9, 12), steps=2, seed=np.int64(3))
+    assert model.training
+    assert not model.unet.training
+
+
+def test_shapes_of_what_is_learned_and_made(model):
+    text, patches = torch.randn(2, 6), torch.randn(2, 9, 12)
+    with pytest.raises(ValueError, match=r"latents are \[2, 1, 4, 2\]"):
+        model.loss(torch.randn(3, 1, 4, 2), text, patches)
+    with pytest.raises(ValueError, match="steps are 1 or more"):
+        model.generate(text, patches, steps=0)

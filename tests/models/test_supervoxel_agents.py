@@ -218,3 +218,18 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=said):
             ask()
+
+
+def test_what_has_no_reward_and_no_supervoxels():
+    grey, truth, coarse = scene()
+    for ask, said in [
+        (lambda: rewards(coarse, coarse, truth * 255), "from 0 to 1"),
+        (lambda: rewards(coarse * math.nan, coarse, truth), "from 0 to 1"),
+        (lambda: rewards(coarse, coarse, truth, torch.ones(8)), "the same"),
+        (lambda: episode_loss(model(), grey, coarse, truth, lambda p: [], rounds=0), "rounds are 1 or more"),
+        (lambda: supervoxels(grey * math.nan), "not finite"),
+        (lambda: boundary_weights(truth, reach=0.0), "reach above 0"),
+        (lambda: boundary_weights(truth[0]), r"\[batch, depth, row, column\]"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            ask()

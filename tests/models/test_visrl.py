@@ -265,3 +265,19 @@ def test_refusals():
         model(torch.rand(2, 1, 32, 32), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="heads divide dim"):
         built(dim=9)
+
+
+def test_scores_of_whole_numbers_and_of_another_scale():
+    right, clear = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 1]])
+    assert preference_pairs(right, clear) == preference_pairs(right.float(), clear.float())
+    for answers, crops in ((100.0 * right, clear), (right, -clear)):
+        with pytest.raises(ValueError, match="scores are 0 to 1"):
+            preference_pairs(answers, crops)
+
+
+def test_questions_that_are_none():
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match="questions are 0 to 2"):
+            built()(torch.rand(2, 3, 32, 32), torch.tensor([0, wrong]))
+    with pytest.raises(ValueError, match="heads divide dim"):
+        built(heads=0)

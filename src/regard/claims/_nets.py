@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import zoo
 from ..data.loaders.pictures import mnist
 from ..data.scenes import Scene, render
 from ..zoo.recipes import viewer
@@ -59,6 +60,19 @@ def normed(channels: int, out: int, stride: int, width: int = 3) -> tuple[nn.Mod
 def pixels(scenes: Sequence[Scene], size: int) -> Tensor:
     """[batch, channel, row, column]"""
     return viewer.pixels(render(scenes, size))
+
+
+@torch.no_grad()
+def viewed(scenes: Sequence[Scene], size: int, blocks: int) -> Tensor:
+    """Tokens after the first blocks of the zoo's viewer, the class token first. [scene, token, dim]"""
+    vit: Any = zoo.load("viewer").model.vit
+    states = []
+    for at in range(0, len(scenes), 200):
+        x = vit.embeddings(pixels(scenes[at : at + 200], size))
+        for layer in vit.layers[:blocks]:
+            x = layer(x)
+        states.append(x)
+    return torch.cat(states)
 
 
 def digits(n: int, held: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -62,8 +62,8 @@ def turns(count: int, *, most: float) -> Tensor:
 
 
 def inverse(turn: Tensor) -> Tensor:
-    matrix = turn[:, :, :2].inverse()
-    return torch.cat([matrix, -matrix @ turn[:, :, 2:]], -1)
+    matrix = turn[:, :, :2].float().inverse()  # which half precision has not
+    return torch.cat([matrix, -matrix @ turn[:, :, 2:].float()], -1).to(turn)
 
 
 def moved(pictures: Tensor, turn: Tensor) -> Tensor:

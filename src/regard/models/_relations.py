@@ -36,7 +36,7 @@ class RelationAttention(nn.Module):
 
     def __init__(self, dim: int, width: int, *, heads: int = 1, same: bool = False) -> None:
         super().__init__()
-        if width % heads:
+        if heads < 1 or width % heads:
             raise ValueError(f"RelationAttention: a width of {width} does not divide by {heads} heads")
         self.heads, each = heads, width // heads
         self.send = nn.Linear(dim, width, bias=False)

@@ -48,6 +48,11 @@ class ClassSemanticsAttention(nn.Module):
         super().__init__()
         if over not in get_args(Over):
             raise ValueError(f"ClassSemanticsAttention: over is one of {', '.join(get_args(Over))}, got {over!r}")
+        if min(channels, classes, reduction) < 1:
+            raise ValueError(
+                f"ClassSemanticsAttention: channels, classes and reduction are 1 or more; got {channels}, {classes} "
+                f"and {reduction}"
+            )
         self.channels, self.classes, self.residual = channels, classes, residual
         hidden = max(classes // reduction, 1)
         self.channel = self.time = None
@@ -151,6 +156,8 @@ class Localiser(nn.Module, PyTorchModelHubMixin):
         self.first, self.second = nn.Conv1d(features, width, 3, padding=1), nn.Conv1d(width, width, 3, padding=1)
         self.excite = SqueezeExcitation(width) if attention in ("se", "both") else None
         by_class = attention in ("class", "both")
+        if knobs and not by_class:
+            raise ValueError(f"Localiser: {', '.join(knobs)} of the gate by classes, which {attention=} has not")
         self.gate = ClassSemanticsAttention(width, classes, **knobs) if by_class else None
         self.bounds = nn.Conv1d(width, 2 if pairs else 3, 3, padding=1)
         self.points = nn.Linear(samples * width, width) if pairs else None
@@ -205,10 +212,17 @@ def localiser_loss(found: Localised, actions: list[Tensor], mask: Tensor | None 
     entropy of an overlap above 0.9. A scalar
 
     actions: start and end of each, in steps, the end beyond [action, 2]; a start or end is true within one step.
-    Frames with and without count half each, whatever their numbers, as in BMN.
+    Frames with and without count half each, whatever their numbers, as in BMN. 0 of no videos.
     """
     steps = torch.arange(found.start.shape[1], device=found.start.device)
     real = torch.ones_like(found.start, dtype=torch.bool) if mask is None else mask
+    if len(actions) != len(found.start) or any(own.ndim != 2 or own.shape[1] != 2 for own in actions):
+        raise ValueError(
+            f"localiser_loss: actions are [action, 2] of each of {len(found.start)} videos; got "
+            f"{[list(own.shape) for own in actions]}"
+        )
+    if not actions:
+        return found.start.sum()
     # filled up with NaN, which is near nothing and overlaps with nothing
     every = nn.utils.rnn.pad_sequence([own.to(found.start) for own in actions], True, torch.nan)
     start, end = every[..., None].unbind(2)  # [batch, action, 1]
@@ -228,6 +242,7 @@ def localiser_loss(found: Localised, actions: list[Tensor], mask: Tensor | None 
     return loss
 
 
+@torch.no_grad()
 def proposals(
     found: Localised,
     *,
@@ -239,11 +254,16 @@ def proposals(
 ) -> list[tuple[Tensor, Tensor]]:
     """Stretches of each video with their scores, 0 to 1, best first. [proposal, 2], [proposal]
 
-    Starts and ends are steps whose probability is `above` times the video's maximum or more, at most `longest` apart.
-    The score is the product of both and of the pair's two, or of the mean probability inside. The `most` best of a
-    video are kept; then soft suppression (Bodla et al., arXiv:1704.04503): scores of what overlaps a better one fall by
-    exp(-overlap squared / sigma).
+    Starts and ends are steps whose probability is `above` times the video's maximum or more, at most `longest` apart,
+    and no further than the pairs that were judged. The score is the product of both and of the pair's two, or of
+    the mean probability inside. The `most` best of a video are kept; then soft suppression (Bodla et al.,
+    arXiv:1704.04503): scores of what overlaps a better one fall by exp(-overlap squared / sigma).
     """
+    if longest < 1 or most < 0 or not sigma > 0:
+        raise ValueError(
+            f"proposals: longest is 1 or more, most 0 or more, sigma above 0; got {longest=}, {most=}, {sigma=}"
+        )
+    longest = longest if found.pairs is None else min(longest, found.pairs.shape[3])
     every = []
     for i, length in enumerate(_lengths(found.start[:, None], mask).tolist()):
         start, end = found.start[i, :length].sigmoid(), found.end[i, :length].sigmoid()

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from ..objectives._contrast import both_ways
+
 
 @dataclass(frozen=True)
 class LatentConfig:
@@ -209,6 +211,11 @@ class CoCoVa(nn.Module):
         if not mask[:, -1].all():
             raise ValueError("CoCoVa: prompts are padded on the left, as the answer comes next; a row ends in padding")
         found = self._decoded(embeds, mask, None)
+        if found.past_key_values is None:
+            raise ValueError(
+                "CoCoVa: the language model keeps no cache, which thoughts and answer are read with; switch activation "
+                "checkpointing off"
+            )
         hidden = found.last_hidden_state
         seen, seen_mask = _gathered(embeds, image & mask)
         words, words_mask = _gathered(hidden, ~image & mask)
@@ -262,12 +269,14 @@ def thought_contrast(thoughts: Tensor, image: Tensor, text: Tensor, *, temperatu
     """
     if len(thoughts) < 2 or temperature <= 0:
         raise ValueError(f"thought_contrast: two rows or more, temperature above 0; got {len(thoughts)}, {temperature}")
-    mean, own = F.normalize(thoughts.mean((1, 2)), dim=-1), torch.arange(len(thoughts), device=thoughts.device)
-    losses = []
-    for other in (image, text):
-        logits = mean @ F.normalize(other, dim=-1).mT / temperature
-        losses += [F.cross_entropy(logits, own), F.cross_entropy(logits.mT, own)]
-    return torch.stack(losses).mean()
+    own_shape = (len(thoughts), thoughts.shape[-1])
+    if thoughts.ndim != 4 or 0 in thoughts.shape or not image.shape == text.shape == own_shape:
+        raise ValueError(
+            f"thought_contrast: thoughts [batch, round, thought, dim], of a round or more, image, text [batch, dim]; "
+            f"got {list(thoughts.shape)}, {list(image.shape)} and {list(text.shape)}"
+        )
+    mean, *others = (F.normalize(x, dim=-1) for x in (thoughts.mean((1, 2)), image, text))
+    return torch.stack([both_ways(mean @ other.mT / temperature) for other in others]).mean()
 
 
 class ThoughtDiffusion(nn.Module):
@@ -280,6 +289,8 @@ class ThoughtDiffusion(nn.Module):
 
     def __init__(self, dim: int, latent: int, *, hidden: int = 256, steps: int = 1000) -> None:
         super().__init__()
+        if steps < 1:
+            raise ValueError(f"ThoughtDiffusion: steps are 1 or more, got {steps}")
         self.net = nn.Sequential(nn.Linear(latent + dim + 1, hidden), nn.GELU(), nn.Linear(hidden, latent))
         self.register_buffer("alphas", (1 - torch.linspace(1e-4, 0.02, steps)).cumprod(0), persistent=False)
 
@@ -291,7 +302,7 @@ class ThoughtDiffusion(nn.Module):
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         share = self.alphas[step, None].to(latents)
         noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
-        told = torch.cat([noisy, thoughts[:, -1].mean(1), step[:, None] / len(self.alphas)], -1)
+        told = torch.cat([noisy, thoughts[:, -1].mean(1), (step[:, None] / len(self.alphas)).to(noisy)], -1)
         return F.mse_loss(self.net(told), noise)
 
 

@@ -147,6 +147,10 @@ class ConditionalEmbedding(nn.Module, PyTorchModelHubMixin):
         if backbone is None:
             fields = ViTConfig(**(vision or {}))
             fields.num_hidden_layers -= 1
+            if fields.num_hidden_layers < 0:
+                raise ValueError(
+                    "ConditionalEmbedding: num_hidden_layers is 1 or more, as the block is the last of them"
+                )
             backbone = ViTModel(fields, add_pooling_layer=False)
             backbone.layernorm = nn.Identity()  # type: ignore[assignment]  # the last block norms what it takes
         self.backbone = backbone
@@ -208,6 +212,7 @@ def average_precision(embeddings: Tensor, labels: Tensor) -> Tensor:
     """Of each picture as a query among the others, the mean precision at those of its label, 0 to 1. [picture]
 
     embeddings: of one condition, of length 1 [picture, width]. NaN where no other has its label.
+    ValueError for other shapes, and embeddings that are not finite.
 
     >>> import torch
     >>> from regard.models.conditional_embedding import average_precision
@@ -215,8 +220,15 @@ def average_precision(embeddings: Tensor, labels: Tensor) -> Tensor:
     >>> average_precision(torch.stack([at.cos(), at.sin()], 1), torch.tensor([0, 1, 0]))
     tensor([0.5000,    nan, 0.5000])
     """
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"average_precision: embeddings [picture, width] and labels [picture]; got {list(embeddings.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    if not embeddings.isfinite().all():
+        raise ValueError("average_precision: embeddings are to be finite, as what is not a number has no order")
     near = (embeddings @ embeddings.mT).fill_diagonal_(-torch.inf)
     order = near.argsort(1, descending=True)[:, :-1]  # the query itself comes last
-    hit = (labels[order] == labels[:, None]).to(embeddings.dtype)
+    hit = (labels[order] == labels[:, None]).to(torch.promote_types(near.dtype, torch.float32))  # whose ranks are exact
     precision = hit.cumsum(1) / torch.arange(1, hit.shape[1] + 1, device=embeddings.device)
     return (precision * hit).sum(1) / hit.sum(1)

@@ -98,13 +98,27 @@ class Encoder(nn.Module):
         """[item, dim]"""
         rows = []
         for item in items:
-            parts = [self.bert.embeddings.word_embeddings(item.words)]
+            known, words = self.bert.config.vocab_size, item.words
+            if words.ndim != 1 or words.is_floating_point() or ((words < 0) | (words >= known)).any():
+                raise ValueError(
+                    f"eyes_ears: words are ids [token], 0 to {known - 1}; got {words.dtype} {words.tolist()}"
+                )
+            parts = [self.bert.embeddings.word_embeddings(words)]
             for made, features in ((self.picture, item.pictures), (self.sound, item.sounds)):
                 if features is not None:
+                    if features.ndim != 2 or features.shape[1] != made.in_features:
+                        raise ValueError(
+                            f"eyes_ears: features are [item, {made.in_features}]; got {list(features.shape)}"
+                        )
                     parts.append(made(features))
             rows.append(torch.cat(parts))
             if not len(rows[-1]):
                 raise ValueError("eyes_ears: nothing to embed; an item has words, a picture or a sound")
+            if len(rows[-1]) > self.bert.config.max_position_embeddings:
+                raise ValueError(
+                    f"eyes_ears: an item has {len(rows[-1])} words, pictures and sounds, and the encoder reads "
+                    f"{self.bert.config.max_position_embeddings}: leave out the oldest, or raise `longest`"
+                )
         if not rows:
             return self.project.weight.new_zeros(0, self.project.out_features)
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
@@ -190,6 +204,10 @@ class Retriever(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"Retriever: each context has the place of a unit, 0 to {len(units) - 1}; got {target}")
         scores = self.embed_context(contexts) @ self.embed_memory(units).T / self.temperature
         if among is not None:
+            if among.shape != scores.shape or among.dtype != torch.bool:
+                raise ValueError(
+                    f"Retriever: among is boolean {list(scores.shape)}; got {among.dtype} {list(among.shape)}"
+                )
             if not among.gather(1, target[:, None]).all():
                 raise ValueError("Retriever: the right unit is among the candidates; `among` leaves it out")
             scores = scores.masked_fill(~among, -torch.inf)
@@ -210,7 +228,8 @@ class Retriever(nn.Module, PyTorchModelHubMixin):
 def ranks(scores: Tensor, target: Tensor) -> Tensor:
     """Which place the right unit has, from 1. scores [context, unit], -inf for no candidate; target [context]
 
-    Of equal scores the right one counts as last. Recall at 1 is the share of ones; the mean of 1 / rank is the MRR.
+    Of equal scores, and of those that are NaN, the right one counts as last. Recall at 1 is the share of ones; the mean
+    of 1 / rank is the MRR.
 
     >>> import torch
     >>> from regard.models.eyes_ears import ranks
@@ -218,7 +237,7 @@ def ranks(scores: Tensor, target: Tensor) -> Tensor:
     >>> found.tolist(), round(float((1 / found).mean()), 4)
     ([1, 2, 3], 0.6111)
     """
-    return (scores >= scores.gather(1, target[:, None])).sum(1)
+    return (~(scores < scores.gather(1, target[:, None]))).sum(1)
 
 
 class Dialogue(Protocol):
@@ -242,7 +261,8 @@ class Conversation:
     """Sessions of a main speaker with partners. `main` remembers.
 
     perceive: text, pictures and sounds -> `Perceived`. One unit of earlier sessions, the nearest to what was said and
-    perceived so far, goes to `dialogue.say`; none in the first session.
+    perceived so far, goes to `dialogue.say`; none in the first session. number: of the last session, at least that of
+    the last unit in `memory`.
 
     >>> from regard.models.eyes_ears import Conversation, Unit
     >>> class Echo:
@@ -262,6 +282,9 @@ class Conversation:
     memory: Memory = field(default_factory=Memory)
     number: int = -1
     _open: bool = False
+
+    def __post_init__(self) -> None:
+        self.number = max([self.number, *(unit.session for unit in self.memory.units)])
 
     def session(self, *partners: str, gap: str = "") -> None:
         """Begin. gap: how long after the last session, in words. ValueError while one goes on."""
@@ -301,17 +324,20 @@ class Conversation:
         return self.said[-1]
 
     def close(self) -> list[Unit]:
-        """The session ends: its memories are written and linked to earlier ones. Gives them."""
+        """The session ends: its memories are written and linked to earlier ones. Gives them.
+
+        Where writing or linking fails, nothing is kept and the session goes on.
+        """
         if not self._open:
             raise ValueError("Conversation: no session goes on; begin one with session()")
         earlier = [self.memory.units[i] for i in self.memory.before(self.number)]
-        kept = []
+        kept, memory = [], Memory(self.memory.units)
         for unit in self.dialogue.write(self.said, self.pictures, self.sounds):
             unit = replace(unit, session=self.number, speakers=self.speakers, links=())
             unit = replace(unit, links=tuple(self.dialogue.link(unit, earlier)))
-            self.memory.add(unit)
+            memory.add(unit)
             kept.append(unit)
-        self._open = False
+        self.memory.units, self._open = memory.units, False
         return kept
 
 

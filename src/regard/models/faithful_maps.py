@@ -201,7 +201,8 @@ class MaskedViT(nn.Module):
         class token and registers are always seen.
         """
         rows, columns = _grid(self.vit, pictures)
-        if mask.shape != (len(pictures), rows, columns) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        known = mask.dtype == torch.bool or (mask.is_floating_point() and bool((mask >= 0).all()))
+        if mask.shape != (len(pictures), rows, columns) or not known:
             raise ValueError(
                 f"MaskedViT: a mask of these pictures is boolean, or floats from 0 to 1, of shape "
                 f"{[len(pictures), rows, columns]}; got {mask.dtype} {list(mask.shape)}"

@@ -47,7 +47,14 @@ def separate(
 
     model: "logistic" or "svm" (squared hinge); strength: of the squares of the normal, against the sum of losses; the
     offset is free. It has one optimum, found by Newton's steps in the space that the examples span, in float64.
+    ValueError for another model, a strength that is not above 0, and labels that are not 0 and 1, one each.
     """
+    if model not in MODELS or not strength > 0:
+        raise ValueError(f"separate: model is one of {', '.join(MODELS)}, strength above 0; got {model!r}, {strength}")
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            f"separate: features [example, dim] and labels 0 or 1 [example]; got {list(features.shape)} and {labels}"
+        )
     x, signs = features.double(), 2 * labels.double() - 1
     base, sizes, across = torch.linalg.svd(x, full_matrices=False)
     inputs = torch.cat([base * sizes, torch.ones_like(x[:, :1])], 1)
@@ -121,7 +128,8 @@ class Compass(nn.Module):
     def fit(self, codes: Tensor, labels: Tensor | Sequence[int], *given: Any, name: str | None = None) -> Direction:
         """The direction from pictures labelled 0 to those labelled 1, of their codes [batch, ...]; kept under `name`.
 
-        ValueError for fewer than four pictures, labels of one kind or none of 0 and 1, and codes that are not finite.
+        ValueError for fewer than four pictures, labels of one kind or none of 0 and 1, codes that are not finite, and
+        heaps that do not differ on average.
         """
         return self._fitted(self.features(codes, *given), torch.as_tensor(labels), name)
 
@@ -245,7 +253,12 @@ class Compass(nn.Module):
         if self.layer is not None:
             scale, middle = x.std(0), x.mean(0)
         inverse = torch.where(scale > 1e-6 * scale.max(), 1 / scale, 0.0)
-        w, offset = separate((x - middle) * inverse, labels.to(x.device), model=self.model, strength=self.strength)
+        inputs = (x - middle) * inverse
+        w, offset = separate(inputs, labels.to(x.device), model=self.model, strength=self.strength)
+        if float((inputs @ w).abs().max()) < 1e-9:  # as far as Newton's steps go
+            raise ValueError(
+                "Compass: both heaps are alike in what the compass sees, so there is no way from one to the other"
+            )
         step, normal = w * scale * (inverse > 0), w * inverse
         step = step / step.norm()
         shape = features.shape[1:]

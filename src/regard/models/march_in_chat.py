@@ -160,6 +160,7 @@ class TransformersPlanner:
     @torch.no_grad()
     def _said(self, text: str) -> str:
         ids = self.tokenizer(text, return_tensors="pt").input_ids
+        ids = ids.to(getattr(self.model, "device", ids.device))
         found = self.model.generate(ids, max_new_tokens=self.length, do_sample=False)[0, ids.shape[1] :]
         lines = self.tokenizer.decode(found, skip_special_tokens=True).strip().splitlines()
         return lines[0].strip() if lines else ""
@@ -174,6 +175,10 @@ class NavigatorConfig:
     words: tuple[str, ...] = ("find", "in", "the", "go", "to", "search")  # further ones; others are passed over
     dim: int = 32
     heads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("rooms", "things", "words"):  # lists, where they were read from a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 class Navigator(nn.Module, PyTorchModelHubMixin):
@@ -194,7 +199,7 @@ class Navigator(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.config = c = config
         every = (*c.rooms, *c.things, *c.words)
-        if len(set(every)) < len(every) or not c.rooms or c.dim % c.heads:
+        if len(set(every)) < len(every) or not c.rooms or c.heads < 1 or c.dim % c.heads:
             raise ValueError(f"Navigator: words are there once, and rooms at all, and heads divide dim; got {c}")
         self.number = {word: i + 1 for i, word in enumerate(every)}  # 0 fills up
         self.word = nn.Embedding(len(every) + 1, c.dim, padding_idx=0)
@@ -208,7 +213,7 @@ class Navigator(nn.Module, PyTorchModelHubMixin):
         found = [self.number[word] for word in text.split() if word in self.number]
         if not found:
             raise ValueError(f"Navigator: knows no word of {text!r}; give it more `words`")
-        return torch.tensor(found)
+        return torch.tensor(found, device=self.word.weight.device)
 
     def around(self, house: House, at: int, *, visited: set[int]) -> Tensor:
         """What is seen of the own place and of those a step away: room, things, own, visited. [place, feature]"""
@@ -217,7 +222,7 @@ class Navigator(nn.Module, PyTorchModelHubMixin):
             seen = house.seen[place]
             row = [float(room == seen.room) for room in c.rooms] + [float(thing in seen.things) for thing in c.things]
             rows.append([*row, float(i == 0), float(place in visited)])
-        return torch.tensor(rows)
+        return torch.tensor(rows).to(self.word.weight)
 
     def forward(self, places: Tensor, words: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """places [batch, place, feature], words: numbers, 0 fills up [batch, word]; mask: boolean [batch, place].
@@ -229,6 +234,12 @@ class Navigator(nn.Module, PyTorchModelHubMixin):
                 f"Navigator: places are [batch, place, {self.place.in_features}], words [batch, word]; got "
                 f"{list(places.shape)} and {list(words.shape)}"
             )
+        if mask is not None and (mask.shape != places.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"Navigator: a mask is boolean {list(places.shape[:2])}; got {mask.dtype} {list(mask.shape)}"
+            )
+        if ((words < 0) | (words > len(self.number))).any():
+            raise ValueError(f"Navigator: words are 1 to {len(self.number)}, as `ids` gives them, and 0 fills up")
         if not (words > 0).any(1).all():
             raise ValueError("Navigator: a row has no word")
         asked = F.gelu(self.place(places))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..call import Call
+from ..objectives._contrast import both_ways
 
 FRAMES_SEEN = 2  # the first frames, which see all before them
 
@@ -210,9 +211,7 @@ class MeaningDecoder(nn.Module):
 
     def contrast(self, embedding: Tensor, other: Tensor) -> Tensor:
         """InfoNCE in both directions, of rows that belong together. [batch, dim] twice -> a scalar"""
-        scores = self.log_scale.exp() * F.normalize(embedding, dim=-1) @ F.normalize(other, dim=-1).T
-        own = torch.arange(len(scores), device=scores.device)
-        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        return both_ways(self.log_scale.exp() * F.normalize(embedding, dim=-1) @ F.normalize(other, dim=-1).mT)
 
 
 class StructureDecoder(nn.Module):

@@ -221,6 +221,11 @@ class PersistentTransient(nn.Module, PyTorchModelHubMixin):
             return torch.as_tensor(off)
         if self.config.mechanism != "both" or self.config.switch == "rule":
             raise ValueError("loss: on trains a switch that is learned, and this model has none")
+        if on.dtype != torch.bool or on.shape != forecast.score.shape:
+            raise ValueError(
+                f"loss: on is boolean {list(forecast.score.shape)}, from which step each was told, so not of the last; "
+                f"got {on.dtype} {list(on.shape)}"
+            )
         return off + weight * F.binary_cross_entropy(forecast.score.clamp(1e-6, 1 - 1e-6), on.to(forecast.score))
 
     def _checked(self, human: Tensor, objects: Tensor, steps: int, kinds: Tensor | None, on: Tensor | None) -> Tensor:

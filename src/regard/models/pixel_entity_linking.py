@@ -59,6 +59,11 @@ def tokens_of_regions(features: Tensor, masks: Tensor) -> Tensor:
             f"tokens_of_regions: features [batch, channel, row, column] and masks [batch, region, row, column]; got "
             f"{list(features.shape)} and {list(masks.shape)}"
         )
+    if masks.shape[2] < features.shape[2] or masks.shape[3] < features.shape[3]:
+        raise ValueError(
+            f"tokens_of_regions: masks are as fine as features or finer; got {list(masks.shape)} for "
+            f"{list(features.shape)}"
+        )
     weights = weights_of_regions(masks, (features.shape[2], features.shape[3]))
     return weights.to(features.dtype) @ features.flatten(2).mT
 
@@ -92,12 +97,16 @@ class RegionEncoder(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int, *, alone: bool = False) -> None:
         super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"RegionEncoder: dim divides by heads; got {dim} and {heads}")
         self.alone, self.heads = alone, heads
         one = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(one, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor, there: Tensor | None = None) -> Tensor:
         """there: boolean [batch, token], one or more of each row."""
+        if not len(tokens):  # which attention with a mask does not take
+            return tokens
         length = tokens.shape[1]
         apart = ~torch.eye(length, dtype=torch.bool, device=tokens.device)
         hidden = apart.expand(len(tokens), -1, -1) if self.alone else None
@@ -150,6 +159,8 @@ class EntityLinker(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         if interact not in get_args(Interact):
             raise ValueError(f'EntityLinker: interact is "region", "patch" or "alone", got {interact!r}')
+        if not temperature > 0:
+            raise ValueError(f"EntityLinker: temperature is above 0, got {temperature}")
         self.channels, self.grid, self.interact, self.tower = channels, (grid[0], grid[1]), interact, tower
         self.embed, self.kind = nn.Linear(channels, dim), nn.Embedding(3, dim)
         self.places = nn.Parameter(0.02 * torch.randn(dim, *self.grid))
@@ -163,6 +174,10 @@ class EntityLinker(nn.Module, PyTorchModelHubMixin):
         pictures: [batch, channel, row, column], or without a tower its features; masks, asked: as in `regions`;
         entities: embeddings of their texts [entity, width].
         """
+        if entities.ndim != 2 or entities.shape[1] != self.read.out_features:
+            raise ValueError(
+                f"EntityLinker: entities are [entity, {self.read.out_features}]; got {list(entities.shape)}"
+            )
         vector = self.link(pictures, masks, asked).vector
         return F.normalize(vector, dim=-1) @ F.normalize(entities, dim=-1).mT * self.scale.exp()
 

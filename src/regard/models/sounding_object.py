@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from ..call import Call
 from ..extras import needs
+from ..prediction import evaluating
 
 Fit = Literal["moments", "sum"]
 Predicts = Literal["epsilon", "sample", "v_prediction"]
@@ -49,13 +51,15 @@ def match(mask: Tensor, weights: Tensor, *, fit: Fit = "moments") -> Tensor:
         raise ValueError(f"match: the mask has a share of each of {weights.shape[-1]} patches; got {list(mask.shape)}")
     if not ((mask >= 0) & (mask <= 1)).all() or not (mask > 0).any(-1).all():
         raise ValueError("match: a mask is 0 to 1, and covers a part of a patch or more in each row")
-    mask = mask.to(weights.dtype)
+    given, wide = weights.dtype, torch.promote_types(weights.dtype, torch.float32)  # squares leave half precision
+    mask, weights = mask.to(wide), weights.to(wide)
     if fit == "sum":
-        return (mask / mask.sum(-1, keepdim=True)).expand_as(weights)
+        return (mask / mask.sum(-1, keepdim=True)).expand_as(weights).to(given)
     mean, apart = weights.mean(-1, keepdim=True), mask - mask.mean(-1, keepdim=True)
     spread = apart.square().mean(-1, keepdim=True).sqrt()
     own = (weights - mean).square().mean(-1, keepdim=True).sqrt()
-    return mean + own * torch.where(spread > 0, apart / spread.clamp_min(torch.finfo(weights.dtype).tiny), 0.0)
+    varies = mask.amax(-1, keepdim=True) > mask.amin(-1, keepdim=True)  # its spread is not 0 by rounding
+    return (mean + own * torch.where(varies, apart / spread.where(varies, 1.0), 0.0)).to(given)
 
 
 def patch_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -81,6 +85,11 @@ class MaskAttention:
         """[batch, head, query, key]"""
         if not call.site.cross or (self.layers is not None and call.site.layer not in self.layers):
             return weights
+        if len(self.mask) not in (1, len(weights)):
+            raise ValueError(
+                f"MaskAttention: {len(self.mask)} masks for {len(weights)} rows; give one, or one a row (guidance may "
+                "double rows)"
+            )
         return match(self.mask.to(weights.device)[:, None, None], weights, fit=self.fit)
 
 
@@ -193,6 +202,8 @@ class SoundingObject(nn.Module):
 
         generator: of noise, steps and dropped conditions, on the CPU.
         """
+        if latents.shape != (len(text), *self.shape):
+            raise ValueError(f"SoundingObject: latents are {[len(text), *self.shape]}; got {list(latents.shape)}")
         told = self.condition(text, patches).condition
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         steps = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
@@ -221,11 +232,11 @@ class SoundingObject(nn.Module):
         mask: share of each patch [batch, key]; guidance: how far away from what is made without a condition, 1 for
         none; seed: of the noise, one for all rows, which then differ by what they are told, or one a row.
         """
-        training = self.training
-        self.eval()
-        try:
+        if steps < 1:
+            raise ValueError(f"SoundingObject: steps are 1 or more, got {steps}")
+        with evaluating(self):
             told = self.condition(text, patches, mask, fit=fit).condition
-            seeds = [seed] * len(told) if isinstance(seed, int) else list(seed)
+            seeds = [int(seed)] * len(told) if isinstance(seed, int | Integral) else list(seed)
             if len(seeds) != len(told):
                 raise ValueError(f"SoundingObject: {len(told)} rows and {len(seeds)} seeds; give one, or one a row")
             noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(n)) for n in seeds]
@@ -241,8 +252,6 @@ class SoundingObject(nn.Module):
                     found = without + guidance * (found - without)
                 latents = self.schedule.step(found, step, latents).prev_sample
             return latents
-        finally:
-            self.train(training)
 
 
 def sounding_object(

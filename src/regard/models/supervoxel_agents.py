@@ -47,6 +47,8 @@ def supervoxels(volumes: Tensor, size: int = 4, *, compactness: float = 0.3, rou
             f"supervoxels: volumes are [batch, depth, row, column], size and rounds 1 or more, compactness above 0; "
             f"got {list(volumes.shape)}, {size}, {rounds}, {compactness}"
         )
+    if not volumes.isfinite().all():
+        raise ValueError("supervoxels: volumes hold values that are not finite")
     shape, device = volumes.shape[1:], volumes.device
     cells = [-(-n // size) for n in shape]
     places = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in shape), indexing="ij"), -1)
@@ -102,6 +104,10 @@ def boundary_weights(truth: Tensor, *, reach: float = 2.0) -> Tensor:
 
     A voxel on either side of the boundary is half a voxel away. Needs SciPy.
     """
+    if truth.ndim != 4 or not reach > 0:
+        raise ValueError(
+            f"boundary_weights: truth is [batch, depth, row, column], reach above 0; got {list(truth.shape)}, {reach}"
+        )
     with needs("boundary weights", "claims"):
         from scipy import ndimage
     found = torch.zeros(truth.shape)
@@ -132,6 +138,10 @@ def rewards(
     """
     _alike(before, truth, "rewards")
     _alike(after, truth, "rewards")
+    if boundary is not None:
+        _alike(boundary, truth, "rewards")
+    if not all(((of >= 0) & (of <= 1)).all() for of in (before, after, truth)):
+        raise ValueError("rewards: probabilities and what is true are from 0 to 1")
     if kind not in KINDS:
         raise ValueError(f"rewards: kind is one of {', '.join(KINDS)}; got {kind!r}")
     first, last = (
@@ -253,6 +263,8 @@ def episode_loss(
     that the policy's gradient does not change.
     """
     _alike(coarse, truth, "episode_loss")
+    if rounds < 1:
+        raise ValueError(f"episode_loss: rounds are 1 or more, got {rounds}")
     regions = _started(volumes, coarse, regions, size)
     hints, now = volumes.new_zeros(len(volumes), 2, *volumes.shape[1:]), coarse
     chosen, values, won, spread = [], [], [], []

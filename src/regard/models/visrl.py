@@ -64,6 +64,9 @@ def preference_pairs(answers: Tensor, crops: Tensor, *, high: float = 0.8, low: 
             f"{list(answers.shape)} and {list(crops.shape)}"
         )
     judged = ~(answers.isnan() | crops.isnan())
+    if any(((of < 0) | (of > 1)).any() for of in (answers, crops)):
+        raise ValueError("preference_pairs: scores are 0 to 1, or NaN where there is none; bring the judge's to that")
+    answers = answers.to(torch.promote_types(answers.dtype, torch.float32))
     best = answers.masked_fill(~judged, -torch.inf).amax(1, keepdim=True)
     worst = answers.masked_fill(~judged, torch.inf).amin(1, keepdim=True)
     good, bad = judged & (answers == best) & (crops >= high), judged & (answers == worst) & (crops <= low)
@@ -156,7 +159,7 @@ class BoxPolicy(nn.Module, PyTorchModelHubMixin):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = c = config
-        if min(c.questions, c.side, c.patch, c.layers) < 1 or not 0 < c.crop <= 1 or c.dim % c.heads:
+        if min(c.questions, c.side, c.patch, c.layers, c.heads) < 1 or not 0 < c.crop <= 1 or c.dim % c.heads:
             raise ValueError(f"BoxPolicy: sizes are 1 or more, crop above 0 to 1, heads divide dim; got {c}")
         self.see = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.question, self.at = nn.Embedding(c.questions, c.dim), nn.Parameter(0.02 * torch.randn(c.side**2, c.dim))
@@ -175,6 +178,8 @@ class BoxPolicy(nn.Module, PyTorchModelHubMixin):
                 f"BoxPolicy: pictures are [batch, {c.channels}, row, column], questions [batch]; got "
                 f"{list(pictures.shape)} and {list(questions.shape)}"
             )
+        if ((questions < 0) | (questions >= c.questions)).any():
+            raise ValueError(f"BoxPolicy: questions are 0 to {c.questions - 1}; got {questions.tolist()}")
         patches = self.see(F.adaptive_avg_pool2d(pictures, c.side * c.patch)).flatten(2).mT + self.at
         tokens = torch.cat([patches, self.question(questions)[:, None]], 1)
         return self.score(self.encoder(tokens)[:, :-1])[..., 0]

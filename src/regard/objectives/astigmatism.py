@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import sites
 from ..call import Site
+from ._contrast import both_ways
 
 NAME = "astigmatism"
 
@@ -167,9 +168,7 @@ def alignment(visual: Tensor, text: Tensor, *, tau: float = 0.07) -> Tensor:
         raise ValueError(
             f"{NAME}: visual and text are [batch, width] alike; got {list(visual.shape)}, {list(text.shape)}"
         )
-    scores = F.normalize(visual, dim=-1) @ F.normalize(text, dim=-1).mT / tau
-    own = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.mT, own)) / 2
+    return both_ways(F.normalize(visual, dim=-1) @ F.normalize(text, dim=-1).mT / tau)
 
 
 def attention_distance(weights: Tensor, grid: tuple[int, int], *, others: int = 1) -> Tensor:

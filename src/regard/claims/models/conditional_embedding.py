@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import zoo
 from ...catalog import Finding, Premise
 from ...data.scenes import COLOURS, SHAPES, SIZES, TEXTURES, Dials, Scene, sample
 from ...models.conditional_embedding import ConditionalHead, average_precision, conditional_triplet
@@ -146,16 +145,10 @@ def _seen(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     scenes: list[Scene] = [sample(DIALS, seed, i) for i in range(count)]
     things = [scene.objects[0] for scene in scenes]
     labels = torch.tensor([[_COLOUR[o.colour], _SHAPE[o.shape], _SIZE[o.size]] for o in things])
-    model: Any = zoo.load("viewer").model
-    vit, states = model.vit, []
-    for at in range(0, count, 200):
-        x = vit.embeddings(_nets.pixels(scenes[at : at + 200], 64))
-        for layer in vit.layers[:BLOCKS]:
-            x = layer(x)
-        side = int((x.shape[1] - 1) ** 0.5)
-        patches = F.avg_pool2d(x[:, 1:].mT.unflatten(2, (side, side)), 2).flatten(2).mT
-        states.append(torch.cat([x[:, :1], patches], 1))
-    return torch.cat(states), labels, labels[:, 0] * len(SHAPES) + labels[:, 1]
+    x = _nets.viewed(scenes, 64, BLOCKS)
+    side = int((x.shape[1] - 1) ** 0.5)
+    patches = F.avg_pool2d(x[:, 1:].mT.unflatten(2, (side, side)), 2).flatten(2).mT
+    return torch.cat([x[:, :1], patches], 1), labels, labels[:, 0] * len(SHAPES) + labels[:, 1]
 
 
 _COLOUR, _SHAPE, _SIZE = ({name: i for i, name in enumerate(names)} for names in (COLOURS, SHAPES, SIZES))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import zoo
 from ...catalog import Finding, Premise
 from ...data.scenes import COLOURS, SHAPES, Dials, render, sample
 from ...models.pixel_entity_linking import EntityLinker, pixel_entity_linking
@@ -144,14 +143,7 @@ def _scenes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     asked = masks[rows, which]
     rest = masks.any(1) & ~asked
     touches = (F.max_pool2d(asked[:, None].float(), 3, 1, 1)[:, 0].bool() & rest).flatten(1).any(1)
-    model: Any = zoo.load("viewer").model
-    states = []
-    for at in range(0, count, 200):
-        x = model.vit.embeddings(_nets.pixels(scenes[at : at + 200], SIZE))
-        for layer in model.vit.layers[:BLOCKS]:
-            x = layer(x)
-        states.append(x[:, 1:])
-    found = torch.cat(states)
+    found = _nets.viewed(scenes, SIZE, BLOCKS)[:, 1:].contiguous()
     side = int(found.shape[1] ** 0.5)
     found = (found - found.mean((0, 1))) / found.std((0, 1))
     return found.mT.unflatten(2, (side, side)).contiguous(), masks, asked, entity, touches

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import zoo
 from ...catalog import Finding, Premise
 from ...data.scenes import TEXTURES, Dials, Scene, render, sample
 from ...extras import needs
@@ -188,14 +187,7 @@ def _scenes(count: int, seed: int, first_test: int) -> tuple[Tensor, Tensor, Ten
     first = torch.tensor([SHAPES.index(scene.objects[0].shape) for scene in scenes])
     pixels = torch.from_numpy(render(scenes, SIZE).masks(slice(None), 3))
     masks = torch.stack([patch_mask(pixels[:, i], GRID) for i in range(3)], 1)
-    model: Any = zoo.load("viewer").model
-    states = []
-    for at in range(0, count, 200):
-        x = model.vit.embeddings(_nets.pixels(scenes[at : at + 200], SIZE))
-        for layer in model.vit.layers[:BLOCKS]:
-            x = layer(x)
-        states.append(x[:, 1:])
-    found = torch.cat(states)
+    found = _nets.viewed(scenes, SIZE, BLOCKS)[:, 1:].contiguous()
     # larger than 1, since the mean over patches makes it small, and few steps have to find it
     return 2 * (found - found.mean((0, 1))) / found.std((0, 1)), masks, shown, first
 
