@@ -100,8 +100,10 @@ def test_a_model_in_training_is_left_so_and_gets_no_gradients(clip):
     model, processor = clip
     try:
         model.train()
+        model.vision_model.eval()  # as a part that is frozen
+        modes = [module.training for module in model.modules()]
         scan(model, processor, picture(), **SMALL)
-        assert model.training
+        assert [module.training for module in model.modules()] == modes
         assert all(p.grad is None for p in model.parameters())
     finally:
         model.eval()

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.loaders import Scanpath
+from ..prediction import evaluating
 from .encoder import encoder
 from .nevaclip import nevaclip
 
@@ -43,8 +44,7 @@ def scan(
         path = scan(model, processor, Image.open("kitchen.jpg"), "a kettle")
         draw_scanpath(path, Image.open("kitchen.jpg"), "kettle.html")
     """
-    was = model.training
-    try:
+    with evaluating(model):
         see = encoder(model, processor)
         pixels = see.pixels(picture)
         blurred = {"blur_window": 2 * round(20 * see.size / AUTHORS) + 1, "blur_sigma": 10 * see.size / AUTHORS}
@@ -57,7 +57,5 @@ def scan(
             seed=seed,
             **{**blurred, **knobs},
         )
-    finally:
-        model.train(was)
     places = path.places * np.array(picture.size) / see.size
     return Scanpath(places, picture.size)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..extras import needs
+from ..prediction import evaluating
 
 
 class SpatialAttention(nn.Module):
@@ -286,10 +287,8 @@ def balanced(labels: Tensor, among: Tensor, batch: int, classes: int, generator:
 @torch.no_grad()
 def pooled_of(model: SubspaceLearners, pictures: Tensor) -> Tensor:
     """Pooled features of all pictures, in evaluation mode. [picture, channel]"""
-    was = model.training
-    found = torch.cat([model.eval()(some).pooled for some in pictures.split(256)])
-    model.train(was)
-    return found
+    with evaluating(model):
+        return torch.cat([model(some).pooled for some in pictures.split(256)])
 
 
 def dynamic_subspace(backbone: nn.Module, *, channels: int, width: int = 128) -> SubspaceLearners:
