@@ -307,17 +307,27 @@ def test_commands():
     assert "lookback-lens" in run("papers", "search", "lookback").output
     nothing = run("papers", "search", "zebrafish")
     assert nothing.exit_code == 1
-    waiting = next(key for key, row in catalog.rows().items() if not row.object and row.link)
-    shown = run("papers", "show", waiting)
-    assert catalog.row(waiting).link in shown.output
-    assert "not built" in shown.output
     unknown = run("papers", "show", "perciever")
     assert unknown.exit_code == 2
     assert "did you mean perceiver" in unknown.output
-    claim = run("reproduce", waiting)
+    assert "statistics" in run("info").output
+
+
+def test_a_row_that_waits_to_be_built(monkeypatch):
+    waiting = dataclasses.replace(catalog.row("moba"), key="waiting", object="", claim="")
+    known = catalog.rows() | {"waiting": waiting}
+    monkeypatch.setattr(catalog, "rows", lambda: known)
+    assert waiting.status == "not built"
+    shown = run("papers", "show", "waiting")
+    assert waiting.link in shown.output
+    assert "not built" in shown.output
+    claim = run("reproduce", "waiting")
     assert claim.exit_code == 2
     assert "has no claim yet" in claim.output
-    assert "statistics" in run("info").output
+
+
+def test_every_paper_is_built_and_has_a_claim():
+    assert [row.key for row in catalog.rows().values() if not (row.object and row.claim)] == []
 
 
 @pytest.mark.parametrize("name", catalog.statistics())
