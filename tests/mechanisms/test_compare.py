@@ -441,6 +441,20 @@ def test_the_plot_draws_every_point_and_the_frontier(quickly, tmp_path):
     assert text.count("power<") == 2  # it is not for pictures
 
 
+def test_names_do_not_lie_on_each_other():
+    from matplotlib.figure import Figure
+
+    alike = [run_of(key, 0, 0.5 if key == "softmax" else 0.4) for key in ("softmax", "moba", "power", "aaren")]
+    figure = Figure(figsize=(5, 4))
+    Result("tiny", [*alike, run_of("gna", 0, 0.1, 0.5)]).draw(figure)
+    (axes,) = figure.axes
+    assert len(axes.containers) == 5  # every point is drawn
+    said = {text.get_text() for text in axes.texts}
+    assert {"softmax", "gna"} <= said  # the frontier's
+    assert len(said) == 3
+    assert all(label.get_text() == f"{float(label.get_text()):g}" for label in axes.get_xticklabels())
+
+
 def test_wrong_names_are_answered_with_near_ones():
     with pytest.raises(KeyError, match="did you mean power"):
         chosen(["powr"])

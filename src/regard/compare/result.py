@@ -136,24 +136,40 @@ class Result:
         return "\n\n".join(parts) + "\n"
 
     def draw(self, figure: Any) -> None:
-        """Quality against time a task, into a matplotlib `Figure`; the frontier is what nothing else beats in both."""
-        tasks = self.tasks()
+        """Quality against time a task, into a matplotlib `Figure`; the frontier is what nothing else beats in both.
+
+        Names that would lie on another are left out, those of the frontier last; the table has all.
+        """
+        tasks, names = self.tasks(), []
         columns = min(len(tasks), 2)
         grid = figure.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).flat
         for task, axes in zip(tasks, grid):
             rows, of = [r for r in self.rows(task) if not math.isnan(r.quality.value)], TASKS[task]
             points = [(1 / r.speed.value, r.quality.value) for r in rows]
-            for row, (cost, quality) in zip(rows, points):
+            best = frontier(points, higher=of.higher)
+            ordered = [*best, *(i for i in range(len(rows)) if i not in best)]
+            for row, (cost, quality) in ((rows[i], points[i]) for i in ordered):
                 error = 0.0 if math.isnan(row.quality.error) else row.quality.error
                 mark = "s" if row.mechanism in (SOFTMAX, NONE) else "o"
                 axes.errorbar(cost, quality, yerr=error, fmt=mark, markersize=4, capsize=2)
-                axes.annotate(row.mechanism, (cost, quality), (3, 3), textcoords="offset points", fontsize=7)
-            best = [points[i] for i in frontier(points, higher=of.higher)]
-            axes.step(*zip(*best), where="post", color="grey", linewidth=0.8, zorder=0)
+                where = {"textcoords": "offset points", "fontsize": 7, "annotation_clip": False}
+                names.append(axes.annotate(row.mechanism, (cost, quality), (3, 3), **where))
+            axes.step(*zip(*(points[i] for i in best)), where="post", color="grey", linewidth=0.8, zorder=0)
             axes.set(xscale="log", xlabel="time over softmax attention's", ylabel=of.measure, title=task)
+            ticks = [2.0**k for k in range(-3, 7) if axes.get_xlim()[0] <= 2.0**k <= axes.get_xlim()[1]]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
             axes.grid(alpha=0.2)
         for axes in list(grid):
             axes.set_axis_off()
+        figure.draw_without_rendering()
+        placed: list[Any] = []
+        for name in names:
+            box = name.get_window_extent()
+            if any(box.overlaps(other) for other in placed):
+                name.remove()
+            else:
+                placed.append(box)
 
 
 def frontier(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int]:
