@@ -25,7 +25,8 @@ def run(*arguments):
 @pytest.fixture
 def quickly(monkeypatch):
     def run(way, task, seed, scale):
-        measured = {"per_second": 1e3, "time": 2.0, "peak_mb": 1.5, "parameters": 100, "state": None, "exact": False}
+        took = 0.5 if way.key == "moba" else 2.0  # apart from the others on the plot
+        measured = {"per_second": 1e3, "time": took, "peak_mb": 1.5, "parameters": 100, "state": None, "exact": False}
         return {"quality": 0.25 + 0.5 * seed, **measured}
 
     monkeypatch.setattr(importlib.import_module("regard.compare.run"), "run", run)
