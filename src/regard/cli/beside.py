@@ -101,19 +101,26 @@ def _add(found: Pieces, text: str, own: bool) -> None:
 
 def step(before: Said, after: Said, processor: Any) -> Step:
     """Where what is said begins to differ, and how likely the next tokens were there."""
-    n = min(len(before.ids), len(after.ids))
-    differ = (before.ids[:n] != after.ids[:n]).nonzero()
-    chances = [one.scores[:n].float().softmax(-1) for one in (before, after)]
-    moved = (chances[0] - chances[1]).abs().sum(-1)
-    at = int(differ[0]) if len(differ) else int(moved.argmax())
-    both = torch.stack([some[at] for some in chances])
+    chances, first = parting(before, after)
+    at = int((chances[0] - chances[1]).abs().sum(-1).argmax()) if first is None else first
+    both = chances[:, at]
     shares, likely = both.amax(0).topk(min(SHOWN, both.shape[1]))
     likely = likely[: max(FEWEST, int((shares >= RARE).sum()))]
     ids = likely[both[0, likely].argsort(descending=True)]
     tokens = Tokens.plain("generated", 1, len(ids), ids[None]).texts(processor)[0]
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = [(token, *both[:, i].tolist()) for token, i in zip(tokens, ids.tolist())]
-    return Step(at, tokenizer.decode(before.ids[:at], skip_special_tokens=True), bool(len(differ)), rows)
+    return Step(at, tokenizer.decode(before.ids[:at], skip_special_tokens=True), first is not None, rows)
+
+
+def parting(before: Said, after: Said) -> tuple[Tensor, int | None]:
+    """Probabilities at the steps that both have, [before and after, step, vocabulary], and the first step at which
+    another token is chosen; None where there is none.
+    """
+    n = min(len(before.ids), len(after.ids))
+    differ = (before.ids[:n] != after.ids[:n]).nonzero()
+    chances = torch.stack([one.scores[:n].float().softmax(-1) for one in (before, after)])
+    return chances, int(differ[0]) if len(differ) else None
 
 
 def heads(loaded: Loaded, run: Callable[[], Any]) -> Heads:

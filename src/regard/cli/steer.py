@@ -181,11 +181,12 @@ def _classes(
     console: Console,
 ) -> Group:
     """The likeliest classes before and after, and the time that a run takes."""
-    ways = [nullcontext, partial(intervene, loaded.model, *inside)]
+    plain = partial(_scored, loaded, inputs)
+    changed = partial(plain, partial(intervene, loaded.model, *inside))
     with console.status("running"):
-        both = torch.stack([_scored(loaded, inputs, way) for way in ways])
+        both = torch.stack([plain(), changed()])
     with console.status("measuring"):
-        costs = measured(*(partial(_scored, loaded, inputs, way) for way in ways))
+        costs = measured(plain, changed)
     names = getattr(loaded.model.config, "id2label", None) or {}
     among = both.amax(0).topk(min(CLASSES, both.shape[1])).indices
     among = among[both[0, among].argsort(descending=True)]
@@ -200,7 +201,7 @@ def _classes(
     lines = Group(table, Text(), Text(fact))
     if page is not None:
         with console.status("comparing the heads"):
-            heads = [beside.heads(loaded, partial(_scored, loaded, inputs, way)) for way in ways]
+            heads = [beside.heads(loaded, run) for run in (plain, changed)]
         views = _views(loaded, inputs, picture, inside)
         beside.write(page, about, loaded.processor, classes=rows, pictures=views, heads=heads, facts=[fact])
         lines.renderables.append(Text(f"page {page}"))
@@ -209,11 +210,9 @@ def _classes(
 
 def moved(before: beside.Said, after: beside.Said) -> float:
     """By how much the probability of a token moves most, up to the first at which another one is chosen."""
-    n = min(len(before.ids), len(after.ids))
-    differ = (before.ids[:n] != after.ids[:n]).nonzero()
-    n = int(differ[0]) + 1 if len(differ) else n
-    likely = [one.scores[:n].float().softmax(-1) for one in (before, after)]
-    return float((likely[0] - likely[1]).abs().max()) if n else 0.0
+    both, first = beside.parting(before, after)
+    apart = (both[0] - both[1])[: None if first is None else first + 1].abs()
+    return float(apart.max()) if apart.numel() else 0.0
 
 
 def _change(apart: float) -> str:

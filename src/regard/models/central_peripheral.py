@@ -192,6 +192,8 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
         filled up, objects without a token come last. mask, words_mask: boolean [batch, token] and [batch, word], False
         for what fills up and is not read. ValueError where an object without a token is not last.
         """
+        if words_mask is not None and not self.config.token and not words_mask[:, -1].all():
+            raise ValueError("CentralPeripheral: without a token of its own, the last word of each row is what answers")
         seen = self._seen(tokens, places)
         ids = words if answers is None else torch.cat([words, answers], 1)
         said = self.language.get_input_embeddings()(ids)
@@ -212,8 +214,6 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
             inputs_embeds=every, attention_mask=real.long(), position_ids=positions
         ).last_hidden_state
         told = states.shape[1] - (0 if answers is None else answers.shape[1]) - 1  # the last before the answer
-        if words_mask is not None and not self.config.token and not words_mask[:, -1].all():
-            raise ValueError("CentralPeripheral: without a token of its own, the last word of each row is what answers")
         logits = self.language.lm_head(states[:, told:])
         if objects is None or not self.config.token:
             return Reasoned(logits, None)

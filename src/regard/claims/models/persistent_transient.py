@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...catalog import Finding, Premise
+from ...circuits.discrete_sae import area
 from ...models.persistent_transient import Forecast, PersistentTransient, persistent_transient
 from .. import _nets
 from .._measure import Mean, mean
@@ -203,5 +204,4 @@ def _auc(model: PersistentTransient, walks: Walks) -> float:
     held = torch.arange(TRAIN, TRAIN + HELD)
     score = _forecast(model, walks, held).score[:, 0, SEEN - 1 :].flatten()
     on = walks.on[held, 0, SEEN - 1 : -1].flatten()
-    high, low = score[on], score[~on]
-    return float(((high[:, None] > low).float() + 0.5 * (high[:, None] == low).float()).mean())
+    return area(score.tolist(), on.tolist())
