@@ -30,7 +30,7 @@ from regard.interventions import after_steps, scale_attention, scale_heads
 from regard.studio import jobs as queued
 from regard.studio import server, steps
 from regard.studio.jobs import plainly
-from regard.studio.work import Desk
+from regard.studio.work import Desk, Given
 
 TOKEN, HOST = "a-token-of-the-tests", "127.0.0.1:8000"
 TEXT = "The king spoke to the queen, and the queen spoke to the"
@@ -309,6 +309,21 @@ def test_a_look_is_kept_listed_and_opened_by_another_studio(client, desk, looked
     assert page.header["stacks"][0]["key"]["token"] == header["stacks"][0]["key"]["token"]
     assert regard.open(desk.folder / looked / "recording.zarr").tree["language_model"]["rows"].size
     assert client.get(f"/api/recordings/{looked}/blocks/{len(page.blocks)}").status_code == 404
+
+
+def test_what_a_page_was_told_of_can_be_asked_about_at_once(desk):
+    asked = []
+
+    class Eager(queued.Job):
+        def tell(self, name: str, /, **what) -> None:
+            super().tell(name, **what)
+            if name == "page":  # as a page that asks before the recording is on the disk
+                asked.append(pool.submit(desk.card, what["id"]))
+
+    with ThreadPoolExecutor() as pool:
+        given = Given(model="reader", text="Tom went home.")
+        desk.look(Eager(1, "reader", lambda _: None), given)
+    assert [one.result()["title"] for one in asked] == ["Tom went home."]
 
 
 def test_what_was_not_saved_whole_is_not_listed(desk, looked):

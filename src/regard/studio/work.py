@@ -154,7 +154,7 @@ class Desk:
         self.folder, self.models, self.named = folder, models, named
         folder.mkdir(parents=True, exist_ok=True)
         self._loaded, self._pages, self._uploads = _Kept(LOADED), _Kept(PAGES), _Kept(UPLOADS)
-        self._answers, self._loading = _Kept(HELD), threading.Lock()
+        self._answers, self._loading, self._saving = _Kept(HELD), threading.Lock(), threading.Lock()
 
     # What there is.
 
@@ -253,9 +253,13 @@ class Desk:
         return found
 
     def card(self, key: str) -> dict[str, Any]:
-        if not ID.fullmatch(key) or not (self.folder / key / "card.json").is_file():
+        path = self.folder / key / "card.json"
+        if ID.fullmatch(key) and not path.is_file():
+            with self._saving:  # its page may have been told a moment ago, and its card comes last
+                pass
+        if not ID.fullmatch(key) or not path.is_file():
             raise KeyError(f"there is no recording {key!r}")
-        return json.loads((self.folder / key / "card.json").read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
 
     def page(self, key: str) -> Page:
         if key not in self._pages:
@@ -447,7 +451,6 @@ class Desk:
         told = {"said": answer.said, "bars": bars(answer)}
         if answer.picture is not None:
             told["picture"] = _address(answer.picture)
-        job.tell("page", id=key, partial=False, base=base, **told)
         stored = given.model_dump() | ({"upload": "0" * 16} if given.upload else {})
         card = {
             "model": given.model,
@@ -462,7 +465,9 @@ class Desk:
         if source is None and base is not None:
             there = next((path for path in self.sources(base) if path.is_file()), None)
             source = None if there is None else (there.name, there.read_bytes())
-        self._keep(key, tree, pictures, card, source)
+        with self._saving:
+            job.tell("page", id=key, partial=False, base=base, **told)
+            self._keep(key, tree, pictures, card, source)
         job.tell("saved", id=key)
 
     def python(self, change: Change) -> str:
