@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
+import warnings
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ def judge(case: Case) -> str:
         calls[-1].found[name] = tensor.detach().clone()
 
     try:
-        with ExitStack() as sessions, torch.no_grad():
+        with warnings.catch_warnings(record=True) as warned, ExitStack() as sessions, torch.no_grad():
+            warnings.simplefilter("always")
             if case.nested:
                 recording = sessions.enter_context(regard.record(model, *STATISTICS, own_output=case.own_output))
             sessions.enter_context(regard.record(model, *STATISTICS, own_output=case.own_output, sink=sink))
@@ -99,6 +101,8 @@ def judge(case: Case) -> str:
         passes.handle.remove()
     assert is_clean(model), "something is left on the model"
     assert all(torch.equal(a, b) for a, b in zip(before, _bits(model, inputs))), "the model is not as it was"
+    if refused := [str(w.message) for w in warned if "is not recorded" in str(w.message)]:
+        return f"refused: {refused[0]}"  # a stack alone, and the others follow from what it gave
     _compare(case, truth, seen)
     if case.family in TEXT:
         _compare_positions(case, fed, played, seen)
