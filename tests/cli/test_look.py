@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import warm
 from PIL import Image
 from rich.console import Console
 
@@ -33,9 +33,7 @@ def command(*arguments):
 
 
 def look(*arguments, **options):
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False, **options
-    )
+    return warm.regard("look", *arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +118,7 @@ def test_tables_keep_every_cell_whole_in_the_width(width):
 def test_errors_quote_little(arguments):
     given = "a word or two " * 200
     arguments = [given if one == "GIVEN" else one for one in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "regard", *arguments],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=300,
-        check=False,
-    )
+    done = warm.regard(*arguments)
     assert done.returncode == 2
     assert "(2,800 characters)" in done.stderr
     assert len(done.stderr) < 400
@@ -210,11 +201,7 @@ def test_a_full_disk_leaves_nothing_half_written(folders, tmp_path):
     assert first.returncode == 0, first.stderr
     before = regard.open(tmp_path / "recording.zarr").tree
     report = (tmp_path / "report.html").read_bytes()
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-
-    done = look(folders["gpt2"], "--text", "it was", "--out", tmp_path, preexec_fn=limited)
+    done = look(folders["gpt2"], "--text", "it was", "--out", tmp_path, file_bytes=1500)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recording.zarr", "report.html"]

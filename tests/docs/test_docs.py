@@ -5,11 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
@@ -30,7 +29,7 @@ def test_code_on_a_page_runs_in_order(page, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_an_example_runs(script, tmp_path):
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm.run(str(script), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 
 from regard import catalog
 
@@ -24,9 +23,7 @@ def papers():
 
 
 def test_pages_and_readme_agree_with_what_ran():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "papers.py"), "--check"], capture_output=True, text=True, check=False
-    )
+    done = warm.run(str(ROOT / "docs" / "papers.py"), "--check")
     assert done.returncode == 0, done.stderr
 
 
