@@ -19,6 +19,12 @@
 namespace REGARD_ISA {
 namespace {
 
+#if defined(__aarch64__) || defined(__arm__)
+typedef __fp16 half;  // GCC before 13 knows _Float16 there in C alone
+#else
+typedef _Float16 half;
+#endif
+
 constexpr int BQ = 48, CP = PN >= 32 ? 8 : 128 / PN;
 constexpr int FEW = 4;  // rows for which packing keys costs more than it saves
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -92,7 +98,7 @@ void read(const Tensor4& t, int64_t from, int64_t n, float* out) {
       break;
     }
     case FLOAT16: {
-      const _Float16* p = static_cast<const _Float16*>(t.data) + from;
+      const half* p = static_cast<const half*>(t.data) + from;
       if (step == 1)
         for (int64_t i = 0; i < n; i++) out[i] = float(p[i]);
       else
@@ -118,7 +124,7 @@ void write(const Tensor4& t, int64_t from, int64_t n, const float* in) {
   for (int64_t i = 0; i < n; i++) {
     if (t.type == FLOAT32) static_cast<float*>(t.data)[from + i * step] = in[i];
     else if (t.type == BFLOAT16) static_cast<uint16_t*>(t.data)[from + i * step] = to_bfloat16(in[i]);
-    else static_cast<_Float16*>(t.data)[from + i * step] = _Float16(in[i]);
+    else static_cast<half*>(t.data)[from + i * step] = half(in[i]);
   }
 }
 
