@@ -183,9 +183,10 @@ def test_reflections_come_as_often_as_they_should():
     assert float(reflections(200, 0.02)) == pytest.approx(4 / 3 * math.pi * (343 * 0.02) ** 3 / 200)
     counts = []
     for index in range(200):
-        found = impulse_response(2000, 0.5, 0.5, rate=400_000, seed=1, index=index)
+        found = impulse_response(2000, 0.5, 8.0, rate=400_000, seed=1, index=index)
+        assert not found[: round(8 / SPEED * 400_000)].any()  # nothing comes before the direct sound
         counts.append(np.count_nonzero(found[: int(0.03 * 400_000)]) - 1)
-    expected = float(reflections(2000, 0.03) - reflections(2000, 0.5 / SPEED))
+    expected = float(reflections(2000, 0.03) - reflections(2000, 8 / SPEED))
     assert np.mean(counts) == pytest.approx(expected, abs=4 * math.sqrt(expected / 200))
 
 
