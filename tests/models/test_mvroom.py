@@ -309,6 +309,16 @@ def test_a_block_by_its_parts(by):
     torch.testing.assert_close(block(x, time, *given), want)
 
 
+def test_every_setting_is_kept(tmp_path):
+    knobs = {"channels": 2, "dim": 16, "layers": 1, "heads": 2, "by": "even", "samples": 5, "near": 0.5, "far": 9.0}
+    mvroom(7, **knobs).save_pretrained(tmp_path)
+    loaded = MultiViewDenoiser.from_pretrained(tmp_path)
+    assert (loaded.enter.in_features, loaded.leave.out_features, len(loaded.blocks)) == (7 + 2 + 12, 2, 1)
+    views = loaded.blocks[0].views
+    assert (views.heads, views.by, views.samples, views.near, views.far) == (2, "even", 5, 0.5, 9.0)
+    assert loaded.blocks[0].own.num_heads == 2
+
+
 def test_samples_by_a_schedule_that_scales_its_noise():
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
@@ -334,14 +344,19 @@ def test_samples_by_the_schedule_are_what_it_was_told():
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     _, told, cameras, layers = denoiser()
+    shares = []
 
     class Grey(nn.Module):
         def forward(self, noisy, step, *given):
-            assert ((step >= 0) & (step <= 1)).all()
+            assert step.shape == (2,)
+            shares.append(round(float(step[0]), 6))
             return torch.full_like(noisy, 0.25)
 
     scheduler = DDPMScheduler(50, prediction_type="sample")
+    state = torch.get_rng_state()
     found = sample(Grey(), scheduler, told, *cameras, layers, steps=10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)  # all is drawn from the generator
+    assert shares == [45 / 50, 40 / 50, 35 / 50, 30 / 50, 25 / 50, 20 / 50, 15 / 50, 10 / 50, 5 / 50, 0]
     torch.testing.assert_close(found, torch.full((2, 2, 3, 2, 8), 0.25), atol=0.02, rtol=0)
 
 
@@ -362,9 +377,13 @@ def test_a_picture_is_seen_by_another_camera():
     both = torch.cat([depths, depths - 1])
     found, _ = warp(views, both, shifted(0.0, 0.0), lens(2), torch.eye(4), lens(1)[0])
     assert torch.equal(found, views[1])
-    back = torch.eye(4)
-    back[2, 3] = 5.0  # the new camera stands behind the points
-    assert not warp(pictures, depths, shifted(0.0), lens(1), back, lens(1)[0])[1].any()
+    swapped, _ = warp(views.flip(0), both.flip(0), shifted(0.0, 0.0), lens(2), torch.eye(4), lens(1)[0])
+    assert torch.equal(swapped, views[1])  # whichever comes first
+    ahead, behind, corner = torch.eye(4), torch.eye(4), torch.diag(torch.tensor([4.0, 4, 1]))
+    ahead[2, 3], behind[2, 3] = 5, -5
+    assert not warp(pictures, depths, shifted(0.0), corner[None], ahead, corner)[1].any()  # all is behind the camera
+    assert warp(pictures, depths, shifted(0.0), corner[None], behind, corner)[1].any()
+    assert not warp(pictures, 0 * depths, shifted(0.0), corner[None], behind, corner)[1].any()  # nor is a camera seen
     assert not warp(pictures, 0 * depths, shifted(0.0), lens(1), torch.eye(4), lens(1)[0])[1].any()
 
 

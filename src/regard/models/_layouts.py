@@ -130,11 +130,10 @@ def warp(
     places, depth = project(points.flatten(0, 1), pose[None], intrinsic[None])
     (column, row), depth = places[:, 0].round().long().unbind(-1), depth[:, 0]
     seen = (depths.flatten() > 0) & (depth > 1e-6) & (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
-    order = depth.masked_fill(~seen, -torch.inf).argsort(descending=True)[: int(seen.sum())]
-    index = (row * columns + column)[order]
-    nearest = depth.new_full((rows * columns,), torch.inf).scatter_reduce(0, index, depth[order], "amin")
-    front = order[depth[order] == nearest[index]]
-    index = (row * columns + column)[front]
+    points = seen.nonzero()[:, 0]
+    index = (row * columns + column)[points]
+    nearest = depth.new_full((rows * columns,), torch.inf).scatter_reduce(0, index, depth[points], "amin")
+    front = points[depth[points] == nearest[index]]
     found = pictures.new_zeros(pictures.shape[1], rows * columns)
-    found[:, index] = pictures.movedim(1, 0).flatten(1)[:, front]
+    found[:, (row * columns + column)[front]] = pictures.movedim(1, 0).flatten(1)[:, front]
     return found.view(-1, rows, columns), nearest.isfinite().view(rows, columns)
