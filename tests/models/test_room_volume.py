@@ -194,6 +194,7 @@ def test_a_response_falls_by_its_time_and_its_reverberation_is_one_over_volume()
     responses = {v: [impulse_response(v, 0.6, 1.0, seed=3, index=i) for i in range(40)] for v in (50, 500)}
     for found in responses.values():
         assert found[0][round(8000 / SPEED)] == pytest.approx(math.exp(-3 * math.log(10) / SPEED / 0.6), rel=1e-6)
+    assert not impulse_response(1, 0.6, 5.0, seed=3)[: round(5 * 8000 / SPEED)].any()  # dense before it is heard at all
     farther = impulse_response(500, 0.6, 2.0, seed=3)[round(2 * 8000 / SPEED)]
     assert farther == pytest.approx(math.exp(-6 * math.log(10) / SPEED / 0.6) / 2, rel=1e-6)
     power = {v: np.square(found).mean(0) for v, found in responses.items()}
