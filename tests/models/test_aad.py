@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import regard
+from regard.interventions import scale_heads
 from regard.models.aad import Aad, AttendedAnswerer, IntentionDecoder, VoiceKinds, aad
 
 SIZES = {"bands": 6, "frames": 8, "voice": 3, "words": 11, "width": 16, "heads": 2}
@@ -37,6 +39,15 @@ def test_kinds_by_hand():
     assert sorted(order.tolist()) == [0, 1, 2]
     assert torch.allclose(found.centroids[order], places, atol=0.1)
     assert torch.allclose(VoiceKinds.fit(places, kinds=1).centroids, places.mean(0, keepdim=True))
+    whole = VoiceKinds.fit(torch.tensor([[0], [1], [4], [6]]), kinds=2)
+    assert sorted(whole.centroids.flatten().tolist()) == [0.5, 5.0]
+    state = np.random.get_state()[1].copy()
+    again = [VoiceKinds.fit(torch.arange(40.0).view(20, 2), kinds=4, seed=3).centroids for _ in range(2)]
+    assert torch.equal(*again)
+    assert (np.random.get_state()[1] == state).all()  # of its own seed
+    half = VoiceKinds.fit(places.bfloat16(), kinds=3)
+    assert half.centroids.dtype == torch.bfloat16
+    assert sorted(half.kind(places.bfloat16()).tolist()) == [0, 1, 2]
 
 
 def test_the_decoder_by_its_parts():
@@ -125,6 +136,15 @@ def test_words_one_by_one(model, inputs):
     assert torch.equal(found, again)
 
 
+def test_sizes_are_those_of_its_parts():
+    model = aad(electrodes=4, **{**SIZES, "width": 32, "heads": 4}, hidden=9, layers=3)
+    ear, language = model.answerer.ear.config, model.answerer.language.config
+    assert len(model.answerer.ear.layers) == len(model.answerer.language.model.layers) == 3
+    assert ear.encoder_attention_heads == language.num_attention_heads == 4
+    assert ear.d_model == language.hidden_size == 32
+    assert (model.decoder.lstm.hidden_size, model.decoder.read.out_features, model.decoder.window) == (9, 8, 32)
+
+
 def test_refusals(model, inputs):
     streams, recording, words = inputs
     with pytest.raises(ValueError, match="takes two talkers"):
@@ -146,13 +166,41 @@ def test_refusals(model, inputs):
     for wrong in (torch.zeros(0, 3), torch.full((1, 3), torch.nan), torch.zeros(3)):
         with pytest.raises(ValueError, match="centroids are finite"):
             VoiceKinds(wrong)
+    with pytest.raises(ValueError, match="centroids are finite"):
+        VoiceKinds(torch.ones(2, 3, dtype=torch.long))  # would cut off what K-means finds between
+    for wrong in (torch.full((2, 3), torch.nan), torch.zeros(2, 4)):
+        with pytest.raises(ValueError, match=r"vectors are finite numbers \[..., 3\]"):
+            model.kinds.kind(wrong)
+    with pytest.raises(ValueError, match=r"vectors are finite numbers \[voice, dim\]"):
+        VoiceKinds.fit(torch.full((4, 3), torch.nan), kinds=2)
+    with pytest.raises(ValueError, match="not finite"):
+        model.attend(torch.full_like(recording, torch.nan))
+    with pytest.raises(ValueError, match="one row or more"):
+        model(streams[:0], recording[:0], words[:0])
+    with pytest.raises(ValueError, match="an intention of 3"):
+        model.answerer(streams, torch.zeros(3, 2), words)
+    for wrong in (words + 11, words - 11):
+        with pytest.raises(ValueError, match="0 to 10"):
+            model(streams, recording, wrong)
+    with pytest.raises(ValueError, match="even number of channels"):
+        AttendedAnswerer(**{**SIZES, "width": 6})
+    model.kinds = VoiceKinds(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="knows 3 kinds, and there are 4"):
+        model.attend(recording)
 
 
 def test_seen_by_record_and_kept(model, inputs, tmp_path):
     streams, recording, words = inputs
-    with torch.no_grad(), regard.record(model.answerer.language, "entropy") as found:
+    with torch.no_grad(), regard.record(model, "entropy") as found:
         logits = model(streams, recording, words)
-    assert any("entropy" in node for node in found.tree.subtree)
+    seen = {name: dict(stack["entropy"].sizes) for name, stack in found.tree.children.items()}
+    assert seen == {
+        "answerer": {"batch": 6, "layer": 2, "head": 2, "query": 4},  # the ear, a row for each stream
+        "answerer.self_attn": {"batch": 3, "layer": 2, "head": 2, "query": 1 + 2 * 4 + 5},
+    }
+    for stack in seen:
+        with torch.no_grad(), regard.intervene(model, scale_heads({(1, 0): 0.0}, stack=stack)):
+            assert (model(streams, recording, words) - logits).abs().max() > 1e-4
     model.save_pretrained(tmp_path)
     other = Aad.from_pretrained(tmp_path).eval()
     assert other.decoder.window == 5

@@ -72,6 +72,8 @@ def test_places_have_a_sine_and_a_cosine_of_each_axis():
     angles = np.array([[0.25, 0.5, 0.0], [0.5, 1.0, 0.0]]) * math.pi
     want = np.concatenate([np.sin(angles), np.cos(angles)], 1).ravel()
     np.testing.assert_allclose(found, want, atol=1e-6)
+    half = torch.rand(50, 3).half()
+    torch.testing.assert_close(scene_positions(half, 8), scene_positions(half.float(), 8))  # up to 400 radians
 
 
 def test_what_lies_in_a_box():
@@ -91,6 +93,7 @@ def test_the_grid_is_the_worlds():
     assert allocentric_grid(names, turned, cells=4, bounds=floor) == (
         "cell (0, 3): lamp\ncell (2, 3): lamp\ncell (3, 0): bed, chair"
     )
+    assert allocentric_grid(names, places, cells=4, bounds=torch.tensor(floor)) == text
     assert allocentric_grid(["bed"], places[:1]) == "cell (0, 0): bed"
     own = allocentric_grid(names, places, cells=2)
     assert own == "cell (0, 0): bed, chair\ncell (1, 0): lamp\ncell (1, 1): lamp"
@@ -149,6 +152,22 @@ def test_what_fills_up_does_not_matter():
     assert batch.scores[0, 2] == -torch.inf
     alone = model(tokens[1:], places[1:], words[1:], objects=more["objects"][1:])
     torch.testing.assert_close(batch.scores[1:], alone.scores, atol=1e-5, rtol=1e-5)
+    for filled in (tokens, places):
+        filled[0, 3:] = math.nan
+    model.zero_grad()
+    again = model(tokens, places, words, objects=more["objects"], mask=mask, words_mask=words_mask)
+    torch.testing.assert_close(again.logits, batch.logits)
+    torch.testing.assert_close(again.scores, batch.scores)
+    again.logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_half_precision_keeps_places_whole():
+    model, (tokens, places, words, more) = central_peripheral(5, **SIZES).eval(), scene()
+    want = model(tokens, places, words, **more)
+    found = model.bfloat16()(tokens.bfloat16(), places, words, **more)
+    assert found.scores.dtype == torch.bfloat16
+    torch.testing.assert_close(found.logits.float(), want.logits, atol=0.05, rtol=0)
 
 
 def test_it_learns_what_is_asked_about():
@@ -172,7 +191,13 @@ def test_it_learns_what_is_asked_about():
 
 
 def test_saved_and_loaded(tmp_path):
-    model, (tokens, places, words, more) = central_peripheral(5, **SIZES).eval(), scene()
+    knobs = {"axes": 2, "temperature": 0.5, "weight": 0.25}
+    model, (tokens, places, words, more) = central_peripheral(5, **knobs, **SIZES).eval(), scene()
+    places = places[..., :2]
+    assert model.config == SceneConfig(5, axes=2, frequencies=3, temperature=0.5, weight=0.25)
+    found, targets = model(tokens, places, words, words[:, :1], **more), torch.eye(3, dtype=torch.bool)[:2]
+    said = torch.nn.functional.cross_entropy(found.logits[:, 0], words[:, 0])
+    torch.testing.assert_close(model.loss(found, words[:, :1], targets), said + contrast(found.scores, targets) / 4)
     model.save_pretrained(tmp_path)
     fresh = LlamaForCausalLM(model.language.config)
     loaded = CentralPeripheral.from_pretrained(tmp_path, language=fresh).eval()
@@ -196,6 +221,12 @@ def test_record_sees_where_the_token_looks():
     [
         ({"tokens": torch.randn(2, 6, 4)}, r"tokens are \[batch, token, 5\]"),
         ({"places": torch.rand(2, 6, 2)}, r"places \[batch, token, 3\]"),
+        ({"tokens": torch.randn(0, 6, 5), "places": torch.rand(0, 6, 3), "words": torch.ones(0, 4).long()}, "one row"),
+        ({"words": torch.ones(1, 4, dtype=torch.long)}, r"words are \[2, word\]"),
+        ({"answers": torch.ones(3, 1, dtype=torch.long)}, r"answers are \[2, word\]"),
+        ({"mask": torch.ones(2, 6)}, r"mask is boolean \[2, 6\]; got torch.float32"),
+        ({"mask": torch.ones(2, 1, dtype=torch.bool)}, r"mask is boolean \[2, 6\]"),
+        ({"words_mask": torch.ones(2, 3, dtype=torch.bool)}, r"words_mask is boolean \[2, 4\]"),
         ({"objects": torch.zeros(2, 3, 6, dtype=torch.bool)}, "an object has no token"),
         ({"objects": torch.ones(2, 3, 6)}, "objects are boolean"),
         ({"objects": torch.ones(2, 3, 5, dtype=torch.bool)}, r"objects are boolean \[2, object, 6\]"),
@@ -216,8 +247,15 @@ def test_other_refusals():
         allocentric_grid(["a", "b"], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="not finite"):
         allocentric_grid(["a"], torch.tensor([[torch.nan, 0.0]]))
-    with pytest.raises(ValueError, match="temperature is above 0"):
-        AffinityHead(4, temperature=0.0)
+    for bounds in (((1, 1), (0, 0)), ((0, 0), (math.nan, 1)), ((-math.inf, 0), (1, 1)), ((0, 0, 0), (1, 1, 1))):
+        with pytest.raises(ValueError, match="lowest and highest corner"):
+            allocentric_grid(["a"], torch.zeros(1, 2), bounds=bounds)
+    for boxes in (torch.zeros(1, 2, 4), torch.zeros(2, 2, 6)):
+        with pytest.raises(ValueError, match=r"boxes \[batch, object, 2 \* axis\]"):
+            inside(torch.zeros(1, 6, 3), boxes)
+    for temperature in (0.0, math.nan):
+        with pytest.raises(ValueError, match="temperature is above 0"):
+            AffinityHead(4, temperature=temperature)
     with pytest.raises(TypeError, match="takes a causal language model"):
         CentralPeripheral(BertModel, SceneConfig(4))
     with pytest.raises(ValueError, match=r"targets are boolean \[1, 1\]"):
@@ -228,6 +266,9 @@ def test_other_refusals():
     found = plain(tokens, places, words)
     with pytest.raises(ValueError, match="targets need a model with the token"):
         plain.loss(found, words[:, :1], torch.ones(2, 3, dtype=torch.bool))
+    for answers in (words[:, :0], words[:, :2]):
+        with pytest.raises(ValueError, match="answers have 1 to 1 words"):
+            plain.loss(found, answers)
     last = torch.ones(2, 4, dtype=torch.bool)
     last[0, -1] = False
     with pytest.raises(ValueError, match="the last word of each row"):

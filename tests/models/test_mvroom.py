@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import regard
+from regard.interventions import scale_heads
 from regard.models._cameras import project, rays
 from regard.models.mvroom import (
     Boxes,
@@ -82,6 +84,21 @@ def test_depth_is_along_the_axis_and_boxes_are_turned():
     assert found.extents.item() == pytest.approx(2 * math.sqrt(0.5))
 
 
+def test_a_layout_in_any_precision_and_of_nothing():
+    given = boxes((0, 0, 3)), shifted(0.0), lens(1)
+    want = layout_layers(*given, (2, 8))
+    half = Boxes(*(x.half() if x.is_floating_point() else x for x in given[0]))
+    found = layout_layers(half, given[1].half(), given[2].half(), (2, 8))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    empty = layout_layers(Boxes(*(x[:0] for x in given[0])), *given[1:], (2, 8))
+    assert empty.depths.shape == (1, 3, 2, 8)
+    assert not empty.depths.any()
+    assert (empty.labels == -1).all()
+    inside = layout_layers(boxes((0, 0, 0), sizes=6.0), *given[1:], (2, 8), layers=1)  # of a box that is no wall
+    assert not inside.extents.any()
+    assert (inside.depths == 3).all()
+
+
 def test_conditions_say_nothing_where_nothing_is():
     found = layout_layers(boxes((0, 0, 3), (9, 0, 3)), shifted(0.0, 20.0), lens(2), (2, 8), layers=2)
     told = conditions(found, 2, frequencies=1)
@@ -89,6 +106,11 @@ def test_conditions_say_nothing_where_nothing_is():
     assert not told[1].any()
     assert told[0, 0].any()
     assert not told[0, 16:].any()  # no second layer
+    at = found.own[0, 0, 1, 3], found.world[0, 0, 1, 3] / 8, found.depths[0, 0, 1, 3, None] / 8
+    angles = math.pi * torch.cat(at)
+    want = torch.stack([angles.sin(), angles.cos()], 1).flatten()
+    assert angles[:3].abs().max() > 0.1
+    torch.testing.assert_close(conditions(found, 2, frequencies=1, far=8.0)[0, 2:16, 1, 3], want)
 
 
 def layer(by="layout", dim=8, **knobs):
@@ -99,7 +121,8 @@ def layer(by="layout", dim=8, **knobs):
 
 def scene(views=(0.0, 0.3, -0.4), batch=2):
     poses, lenses = shifted(*views), lens(len(views))
-    found = layout_layers(boxes((0, 0, 3), (0.3, 0, 5)), poses, lenses, (2, 8), layers=3)
+    found = layout_layers(boxes((0, 0, 3), (0.3, 0, 6), sizes=[[1.0] * 3, [3.0] * 3]), poses, lenses, (2, 8), layers=3)
+    assert (found.depths[:, 1] > 0).any()  # behind some pixels there are two
     features = torch.randn(batch, len(views), 2, 8, 8)
     return features, *(x.expand(batch, *x.shape) for x in (poses, lenses, found.depths, found.extents))
 
@@ -118,7 +141,7 @@ def test_attention_is_that_of_samples_one_by_one(by):
         upper = (1 - u) * picture[b, a] + u * picture[b, a + 1]
         return (1 - v) * upper + v * ((1 - u) * picture[b + 1, a] + u * picture[b + 1, a + 1])
 
-    for view, row, column in [(0, 0, 3), (1, 1, 4), (2, 0, 0), (2, 1, 7)]:
+    for view, row, column in [(0, 0, 3), (0, 1, 4), (1, 1, 4), (1, 0, 7), (2, 0, 0), (2, 1, 7)]:
         starts, ways = rays((2, 8), poses[0], lenses[0])
         keys, values = [maps["key"][view, row, column]], [maps["value"][view, row, column]]
         for d, real in zip(at[0, view, row * 8 + column], there[0, view, row * 8 + column], strict=True):
@@ -191,6 +214,46 @@ def test_record_sees_pixels_look_at_samples():
     (stack,) = recording.tree.children.values()
     assert dict(stack["entropy"].sizes) == {"batch": 3 * 16, "layer": 1, "head": 2, "query": 1}
     assert np.isfinite(stack["entropy"]).all()
+    model, told, cameras, layers = denoiser()
+    for block in model.blocks:
+        nn.init.normal_(block.views.out.weight)
+    noisy, step = torch.randn(2, 2, 3, 2, 8), torch.tensor([0.1, 0.9])
+    with torch.no_grad():
+        found = model.eval()(noisy, step, told, *cameras, layers)
+        for stack in ("encoder", "encoder_cross"):  # within views, and between them
+            with regard.intervene(model, scale_heads({(1, 0): 0.0}, stack=stack)):
+                assert (model(noisy, step, told, *cameras, layers) - found).abs().max() > 1e-4
+
+
+def test_what_is_not_seen_may_hold_anything():
+    made, (features, poses, lenses, depths, extents) = layer(), scene()
+    away = poses.clone()
+    away[:, 1:, 0, 3] += 100
+    found = made(features, away, lenses, depths, extents)
+    features[:, 1:] = math.nan
+    again = made(features, away, lenses, depths, extents)
+    torch.testing.assert_close(again[:, 0], found[:, 0])
+    again[:, 0].sum().backward()
+    assert made.out.bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["layout", "even", "all"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_cameras_whole(by, dtype):
+    made, given = layer(by), scene()
+    want = made(*given)
+    found = made.to(dtype)(given[0].to(dtype), *given[1:])
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), want, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("by", ["layout", "even", "all"])
+def test_no_scenes_and_a_single_view(by):
+    made, given = layer(by), scene()
+    assert made(*(x[:0] for x in given)).shape == (0, 3, 2, 8, 8)
+    if by != "all":
+        one = [x[:, :1] for x in given]
+        torch.testing.assert_close(made(*one), made.out(made.value(one[0])))  # there is nobody to ask
 
 
 def denoiser(by="layout"):
@@ -221,18 +284,79 @@ def test_views_learn_of_one_another_only_by_asking(by, tmp_path):
     torch.testing.assert_close(again(noisy, step, told, *cameras, layers), found, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("by", ["layout", "none"])
+def test_a_block_by_its_parts(by):
+    model, told, cameras, layers = denoiser(by)
+    noisy, step = torch.randn(2, 2, 3, 2, 8), torch.tensor([0.1, 0.9])
+    found = model(noisy, step, told, *cameras, layers)
+    for given in (
+        (noisy + 1, step, told),
+        (noisy, step / 2, told),
+        (noisy, step, told * torch.linspace(1, 2, 8)),
+        (noisy.flip(-1), step, told.flip(-1)),  # places in the picture count
+    ):
+        changed = model(*given, *cameras, layers)
+        assert (changed - (found.flip(-1) if given[0] is not noisy and by == "none" else found)).abs().max() > 1e-3
+    block, x, time = model.blocks[0], torch.randn(2, 2, 2, 8, 16), torch.randn(2, 1, 1, 1, 16)
+    given = *cameras, layers.depths, layers.extents
+    scale, shift, second, moved = block.time(time).chunk(4, -1)
+    flat = (block.norms[0](x) * (1 + scale) + shift).view(4, 16, 16)
+    want = x + block.own(flat, flat, flat)[0].view_as(x)
+    if by != "none":
+        nn.init.normal_(block.views.out.weight)
+        want = want + block.views(block.norms[2](want), *given)
+    want = want + block.mlp(block.norms[1](want) * (1 + second) + moved)
+    torch.testing.assert_close(block(x, time, *given), want)
+
+
+def test_every_setting_is_kept(tmp_path):
+    knobs = {"channels": 2, "dim": 16, "layers": 1, "heads": 2, "by": "even", "samples": 5, "near": 0.5, "far": 9.0}
+    mvroom(7, **knobs).save_pretrained(tmp_path)
+    loaded = MultiViewDenoiser.from_pretrained(tmp_path)
+    assert (loaded.enter.in_features, loaded.leave.out_features, len(loaded.blocks)) == (7 + 2 + 12, 2, 1)
+    views = loaded.blocks[0].views
+    assert (views.heads, views.by, views.samples, views.near, views.far) == (2, "even", 5, 0.5, 9.0)
+    assert loaded.blocks[0].own.num_heads == 2
+
+
+def test_samples_by_a_schedule_that_scales_its_noise():
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    _, told, cameras, layers = denoiser()
+    seen = []
+
+    class Clean(nn.Module):
+        def forward(self, noisy, step, *given):
+            seen.append(float(noisy.std()))
+            return torch.full_like(noisy, 0.25)
+
+    scheduler = EulerDiscreteScheduler(50, prediction_type="sample")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the scheduler's own, on numpy's arrays
+        found = sample(Clean(), scheduler, told, *cameras, layers, steps=10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, torch.full((2, 2, 3, 2, 8), 0.25), atol=0.02, rtol=0)
+    noise = torch.randn(2, 2, 3, 2, 8, generator=torch.Generator().manual_seed(0)).std()
+    sigma = scheduler.sigmas[:-1]
+    torch.testing.assert_close(torch.tensor(seen), noise * sigma / (sigma**2 + 1).sqrt(), atol=0, rtol=1e-3)
+
+
 def test_samples_by_the_schedule_are_what_it_was_told():
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     _, told, cameras, layers = denoiser()
+    shares = []
 
     class Grey(nn.Module):
         def forward(self, noisy, step, *given):
-            assert ((step >= 0) & (step <= 1)).all()
+            assert step.shape == (2,)
+            shares.append(round(float(step[0]), 6))
             return torch.full_like(noisy, 0.25)
 
     scheduler = DDPMScheduler(50, prediction_type="sample")
+    state = torch.get_rng_state()
     found = sample(Grey(), scheduler, told, *cameras, layers, steps=10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)  # all is drawn from the generator
+    assert shares == [45 / 50, 40 / 50, 35 / 50, 30 / 50, 25 / 50, 20 / 50, 15 / 50, 10 / 50, 5 / 50, 0]
     torch.testing.assert_close(found, torch.full((2, 2, 3, 2, 8), 0.25), atol=0.02, rtol=0)
 
 
@@ -249,15 +373,37 @@ def test_a_picture_is_seen_by_another_camera():
     near[..., 4] = 2.0  # moves by four, and hides what moves by two
     moved, _ = warp(pictures, near, shifted(0.0), lens(1), shifted(2.0)[0], lens(1)[0])
     assert torch.equal(moved[..., 0], pictures[0, ..., 4])
+    views = torch.stack([pictures[0], 1 - pictures[0]])  # of two views, the nearer point is seen
+    both = torch.cat([depths, depths - 1])
+    found, _ = warp(views, both, shifted(0.0, 0.0), lens(2), torch.eye(4), lens(1)[0])
+    assert torch.equal(found, views[1])
+    swapped, _ = warp(views.flip(0), both.flip(0), shifted(0.0, 0.0), lens(2), torch.eye(4), lens(1)[0])
+    assert torch.equal(swapped, views[1])  # whichever comes first
+    ahead, behind, corner = torch.eye(4), torch.eye(4), torch.diag(torch.tensor([4.0, 4, 1]))
+    ahead[2, 3], behind[2, 3] = 5, -5
+    assert not warp(pictures, depths, shifted(0.0), corner[None], ahead, corner)[1].any()  # all is behind the camera
+    assert warp(pictures, depths, shifted(0.0), corner[None], behind, corner)[1].any()
+    assert not warp(pictures, 0 * depths, shifted(0.0), corner[None], behind, corner)[1].any()  # nor is a camera seen
     assert not warp(pictures, 0 * depths, shifted(0.0), lens(1), torch.eye(4), lens(1)[0])[1].any()
 
 
 def test_refusals():
-    given = scene()
+    given, eye = scene(), (shifted(0.0), EYE[None])
+    (model, told, cameras, layers), noisy = denoiser(), torch.randn(2, 2, 3, 2, 8)
     for ask, said in [
         (lambda: layout_layers(boxes((0, 0, 3)), shifted(0.0, 1.0), EYE[None], (1, 1)), "intrinsics"),
         (lambda: layout_layers(boxes((0, 0, 3)), 2 * shifted(0.0), EYE[None], (1, 1)), "no rotation"),
         (lambda: layout_layers(boxes((0, 0, 3), sizes=0.0), shifted(0.0), EYE[None], (1, 1)), "above 0"),
+        (lambda: layout_layers(boxes((0, 0, math.nan)), shifted(0.0), EYE[None], (1, 1)), "finite"),
+        (lambda: layout_layers(boxes((0, 0, 3))._replace(turns=2 * EYE[None]), *eye, (1, 1)), "right angles"),
+        (lambda: layout_layers(boxes((0, 0, 3))._replace(labels=torch.tensor([-1])), *eye, (1, 1)), "0 or more"),
+        (lambda: layout_layers(boxes((0, 0, 3))._replace(walls=torch.tensor([1])), *eye, (1, 1)), "boolean"),
+        (lambda: EpipolarAttention(8, heads=0), "divide"),
+        (lambda: EpipolarAttention(8, heads=2, near=4.0), "near < far"),
+        (lambda: layer()(given[0], given[1][:, :2], *given[2:]), "poses are"),
+        (lambda: layer("all")(given[0], given[1], given[2][:1], *given[3:]), "intrinsics"),
+        (lambda: model(noisy, torch.ones(1), told, *cameras, layers), r"step \[batch\]"),
+        (lambda: model(noisy[..., :4], torch.ones(2), told, *cameras, layers), "noisy pictures and conditions"),
         (lambda: EpipolarAttention(8, heads=2, by="none"), "layout, even, all"),
         (lambda: EpipolarAttention(8, heads=3), "divide"),
         (lambda: mvroom(4, by="some"), "layout, even, all, none"),

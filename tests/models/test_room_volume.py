@@ -11,9 +11,11 @@ from transformers import ViTConfig, ViTModel
 
 import regard
 from regard.data.rooms import SPEED, heard, impulse_response, reflections
+from regard.interventions import scale_heads
 from regard.models.room_volume import RoomVolume, centres, features, filtered, mean_mult, room_volume
 
 SMALL = {"rows": 24, "columns": 60, "patch": 8, "stride": 6, "dim": 16, "layers": 2, "heads": 2}
+PICTURES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,14 @@ def test_the_filter_is_the_gammatone():
     )
 
 
+def test_what_comes_last_does_not_ring_at_the_start():
+    click = torch.zeros(1, 2000)
+    click[0, -1] = 1
+    assert filtered(click, 8000, centres(8, 50, 2000))[..., :1000].abs().max() < 1e-4
+    start = filtered(click.flip(1), 8000, centres(8, 50, 2000))  # of the same click where it is heard
+    assert start.abs().amax(-1).min() > 1e-2
+
+
 def test_rows_are_energy_then_phase():
     frequencies = centres(16, 50, 2000)
     wave = tone(float(frequencies[8])) * 0.5
@@ -82,6 +92,12 @@ def test_rows_are_energy_then_phase():
     torch.testing.assert_close(loud[16:], found[16:], atol=2e-2, rtol=0)  # loudness has no part in phase
     torch.testing.assert_close(loud[8] - found[8], torch.full_like(loud[8], math.log(100)), atol=1e-3, rtol=0)
     assert features(wave, 8000, phases=0).shape[1] == 20
+    under = int((frequencies < 500).sum())  # the phases are of bands evenly spread up to the last of these
+    every = filtered(wave, 8000, frequencies)[0, :, 64 + 64 * 20].angle()
+    chosen = torch.linspace(0, under - 1, 4).round().long()
+    assert chosen.tolist() != [0, 1, 2, 3]
+    found = features(wave, 8000, bands=16, window=128, hop=64, phases=4)[0, 16:20, 20]
+    torch.testing.assert_close((found - every[chosen]).sin(), torch.zeros(4), atol=1e-3, rtol=0)
 
 
 def test_tokens_of_four_seconds():
@@ -94,16 +110,19 @@ def test_tokens_of_four_seconds():
 def test_each_clip_is_its_own_and_rows_are_standardised():
     model, given = room_volume(**SMALL).eval(), torch.randn(3, 24, 60)
     torch.testing.assert_close(model(given[:1]), model(given)[:1], atol=1e-5, rtol=1e-4)
-    torch.nn.init.normal_(model.transformer.embeddings.cls_token)
-    tokens = model.transformer(given.mT).last_hidden_state
-    torch.testing.assert_close(model(given), model.read(tokens[:, 0])[:, 0])  # the class token's
+    for parameter in (model.transformer.embeddings.cls_token, model.transformer.layernorm.weight):
+        torch.nn.init.normal_(parameter)
+    tokens = torch.nn.functional.layer_norm(model.transformer(given.mT).last_hidden_state, (16,))
+    torch.testing.assert_close(model(given), model.read[1](tokens[:, 0])[:, 0])  # the class token's
     other = room_volume(**SMALL).eval()
     other.load_state_dict(model.state_dict())
-    shifted = given * torch.linspace(1, 5, 24)[:, None] + 7
+    shifted = given * torch.linspace(1, 5, 24)[:, None] + torch.linspace(-7, 7, 24)[:, None]
     for one, seen in ((model, given), (other, shifted)):
         one.standardise(seen, torch.tensor([10.0, 1000.0]))
         assert one.read[1].bias.item() == pytest.approx(2)
     torch.testing.assert_close(other(shifted), model(given), atol=1e-4, rtol=1e-4)
+    other.standardise(torch.ones(2, 24, 60))  # where nothing varies
+    assert other(shifted).isfinite().all()
 
 
 def test_record_sees_its_layers():
@@ -112,6 +131,12 @@ def test_record_sees_its_layers():
         model(torch.randn(2, 24, 60))
     (stack,) = recording.tree.children.values()
     assert dict(stack["entropy"].sizes) == {"batch": 2, "layer": 2, "head": 2, "query": 3 * 9 + 2}
+    given = torch.randn(2, 24, 60)
+    with torch.no_grad():
+        plain = model(given)
+        with regard.intervene(model, scale_heads({(1, 0): 0.0, (1, 1): 0.0}, stack="encoder")):
+            assert (model(given) - plain).abs().max() > 1e-4
+        assert torch.equal(model(given), plain)
 
 
 def test_it_learns_and_is_saved(tmp_path):
@@ -133,15 +158,17 @@ def test_it_learns_and_is_saved(tmp_path):
 
 
 def test_it_starts_from_a_picture_transformer():
-    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    pictures = ViTModel(ViTConfig(**config, image_size=40, patch_size=8))  # 5 x 5 places
-    torch.nn.init.normal_(pictures.embeddings.position_embeddings)
+    pictures = ViTModel(ViTConfig(**PICTURES, image_size=40, patch_size=8))  # 5 x 5 places
+    for parameter in (pictures.embeddings.position_embeddings, pictures.embeddings.cls_token):
+        torch.nn.init.normal_(parameter)
     model = room_volume(**SMALL)
     model.start_from(pictures)
     own, theirs = model.transformer.embeddings, pictures.embeddings
     red_green_blue = theirs.patch_embeddings.projection.weight
     torch.testing.assert_close(own.patch_embeddings.projection.weight[:, 0], red_green_blue.sum(1))
     torch.testing.assert_close(own.position_embeddings[:, 1], theirs.position_embeddings[:, 0])
+    for token in (own.cls_token, own.distillation_token):
+        torch.testing.assert_close(token, theirs.cls_token)
     places = theirs.position_embeddings[0, 1:].view(5, 5, 16)[1:4]  # the middle three of five rows
     wide = torch.nn.functional.interpolate(places.permute(2, 0, 1)[None], (3, 9), mode="bilinear")
     torch.testing.assert_close(own.position_embeddings[0, 2:], wide.flatten(2)[0].T)
@@ -156,9 +183,10 @@ def test_reflections_come_as_often_as_they_should():
     assert float(reflections(200, 0.02)) == pytest.approx(4 / 3 * math.pi * (343 * 0.02) ** 3 / 200)
     counts = []
     for index in range(200):
-        found = impulse_response(2000, 0.5, 0.5, rate=400_000, seed=1, index=index)
+        found = impulse_response(2000, 0.5, 8.0, rate=400_000, seed=1, index=index)
+        assert not found[: round(8 / SPEED * 400_000)].any()  # nothing comes before the direct sound
         counts.append(np.count_nonzero(found[: int(0.03 * 400_000)]) - 1)
-    expected = float(reflections(2000, 0.03) - reflections(2000, 0.5 / SPEED))
+    expected = float(reflections(2000, 0.03) - reflections(2000, 8 / SPEED))
     assert np.mean(counts) == pytest.approx(expected, abs=4 * math.sqrt(expected / 200))
 
 
@@ -166,6 +194,7 @@ def test_a_response_falls_by_its_time_and_its_reverberation_is_one_over_volume()
     responses = {v: [impulse_response(v, 0.6, 1.0, seed=3, index=i) for i in range(40)] for v in (50, 500)}
     for found in responses.values():
         assert found[0][round(8000 / SPEED)] == pytest.approx(math.exp(-3 * math.log(10) / SPEED / 0.6), rel=1e-6)
+    assert not impulse_response(1, 0.6, 5.0, seed=3)[: round(5 * 8000 / SPEED)].any()  # dense before it is heard at all
     farther = impulse_response(500, 0.6, 2.0, seed=3)[round(2 * 8000 / SPEED)]
     assert farther == pytest.approx(math.exp(-6 * math.log(10) / SPEED / 0.6) / 2, rel=1e-6)
     power = {v: np.square(found).mean(0) for v, found in responses.items()}
@@ -197,6 +226,18 @@ def test_refusals():
         (lambda: features(wave, 8000, bands=8, phases=5), "ask for fewer"),
         (lambda: features(wave, 3000), "samples a second"),
         (lambda: features(wave * math.nan), "finite"),
+        (lambda: features(wave[:0]), "one or more"),
+        (lambda: features(wave, phases=-1), "ask for fewer"),
+        (lambda: room_volume(**{**SMALL, "heads": 0}), "0 heads"),
+        (lambda: room_volume(**{**SMALL, "heads": 3}), "do not divide by 3"),
+        (lambda: model.loss(torch.zeros(3, 24, 60), torch.ones(1)), r"volumes are \[3\]"),
+        (lambda: model.loss(torch.zeros(3, 24, 60), torch.ones(3, 1)), r"volumes are \[3\]"),
+        (lambda: model.standardise(torch.zeros(2, 1, 60)), r"\[batch, 24, 60\]"),
+        (lambda: model.standardise(torch.full((2, 24, 60), math.nan)), "not finite"),
+        (lambda: mean_mult(torch.ones(3), torch.ones(3, 1)), "both"),
+        (lambda: mean_mult(torch.ones(0), torch.ones(0)), "one or more"),
+        (lambda: model.start_from(torch.nn.Linear(2, 2)), "Linear with no positions"),
+        (lambda: model.start_from(ViTModel(ViTConfig(**PICTURES, image_size=(40, 24), patch_size=8))), "square"),
         (lambda: centres(3, 0, 10), "rise"),
         (lambda: impulse_response(0, 0.5, 1), "above 0"),
         (lambda: impulse_response(10, 0.001, 1), "near"),

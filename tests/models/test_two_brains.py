@@ -31,6 +31,7 @@ class World:
 
     def future(self, frames, n):
         self.calls["future"] += 1
+        assert tuple(frames) == ("x1", "x2")  # all that was seen
         return [f"y{i + 1}" for i in range(n)]
 
     def subquestions(self, question):
@@ -47,7 +48,8 @@ class World:
     def choose(self, question, options):
         self.calls["choose"] += 1
         self.options = options
-        return options[1].answer if self.choice is None else self.choice
+        answers = [option.answer for option in options]
+        return answers[1] if self.choice is None else self.choice if self.choice in answers else answers[0]
 
     def planner(self, **knobs) -> Planner:
         names = ("decide", "future", "subquestions", "relevant", "useful", "choose")
@@ -97,6 +99,7 @@ def test_the_fine_selector_by_hand():
     world = World(vision="pictures", scores={"x1": 0.2, "x2": 0.9, "y1": 0.7, "y2": 0.1})
     found = world.planner(language=False, made=2, top=2).answer("why?", SEEN)
     assert (found.frames, found.made) == (("x2", "y1"), (False, True))
+    assert world.options == (Option("plain", ("x1", "x2")), Option("pictures", ("x2", "y1")))  # each with its own
     world.scores = {"x1": 0.2, "x2": 0.1, "y1": 0.7, "y2": 0.9}
     assert world.planner(language=False, made=2, top=3).answer("why?", SEEN).frames == ("x1", "y1", "y2")  # time order
     world.scores = {}
@@ -147,8 +150,11 @@ def test_a_first_frame_is_imagined():
     world = World()
     with pytest.raises(ValueError, match="there is no frame"):
         world.planner().answer("why?", [])
-    found = world.planner(language=False, imagine=lambda question: f"x of {question}").answer("why?", [])
-    assert found.frames == ("x of why?", "y1")
+    planner = replace(world.planner(language=False), future=lambda frames, n: [f"y of {frames[0]}"] * n)
+    found = replace(planner, imagine=lambda question: f"x of {question}").answer("why?", [])
+    assert (found.frames, found.made) == (("x of why?", "y of x of why?"), (True, True))
+    found = World(relevant=False).planner(imagine=lambda question: "x").answer("why?", [])
+    assert (found.frames, found.made) == (("x",), (True,))
 
 
 def test_refusals():
@@ -158,3 +164,7 @@ def test_refusals():
             world.planner(**knobs)
     with pytest.raises(ValueError, match="asked for 1 frames, and made 2"):
         replace(world.planner(), future=lambda frames, n: ["y1", "y2"]).answer("why?", SEEN)
+    with pytest.raises(ValueError, match="each frame a number"):
+        replace(world.planner(), useful=lambda frame, question: float("nan")).answer("why?", SEEN)
+    with pytest.raises(ValueError, match="one of 'plain' and 'words'; got 'neither'"):
+        replace(World(language="words").planner(), choose=lambda question, options: "neither").answer("why?", SEEN)

@@ -35,8 +35,9 @@ def layout_layers(boxes: Boxes, poses: Tensor, intrinsics: Tensor, size: tuple[i
     """What boxes of a layout each pixel's ray meets, nearest first, until a wall. For one scene
 
     poses [view, 4, 4] lead from camera to world, the camera looking along its third axis; intrinsics [view, 3, 3];
-    size: rows and columns. A box that the camera stands in is met where the ray leaves it. ValueError for cameras
-    without intrinsics, poses that are not rigid, and boxes without size.
+    size: rows and columns. A box that the camera stands in is met where the ray leaves it. In float32 at least; without
+    boxes there is nothing. ValueError for cameras without intrinsics, poses and turns that are not rigid, boxes without
+    size or place, walls that are not boolean, and labels below 0.
 
     >>> import torch
     >>> eye = torch.eye(3)
@@ -49,9 +50,19 @@ def layout_layers(boxes: Boxes, poses: Tensor, intrinsics: Tensor, size: tuple[i
             f"mvroom: one layer or more, and intrinsics [3, 3] of each camera; got {layers}, {list(intrinsics.shape)} "
             f"for {list(poses.shape)}"
         )
-    if not (boxes.sizes > 0).all():
-        raise ValueError("mvroom: boxes have sizes above 0")
+    exact = torch.promote_types(poses.dtype, torch.float32)
+    poses, intrinsics = poses.to(exact), intrinsics.to(exact)
+    boxes = boxes._replace(centres=boxes.centres.to(exact), sizes=boxes.sizes.to(exact), turns=boxes.turns.to(exact))
+    if not (boxes.sizes > 0).all() or not torch.cat([boxes.centres, boxes.sizes]).isfinite().all():
+        raise ValueError("mvroom: boxes have sizes above 0, and centres and sizes are finite")
+    if boxes.walls.dtype != torch.bool or (boxes.labels < 0).any():
+        raise ValueError(
+            f"mvroom: walls are boolean, and labels 0 or more, -1 being nothing; got {boxes.walls.dtype} and "
+            f"{boxes.labels.tolist()}"
+        )
     rigid(poses, "mvroom")
+    if ((boxes.turns @ boxes.turns.mT - torch.eye(3).to(boxes.turns)).abs() > 1e-3).any():
+        raise ValueError("mvroom: turns hold a box's axes as columns, of length 1 and at right angles")
     starts, ways = rays(size, poses, intrinsics)  # [view, pixel, 3]
     start = torch.einsum("bij,vpbi->vpbj", boxes.turns, starts[:, :, None] - boxes.centres)
     way = torch.einsum("bij,vpi->vpbj", boxes.turns, ways)
@@ -119,11 +130,10 @@ def warp(
     places, depth = project(points.flatten(0, 1), pose[None], intrinsic[None])
     (column, row), depth = places[:, 0].round().long().unbind(-1), depth[:, 0]
     seen = (depths.flatten() > 0) & (depth > 1e-6) & (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
-    order = depth.masked_fill(~seen, -torch.inf).argsort(descending=True)[: int(seen.sum())]
-    index = (row * columns + column)[order]
-    nearest = depth.new_full((rows * columns,), torch.inf).scatter_reduce(0, index, depth[order], "amin")
-    front = order[depth[order] == nearest[index]]
-    index = (row * columns + column)[front]
+    points = seen.nonzero()[:, 0]
+    index = (row * columns + column)[points]
+    nearest = depth.new_full((rows * columns,), torch.inf).scatter_reduce(0, index, depth[points], "amin")
+    front = points[depth[points] == nearest[index]]
     found = pictures.new_zeros(pictures.shape[1], rows * columns)
-    found[:, index] = pictures.movedim(1, 0).flatten(1)[:, front]
+    found[:, (row * columns + column)[front]] = pictures.movedim(1, 0).flatten(1)[:, front]
     return found.view(-1, rows, columns), nearest.isfinite().view(rows, columns)

@@ -39,29 +39,46 @@ class VoiceKinds(nn.Module):
 
     def __init__(self, centroids: Tensor) -> None:
         super().__init__()
-        if centroids.ndim != 2 or not len(centroids) or not centroids.isfinite().all():
-            raise ValueError(f"VoiceKinds: centroids are finite [kind, dim], one or more; got {list(centroids.shape)}")
+        fits = centroids.ndim == 2 and centroids.numel() and centroids.is_floating_point()
+        if not fits or not centroids.isfinite().all():
+            raise ValueError(
+                f"VoiceKinds: centroids are finite numbers [kind, dim], one or more; got {centroids.dtype} "
+                f"{list(centroids.shape)}"
+            )
         self.register_buffer("centroids", centroids)
 
     @classmethod
     def fit(cls, vectors: Tensor, *, kinds: int = 8, seed: int = 0) -> VoiceKinds:
-        """By K-means of speaker vectors [voice, dim]. Needs scikit-learn. ValueError for fewer voices than kinds."""
+        """By K-means of speaker vectors [voice, dim]. Needs scikit-learn.
+
+        ValueError for fewer voices than kinds, and for vectors that are not finite.
+        """
         with needs("aad", "claims"):
             from sklearn.cluster import KMeans
+        if vectors.ndim != 2 or not vectors.isfinite().all():
+            raise ValueError(f"VoiceKinds: vectors are finite numbers [voice, dim]; got {list(vectors.shape)}")
         if not 1 <= kinds <= len(vectors):
             raise ValueError(f"VoiceKinds: as many kinds as there are voices at most; got {kinds} of {len(vectors)}")
-        found = KMeans(n_clusters=kinds, n_init=5, random_state=seed).fit(vectors.detach().cpu().numpy())  # type: ignore[arg-type]
-        return cls(torch.from_numpy(found.cluster_centers_).to(vectors))
+        given = vectors.detach().cpu().float().numpy()
+        found = KMeans(n_clusters=kinds, n_init=5, random_state=seed).fit(given)  # type: ignore[arg-type]
+        centroids = torch.from_numpy(found.cluster_centers_).to(vectors.device)
+        return cls(centroids.to(vectors.dtype) if vectors.is_floating_point() else centroids)
 
     def kind(self, vectors: Tensor) -> Tensor:
-        """The nearest centroid. [..., dim] -> [...]"""
-        return torch.cdist(vectors.flatten(0, -2), self.centroids).argmin(-1).view(vectors.shape[:-1])
+        """The nearest centroid. [..., dim] -> [...]; ValueError for vectors that are of no kind, being not finite."""
+        if not vectors.ndim or vectors.shape[-1] != self.centroids.shape[1] or not vectors.isfinite().all():
+            raise ValueError(
+                f"VoiceKinds: vectors are finite numbers [..., {self.centroids.shape[1]}]; got {list(vectors.shape)}"
+            )
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        return torch.cdist(flat.float(), self.centroids.float()).argmin(-1).view(vectors.shape[:-1])
 
 
 class IntentionDecoder(nn.Module):
     """Which kind of voice is attended, from a recording. [batch, time, electrode] -> [batch, kind]
 
     A bidirectional LSTM; the mean of its states over time is read. window: the fewest samples that it takes.
+    ValueError for a shorter recording, and one that is not finite, which would be taken for the first kind.
 
     >>> import torch
     >>> from regard.models.aad import IntentionDecoder
@@ -81,13 +98,16 @@ class IntentionDecoder(nn.Module):
                 f"IntentionDecoder: a recording is [batch, time, {self.electrodes}] of {self.window} samples or more; "
                 f"got {list(recording.shape)}"
             )
+        if not recording.isfinite().all():
+            raise ValueError("IntentionDecoder: a recording holds values that are not finite; cut them out first")
         return self.read(self.lstm(recording)[0].mean(1))
 
 
 class AttendedAnswerer(nn.Module):
     """Writes words about two streams, after a token that says which kind of voice is meant.
 
-    bands, frames: of a stream's spectrogram, frames even; voice: length of a kind's centroid; words: how many ids.
+    bands, frames: of a stream's spectrogram, frames even; voice: length of a kind's centroid; words: how many ids;
+    width, layers, heads: of both the ear and the language model, an even number of channels a head.
     `regard.record` sees the layers of the language model and of the ear.
 
     >>> import torch
@@ -111,6 +131,8 @@ class AttendedAnswerer(nn.Module):
         super().__init__()
         if frames < 2 or frames % 2:
             raise ValueError(f"AttendedAnswerer: the ear takes an even number of frames, 2 or more; got {frames}")
+        if heads < 1 or width < 1 or width % (2 * heads):
+            raise ValueError(f"AttendedAnswerer: heads have an even number of channels; got {width} for {heads} heads")
         ear = WhisperConfig(
             num_mel_bins=bands,
             d_model=width,
@@ -128,7 +150,7 @@ class AttendedAnswerer(nn.Module):
             num_attention_heads=heads,
             initializer_range=width**-0.5 / 2,
         )
-        self.stream = bands, frames
+        self.stream, self.voice, self.words = (bands, frames), voice, words
         self.ear, self.language = WhisperEncoder(ear), LlamaForCausalLM(language)
         self.speaker, self.place = nn.Linear(voice, width), nn.Embedding(2, width)
 
@@ -136,18 +158,21 @@ class AttendedAnswerer(nn.Module):
         """What comes after each word. [batch, token, word]
 
         streams: [batch, 2, band, frame], in any order; intention: the centroid of the attended kind [batch, voice];
-        words: ids of the question, the chain and the answer so far [batch, token], one or more.
+        words: ids of the question, the chain and the answer so far [batch, token], one or more. One row or more.
         """
-        if streams.ndim != 4 or tuple(streams.shape[1:]) != (2, *self.stream):
+        if streams.ndim != 4 or not len(streams) or tuple(streams.shape[1:]) != (2, *self.stream):
             raise ValueError(
-                f"AttendedAnswerer: takes two talkers, streams [batch, 2, {self.stream[0]}, {self.stream[1]}]; got "
-                f"{list(streams.shape)}"
+                f"AttendedAnswerer: takes two talkers, streams [batch, 2, {self.stream[0]}, {self.stream[1]}] of one "
+                f"row or more; got {list(streams.shape)}"
             )
-        if len(intention) != len(streams) or len(words) != len(streams) or not words.shape[1]:
+        rows = len(streams)
+        if intention.shape != (rows, self.voice) or words.ndim != 2 or len(words) != rows or not words.shape[1]:
             raise ValueError(
-                f"AttendedAnswerer: each of {len(streams)} rows has an intention, and words, one or more; got "
+                f"AttendedAnswerer: each of {rows} rows has an intention of {self.voice}, and words, one or more; got "
                 f"{list(intention.shape)} and {list(words.shape)}"
             )
+        if not 0 <= int(words.min()) <= int(words.max()) < self.words:
+            raise ValueError(f"AttendedAnswerer: ids of words are 0 to {self.words - 1}; got {words.tolist()}")
         heard = self.ear(streams.flatten(0, 1)).last_hidden_state.unflatten(0, (-1, 2))
         heard = (heard + self.place.weight[:, None]).flatten(1, 2)
         said = self.language.get_input_embeddings()(words)
@@ -206,7 +231,15 @@ class Aad(nn.Module, PyTorchModelHubMixin):
         self.answerer = AttendedAnswerer(**sizes, width=width, layers=layers, heads=heads)
 
     def attend(self, recording: Tensor) -> Tensor:
-        """The centroid of the likeliest kind; no gradient passes. [batch, time, electrode] -> [batch, voice]"""
+        """The centroid of the likeliest kind; no gradient passes. [batch, time, electrode] -> [batch, voice]
+
+        ValueError where there are more or fewer centroids than kinds that the decoder knows.
+        """
+        if len(self.kinds.centroids) != self.decoder.read.out_features:
+            raise ValueError(
+                f"Aad: the decoder knows {self.decoder.read.out_features} kinds, and there are "
+                f"{len(self.kinds.centroids)} centroids; fit as many, or make it with kinds={len(self.kinds.centroids)}"
+            )
         return self.kinds.centroids[self.decoder(recording).argmax(-1)]
 
     def forward(self, streams: Tensor, recording: Tensor, words: Tensor) -> Tensor:

@@ -26,21 +26,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 def scene_positions(places: Tensor, frequencies: int) -> Tensor:
     """Sine and cosine of each axis, of periods 2, 1, 1/2 ... of the unit. [..., axis] to [..., 2 * axis * frequency]
 
+    In float32 at least.
+
     >>> import torch
     >>> from regard.models.central_peripheral import scene_positions
     >>> scene_positions(torch.tensor([0.5, 0.0, 1.0]), 1).round().abs()
     tensor([1., 0., 0., 0., 1., 1.])
     """
-    waves = math.pi * 2.0 ** torch.arange(frequencies, device=places.device, dtype=places.dtype)
-    angles = places[..., None, :] * waves[:, None]
+    exact = torch.promote_types(places.dtype, torch.float32)  # half precision has no sine of a large angle
+    waves = math.pi * 2.0 ** torch.arange(frequencies, device=places.device, dtype=exact)
+    angles = places.to(exact)[..., None, :] * waves[:, None]
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def inside(places: Tensor, boxes: Tensor) -> Tensor:
     """Which tokens lie in which object's box, edges with it. boolean [batch, object, token]
 
-    places: [batch, token, axis]; boxes: [batch, object, 2 * axis], the lowest corner and the highest.
+    places: [batch, token, axis]; boxes: [batch, object, 2 * axis], the lowest corner and the highest. ValueError for
+    other shapes.
     """
+    if places.ndim != 3 or boxes.ndim != 3 or len(places) != len(boxes) or boxes.shape[-1] != 2 * places.shape[-1]:
+        raise ValueError(
+            f"inside: places are [batch, token, axis] and boxes [batch, object, 2 * axis]; got {list(places.shape)}, "
+            f"{list(boxes.shape)}"
+        )
     low, high = boxes[:, :, None].chunk(2, -1)
     return ((places[:, None] >= low) & (places[:, None] <= high)).all(-1)
 
@@ -56,7 +65,8 @@ def allocentric_grid(
 
     names: of objects; places: in the world [object, axis], of which the first two are the floor's; a cell is numbered
     along the first, then the second, from 0. bounds: the lowest and the highest corner of the floor; without, of the
-    objects. What lies outside counts for the nearest cell. ValueError without names, or with more or fewer places.
+    objects. What lies outside counts for the nearest cell. ValueError without names, with more or fewer places, and for
+    bounds that are not two corners.
 
     >>> import torch
     >>> from regard.models.central_peripheral import allocentric_grid
@@ -73,7 +83,17 @@ def allocentric_grid(
     if not places.isfinite().all():
         raise ValueError("allocentric_grid: places hold values that are not finite")
     floor = places[:, :2].double()
-    low, high = (torch.as_tensor(b).double() for b in bounds or (floor.amin(0), floor.amax(0)))
+    corners = (floor.amin(0), floor.amax(0)) if bounds is None else bounds
+    low, high = (torch.as_tensor(corner).double() for corner in corners)
+    if (
+        low.shape != (2,)
+        or high.shape != (2,)
+        or not bool((low <= high).all())
+        or not bool((high - low).isfinite().all())
+    ):
+        raise ValueError(
+            f"allocentric_grid: bounds are the floor's lowest and highest corner, 2 values each; got {bounds}"
+        )
     at = ((floor - low) / (high - low).clamp_min(1e-9) * cells).floor().clamp(0, cells - 1).long()
     found: dict[tuple[int, ...], list[str]] = {}
     for cell, name in zip(at.tolist(), names, strict=True):
@@ -89,7 +109,7 @@ class AffinityHead(nn.Module):
 
     def __init__(self, dim: int, *, temperature: float = 0.07) -> None:
         super().__init__()
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"AffinityHead: temperature is above 0; got {temperature}")
         self.state, self.object = (
             nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in range(2)
@@ -190,11 +210,20 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
 
         objects: boolean [batch, object, token], which tokens are of which object (see `inside`); of rows that are
         filled up, objects without a token come last. mask, words_mask: boolean [batch, token] and [batch, word], False
-        for what fills up and is not read. ValueError where an object without a token is not last.
+        for what fills up and is not read, whatever it holds. ValueError where an object without a token is not last,
+        and for shapes that do not fit.
         """
+        for name, given in (("words", words), ("answers", answers)):
+            if given is not None and (given.ndim != 2 or len(given) != len(tokens)):
+                raise ValueError(f"CentralPeripheral: {name} are [{len(tokens)}, word]; got {list(given.shape)}")
+        for name, given, of in (("mask", mask, tokens), ("words_mask", words_mask, words)):
+            if given is not None and (given.dtype != torch.bool or given.shape != of.shape[:2]):
+                raise ValueError(
+                    f"CentralPeripheral: {name} is boolean {list(of.shape[:2])}; got {given.dtype} {list(given.shape)}"
+                )
         if words_mask is not None and not self.config.token and not words_mask[:, -1].all():
             raise ValueError("CentralPeripheral: without a token of its own, the last word of each row is what answers")
-        seen = self._seen(tokens, places)
+        seen = self._seen(tokens, places, mask)
         ids = words if answers is None else torch.cat([words, answers], 1)
         said = self.language.get_input_embeddings()(ids)
         asked = words.shape[1]
@@ -224,6 +253,10 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
 
         answers: [batch, answer], as `forward` had them; targets: boolean [batch, object].
         """
+        if not 1 <= answers.shape[1] <= found.logits.shape[1]:
+            raise ValueError(
+                f"loss: answers have 1 to {found.logits.shape[1]} words, as the logits are; got {answers.shape[1]}"
+            )
         said = F.cross_entropy(found.logits[:, : answers.shape[1]].flatten(0, 1), answers.flatten())
         if targets is None:
             return said
@@ -231,14 +264,21 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
             raise ValueError("loss: targets need a model with the token, and objects that it was given")
         return said + self.config.weight * contrast(found.scores, targets)
 
-    def _seen(self, tokens: Tensor, places: Tensor) -> Tensor:
+    def _seen(self, tokens: Tensor, places: Tensor, mask: Tensor | None = None) -> Tensor:
         c = self.config
-        if tokens.ndim != 3 or tokens.shape[-1] != c.features or places.shape != (*tokens.shape[:2], c.axes):
+        if (
+            not len(tokens)
+            or tokens.ndim != 3
+            or tokens.shape[-1] != c.features
+            or places.shape != (*tokens.shape[:2], c.axes)
+        ):
             raise ValueError(
-                f"CentralPeripheral: tokens are [batch, token, {c.features}] and places [batch, token, {c.axes}]; got "
-                f"{list(tokens.shape)} and {list(places.shape)}"
+                f"CentralPeripheral: tokens are [batch, token, {c.features}] and places [batch, token, {c.axes}], one "
+                f"row or more; got {list(tokens.shape)} and {list(places.shape)}"
             )
-        return self.see(tokens) + self.place(scene_positions(places, c.frequencies))
+        if mask is not None:  # what is not read is not multiplied by 0 either, which leaves NaN as it is
+            tokens, places = (x.masked_fill(~mask[..., None], 0) for x in (tokens, places))
+        return self.see(tokens) + self.place(scene_positions(places, c.frequencies).to(tokens))
 
     def _objects(self, seen: Tensor, objects: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of each object's tokens [batch, object, dim], and which objects are there [batch, object]."""
@@ -258,13 +298,21 @@ class CentralPeripheral(nn.Module, PyTorchModelHubMixin):
 
 
 def central_peripheral(
-    features: int, *, axes: int = 3, token: bool = True, frequencies: int = 8, **sizes: Any
+    features: int,
+    *,
+    axes: int = 3,
+    token: bool = True,
+    frequencies: int = 8,
+    temperature: float = 0.07,
+    weight: float = 1.0,
+    **sizes: Any,
 ) -> CentralPeripheral:
-    """One around an untrained Llama; sizes: those of `LlamaConfig`, 4 heads and feed-forward layers 4 times as wide
-    unless given.
+    """One around an untrained Llama, with knobs as of `SceneConfig`; sizes: those of `LlamaConfig`, 4 heads and
+    feed-forward layers 4 times as wide unless given.
     """
     wide = sizes.get("hidden_size", 64)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     known = {"hidden_size": wide, "num_attention_heads": 4, "intermediate_size": 4 * wide, "num_hidden_layers": 4}
     language = LlamaForCausalLM(LlamaConfig(**{**ids, **known, **sizes}))
-    return CentralPeripheral(language, SceneConfig(features, axes=axes, token=token, frequencies=frequencies))
+    config = SceneConfig(features, axes, frequencies, token, temperature, weight)
+    return CentralPeripheral(language, config)

@@ -14,6 +14,7 @@ and what a scene grows by.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class EpipolarAttention(nn.Module):
     """Each pixel asks other views where points on its own ray are seen. [batch, view, row, column, dim] to the same
 
     heads; samples: of each layer of the layout; by: "layout", or "even", as many samples for the same layers, from near
-    to far; "all" asks all pixels of all views. The result is what is to be added: 0 at first. `regard.record` sees a
+    to far; "all" asks all pixels of all views, whatever their cameras. far: depth that is encoded as 1 as well;
+    frequencies: of that encoding. Cameras and layouts count in float32 at least, whatever the features are in. What no
+    view sees may hold anything. The result is what is to be added: 0 at first. `regard.record` sees a
     layer of cross attention, each pixel a row of the batch, whose last key is the pixel itself (with "all", each scene
     a row, and pixels as queries and keys). Its cost is pixels * views * layers * samples keys.
 
@@ -81,7 +84,7 @@ class EpipolarAttention(nn.Module):
         frequencies: int = 4,
     ) -> None:
         super().__init__()
-        if by not in WAYS[:3] or dim % heads or samples < 1 or not 0 < near < far:
+        if by not in WAYS[:3] or heads < 1 or dim % heads or samples < 1 or not 0 < near < far:
             raise ValueError(
                 f"EpipolarAttention: by is one of {', '.join(WAYS[:3])}, heads divide channels, one sample or more, "
                 f"0 < near < far; got {by!r}, {heads}, {dim}, {samples}, {near}, {far}"
@@ -99,7 +102,7 @@ class EpipolarAttention(nn.Module):
         count = self.samples
         if self.by == "even":
             at = torch.linspace(self.near, self.far, depths.shape[2] * count, device=depths.device, dtype=depths.dtype)
-            found = at.expand(*depths.shape[:2], depths[0, 0, 0].numel(), -1)
+            found = at.expand(*depths.shape[:2], depths.shape[3] * depths.shape[4], -1)
             return found, torch.ones_like(found, dtype=torch.bool)
         share = (torch.arange(count, device=depths.device, dtype=depths.dtype) + 0.5) / count
         at = depths[..., None] + extents[..., None] * share  # [batch, view, layer, row, column, sample]
@@ -115,6 +118,11 @@ class EpipolarAttention(nn.Module):
                 f"EpipolarAttention: depths and extents are [{batch}, {views}, layer, {rows}, {columns}]; got "
                 f"{list(depths.shape)}, {list(extents.shape)}"
             )
+        if poses.shape != (batch, views, 4, 4) or intrinsics.shape != (batch, views, 3, 3):
+            raise ValueError(
+                f"EpipolarAttention: poses are [{batch}, {views}, 4, 4] and intrinsics [{batch}, {views}, 3, 3]; got "
+                f"{list(poses.shape)}, {list(intrinsics.shape)}"
+            )
         query, key, value = (
             part(features).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value)
         )
@@ -122,6 +130,8 @@ class EpipolarAttention(nn.Module):
             flat = (x.flatten(1, 3).transpose(1, 2) for x in (query, key, value))
             found = self.attention(*flat, None).transpose(1, 2).flatten(2)
             return self.out(found.view_as(features))
+        exact = torch.promote_types(features.dtype, torch.float32)  # half precision has no place of a pixel
+        poses, intrinsics, depths, extents = (x.to(exact) for x in (poses, intrinsics, depths, extents))
         at, there = self.points(depths, extents)  # [batch, view, pixel, sample]
         starts, ways = rays((rows, columns), poses, intrinsics)
         points = (starts[..., None, :] + at[..., None] * ways[..., None, :]).flatten(1, 3)
@@ -132,13 +142,15 @@ class EpipolarAttention(nn.Module):
         both = (
             torch.cat([key, value], -1).flatten(-2).movedim(-1, 2).flatten(0, 1)
         )  # [batch * view, channel, row, column]
-        got = F.grid_sample(both, grid, padding_mode="border", align_corners=False)[..., 0]  # [.., channel, point]
-        got = got.view(batch, views, self.heads, 2, dim // self.heads, views, rows * columns, -1)
+        got = F.grid_sample(both.to(exact), grid, padding_mode="border", align_corners=False)[..., 0]
+        got = got.masked_fill(~seen.mT.flatten(0, 1)[:, None], 0).to(features)  # [batch * view, channel, point]
+        got = got.view(batch, views, self.heads, 2, dim // self.heads, views, rows * columns, at.shape[-1])
         keys, values = got.permute(3, 0, 5, 6, 2, 1, 7, 4)  # [batch, view, pixel, head, seeing view, sample, dim]
-        told = self.depth(sines(at[..., None] / self.far, self.frequencies)).unflatten(-1, (self.heads, -1))
+        told = sines(at[..., None] / self.far, self.frequencies).to(features)
+        told = self.depth(told).unflatten(-1, (self.heads, -1))
         keys = keys + told.transpose(3, 4)[:, :, :, :, None]
         others = ~torch.eye(views, dtype=torch.bool, device=seen.device)
-        mask = seen.view(batch, views, rows * columns, -1, views).transpose(3, 4) & there[..., None, :]
+        mask = seen.view(batch, views, rows * columns, at.shape[-1], views).transpose(3, 4) & there[..., None, :]
         mask = (mask & others[:, None, :, None]).flatten(0, 2).flatten(1)
         itself = (x.flatten(0, 3)[:, :, None] for x in (query, key, value))
         q, own_key, own_value = itself
@@ -172,8 +184,8 @@ class MultiViewDenoiser(nn.Module, PyTorchModelHubMixin):
 
     It says what the scheduler it is trained with asks for: noise, clean pictures or velocity.
 
-    channels: of pictures; conditions: of the conditions, layout and what else is known; dim, layers, heads; steps: of
-    noise; by: how views ask one another, of `EpipolarAttention`, or "none"; knobs: of `EpipolarAttention`. Saved and
+    channels: of pictures; conditions: of the conditions, layout and what else is known; dim, layers, heads; by: how
+    views ask one another, of `EpipolarAttention`, or "none"; samples, near, far: of `EpipolarAttention`. Saved and
     loaded as on the hub; `regard.record` sees attention within views and between them.
     """
 
@@ -191,9 +203,9 @@ class MultiViewDenoiser(nn.Module, PyTorchModelHubMixin):
         far: float = 4.0,
     ) -> None:
         super().__init__()
-        if by not in WAYS or dim % heads:
+        if by not in WAYS or heads < 1 or dim % heads:
             raise ValueError(
-                f"MultiViewDenoiser: by is one of {', '.join(WAYS)}, heads divide channels; got {by!r}, {dim}"
+                f"MultiViewDenoiser: by is one of {', '.join(WAYS)}, heads divide channels; got {by!r}, {heads}, {dim}"
             )
         knobs: dict[str, Any] = {} if by == "none" else {"samples": samples, "near": near, "far": far}
         self.enter = nn.Linear(channels + conditions + 12, dim)
@@ -206,6 +218,12 @@ class MultiViewDenoiser(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """noisy, conditions: [batch, view, channel, row, column]; step: share of noise steps, 0 to 1 [batch]; poses and
         intrinsics [batch, view, ...]; layers: with the batch in front. -> as noisy"""
+        fits = noisy.ndim == 5 and noisy.shape[:2] == conditions.shape[:2] and noisy.shape[3:] == conditions.shape[3:]
+        if not fits or step.shape != noisy.shape[:1]:
+            raise ValueError(
+                f"MultiViewDenoiser: noisy pictures and conditions are [batch, view, channel, row, column], and step "
+                f"[batch]; got {list(noisy.shape)}, {list(conditions.shape)}, {list(step.shape)}"
+            )
         rows, columns = noisy.shape[-2:]
         y, x = ((torch.arange(n, device=noisy.device) + 0.5) / n for n in (rows, columns))
         where = torch.stack([y[:, None].expand(-1, columns), x.expand(rows, -1)], -1)
@@ -239,10 +257,12 @@ def sample(
     scheduler.set_timesteps(steps)
     shape = (*conditions.shape[:2], channels, *conditions.shape[-2:])
     noisy = torch.randn(shape, generator=generator, device=conditions.device, dtype=conditions.dtype)
+    noisy = noisy * scheduler.init_noise_sigma
+    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         share = torch.full((len(noisy),), float(t) / scheduler.config.num_train_timesteps, device=noisy.device)
-        noise = model(noisy, share, conditions, poses, intrinsics, layers)
-        noisy = scheduler.step(noise, t, noisy, generator=generator).prev_sample
+        found = model(scheduler.scale_model_input(noisy, t), share, conditions, poses, intrinsics, layers)
+        noisy = scheduler.step(found, t, noisy, **draws).prev_sample
     return noisy
 
 

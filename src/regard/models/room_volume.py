@@ -37,8 +37,10 @@ def filtered(waves: Tensor, rate: int, frequencies: Tensor) -> Tensor:
     A filter passes its own frequency as it is; its bandwidth is 1.019 of the equivalent rectangular one. The real part
     is what the filter gives. ValueError for frequencies beyond half of the rate, and waves that are not finite.
     """
-    if waves.ndim != 2 or not waves.is_floating_point() or not waves.isfinite().all():
-        raise ValueError(f"gammatone: waves are finite numbers [batch, sample]; got {waves.dtype} {list(waves.shape)}")
+    if waves.ndim != 2 or not waves.numel() or not waves.is_floating_point() or not waves.isfinite().all():
+        raise ValueError(
+            f"gammatone: waves are finite numbers [batch, sample], one or more; got {waves.dtype} {list(waves.shape)}"
+        )
     if float(frequencies.max()) >= rate / 2:
         raise ValueError(
             f"gammatone: bands up to {float(frequencies.max()):g} Hz need more than {rate} samples a second"
@@ -67,8 +69,8 @@ def features(
 
     rate: samples a second; window, hop: in samples, of the mean of the energy; phases: of how many bands `below` a
     frequency in Hz, at the middle of the window, in radians, and as many differences to the next band, -pi to pi.
-    Rows: bands, from low to high, then `phases` and `phases` more. ValueError for less than a window, and where fewer
-    bands lie below.
+    Rows: bands, from low to high, then `phases` and `phases` more. In float32. ValueError for no clip, less than a
+    window, and where fewer bands lie below.
 
     >>> import torch
     >>> features(torch.randn(2, 64_000)).shape
@@ -81,7 +83,7 @@ def features(
     power = passed.abs().square().unfold(-1, window, hop).mean(-1) / 2
     rows = [(power + 1e-10).log()]
     under = min(int((frequencies < below).sum()), bands - 1)
-    if phases > under:
+    if not 0 <= phases <= under:
         raise ValueError(
             f"features: {under} bands below {below:g} Hz have a next one, for {phases} phases; ask for fewer"
         )
@@ -123,10 +125,10 @@ class RoomVolume(nn.Module, PyTorchModelHubMixin):
         heads: int = 12,
     ) -> None:
         super().__init__()
-        if min(rows, columns) < patch or stride < 1 or dim % heads:
+        if not 1 <= patch <= min(rows, columns) or stride < 1 or heads < 1 or dim < 1 or dim % heads:
             raise ValueError(
-                f"RoomVolume: features of {rows} rows and {columns} columns hold no patch of {patch}, or {dim} "
-                f"channels do not divide by {heads} heads"
+                f"RoomVolume: features of {rows} rows and {columns} columns hold no patch of {patch}, the stride of "
+                f"{stride} is below 1, or {dim} channels do not divide by {heads} heads"
             )
         self.size, self.grid = (rows, columns), ((rows - patch) // stride + 1, (columns - patch) // stride + 1)
         self.transformer = ASTModel(
@@ -147,23 +149,37 @@ class RoomVolume(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("spread", torch.ones(rows, 1))
 
     def standardise(self, features: Tensor, volumes: Tensor | None = None) -> None:
-        """Take each row's mean and deviation from features of training, and what to say at first from their volumes."""
+        """Take each row's mean and deviation from features of training, and what to say at first from their volumes.
+
+        ValueError for features of another size, and for those that are not finite.
+        """
+        self._fits(features)
+        if not features.isfinite().all():
+            raise ValueError("RoomVolume: features to standardise by hold values that are not finite")
         self.middle.copy_(features.mean((0, 2))[:, None])
         self.spread.copy_(features.std((0, 2))[:, None].clamp_min(1e-6))
         if volumes is not None:
             nn.init.constant_(self.read[1].bias, float(_logs(volumes).mean()))  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
+        self._fits(features)
+        tokens = self.transformer(((features - self.middle) / self.spread).mT).last_hidden_state
+        return self.read(tokens[:, 0])[:, 0]
+
+    def _fits(self, features: Tensor) -> None:
         if features.ndim != 3 or features.shape[1:] != self.size or not len(features):
             raise ValueError(
                 f"RoomVolume: features are [batch, {self.size[0]}, {self.size[1]}], one clip or more; "
                 f"got {list(features.shape)}"
             )
-        tokens = self.transformer(((features - self.middle) / self.spread).mT).last_hidden_state
-        return self.read(tokens[:, 0])[:, 0]
 
     def loss(self, features: Tensor, volumes: Tensor) -> Tensor:
-        """Mean squared error of log10 of volumes in cubic metres [batch]. ValueError where one is not above 0."""
+        """Mean squared error of log10 of volumes in cubic metres [batch].
+
+        ValueError where one is not above 0, and where there is not one of each clip.
+        """
+        if volumes.shape != features.shape[:1]:
+            raise ValueError(f"RoomVolume: volumes are [{len(features)}], one a clip; got {list(volumes.shape)}")
         return F.mse_loss(self(features), _logs(volumes))
 
     @torch.no_grad()
@@ -172,12 +188,18 @@ class RoomVolume(nn.Module, PyTorchModelHubMixin):
 
         Its maps of red, green and blue are added, its positions cut where there are fewer here (the middle ones stay)
         and interpolated where there are more; the distillation token starts as the class token. ValueError where a
-        weight does not fit.
+        weight does not fit, and for pictures that are not square.
         """
         theirs, own = pictures.state_dict(), self.transformer.state_dict()
         key = "embeddings.position_embeddings"
+        count = theirs[key].shape[1] - 1 if key in theirs else -1
+        across = math.isqrt(max(count, 0))
+        if count < 1 or across**2 != count:
+            raise ValueError(
+                f"RoomVolume: starts from a ViTModel of square pictures, with one token before the patches; got "
+                f"{type(pictures).__name__} with {list(theirs[key].shape) if key in theirs else 'no'} positions"
+            )
         whole = theirs[key][:, :1]
-        across = math.isqrt(theirs[key].shape[1] - 1)
         places = theirs[key][:, 1:].unflatten(1, (across, across)).permute(0, 3, 1, 2)
         for axis, wanted in zip((2, 3), self.grid, strict=True):
             if wanted <= across:
@@ -203,10 +225,17 @@ class RoomVolume(nn.Module, PyTorchModelHubMixin):
 def mean_mult(predicted: Tensor, true: Tensor) -> Tensor:
     """By which factor volumes are off, 1 or more: exp of the mean of |ln(predicted / true)|. Both [room], above 0
 
+    ValueError for other shapes, none at all, and volumes that are not above 0.
+
     >>> import torch
     >>> round(float(mean_mult(torch.tensor([200.0]), torch.tensor([100.0]))), 4)
     2.0
     """
+    if predicted.shape != true.shape or not true.numel():
+        raise ValueError(
+            f"mean_mult: predicted and true are both [room], one or more; got {list(predicted.shape)} and "
+            f"{list(true.shape)}"
+        )
     return (_logs(predicted) - _logs(true)).abs().mul(math.log(10)).mean().exp()
 
 

@@ -36,7 +36,7 @@ class Decision(NamedTuple):
     by_language: Any  # before the vote
     by_vision: Any
     frames: tuple[Any, ...]  # that the vision plan kept, in the order of time
-    made: tuple[bool, ...]  # which of these were made
+    made: tuple[bool, ...]  # which of these were made, or imagined
     said: Said
 
 
@@ -82,16 +82,18 @@ class Planner:
     def answer(self, question: Any, frames: Sequence) -> Decision:
         """frames: what is seen, in the order of time.
 
-        ValueError where there is none and no `imagine`, or where `future` makes another number than asked for.
+        ValueError where there is none and no `imagine`, where `future` makes another number than asked for, where a
+        score is not a number, and where `choose` gives neither answer.
         """
         seen = tuple(frames)
+        imagined = not seen
         if not seen:
             if self.imagine is None:
                 raise ValueError("two_brains: there is no frame; give frames, or `imagine` to make the first")
             seen = (self.imagine(question),)
         plain = self.decide(question, seen, ())
         said, by_language = self._in_words(question, seen, plain) if self.language else ((), None)
-        kept, made, by_vision = self._in_pictures(question, seen, plain) if self.vision else ((), (), None)
+        kept, made, by_vision = self._in_pictures(question, seen, imagined, plain) if self.vision else ((), (), None)
         options = [Option(by_language, seen, said)] if self.language else []
         options += [Option(by_vision, kept)] if self.vision else []
         return Decision(
@@ -104,15 +106,19 @@ class Planner:
             said = (*said, (asked, self.decide(asked, seen, said)))
         return said, self.decide(question, seen, said) if said else plain  # nothing to plan
 
-    def _in_pictures(self, question: Any, seen: tuple, plain: Any) -> tuple[tuple, tuple[bool, ...], Any]:
+    def _in_pictures(
+        self, question: Any, seen: tuple, imagined: bool, plain: Any
+    ) -> tuple[tuple, tuple[bool, ...], Any]:
         if self.coarse and not self.relevant(question):
-            return seen, (False,) * len(seen), plain
+            return seen, (imagined,) * len(seen), plain
         new = tuple(self.future(seen, self.made))
         if len(new) != self.made:
             raise ValueError(f"two_brains: `future` was asked for {self.made} frames, and made {len(new)}")
-        every = [*((frame, False) for frame in seen), *((frame, True) for frame in new)]
+        every = [*((frame, imagined) for frame in seen), *((frame, True) for frame in new)]
         if self.fine:
             scores = [self.useful(frame, question) for frame, _ in every]
+            if any(score != score for score in scores):
+                raise ValueError(f"two_brains: `useful` gives each frame a number; got {scores}")
             best = sorted(range(len(every)), key=lambda i: -scores[i])[: self.top]
             every = [every[i] for i in sorted(best)]
         kept, made = (tuple(part) for part in zip(*every, strict=True))
@@ -128,6 +134,10 @@ class Planner:
         for other in others:
             if other.answer != plain.answer:
                 held.append(self.choose(question, (plain, other)))
+                if held[-1] != plain.answer and held[-1] != other.answer:
+                    raise ValueError(
+                        f"two_brains: `choose` gives one of {plain.answer!r} and {other.answer!r}; got {held[-1]!r}"
+                    )
         held = [answer for answer in held if answer != plain.answer]
         return held[0] if held and all(answer == held[0] for answer in held) else plain.answer
 

@@ -34,7 +34,7 @@ ARMS = ("plain", "token", "map", "both", "another room's map", "words that say n
 class Rooms:
     """Questions about rooms, the first half of them on what is nearest. All [room, ...].
 
-    tokens, places: of three views; mask: which tokens are there; objects: whose each is; about: what is asked about;
+    tokens, places: of all views; mask: which tokens are there; objects: whose each is; about: what is asked about;
     grid: words of the map, 0 where it is shorter; question, answer: ids.
     """
 

@@ -153,7 +153,7 @@ def disagreement(pictures: Tensor, pairs: list[Tensor]) -> Tensor:
 
 
 def _mixed(pictures: Tensor) -> Tensor:
-    """Colours of discs drawn for each view anew: those that other worlds' discs have, white left as it is."""
+    """A colour for all of each view, even over what there is: views that have agreed on nothing."""
     draws = torch.Generator().manual_seed(0)
     lots = 2 * torch.rand(*pictures.shape[:3], 1, 1, generator=draws) - 1
     return lots.expand_as(pictures)
