@@ -36,6 +36,15 @@ def mean(values: Any) -> Mean:
     return Mean(float(every.mean()), float(every.std() / len(every) ** 0.5) if len(every) > 1 else math.nan)
 
 
+def failed(asked: Mapping[str, bool]) -> str:
+    """The end of a sentence that says what of what was asked did not come out; empty where all did.
+
+    asked: what there is to say where it did not, and whether it did.
+    """
+    lacking = [what for what, met in asked.items() if not met]
+    return f"; what fails: {', and '.join(lacking)}" if lacking else ""
+
+
 def seconds(*ways: Callable[[], Any], least: int = 3) -> list[float]:
     """Processor seconds of each way: the least of several runs, taken in turn, after one that does not count."""
     times: list[list[float]] = [[] for _ in ways]
