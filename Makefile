@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: look test fuzz oldest conformance mutants lint docs bench zoo sanitize clean
+.PHONY: look test fuzz oldest conformance mutants lint docs bench zoo sanitize arm clean
 
 look: $(VENV)/installed
 	$(VENV)/bin/regard look
@@ -55,6 +55,10 @@ sanitize: $(VENV)/installed-test
 	cmake --build build/sanitize
 	REGARD_NATIVE=$(CURDIR)/build/sanitize/_native.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(VENV)/bin/python -m pytest -s tests/kernels/test_native.py
+
+# The kernel's tests as an ARM machine runs them, under emulation: on Debian, with qemu-user and a cross compiler
+arm: $(VENV)/installed-test
+	VENV=$(VENV) tests/arm.sh
 
 # Retrain the models that ship with the package, and compare their abilities with the cards: some hours on two cores.
 # make zoo DATA=folder [MODELS="viewer describer"]
