@@ -6,7 +6,8 @@ for AT, and 1 too short for iAT to make it much steadier. On that seed AT came c
 
 This is the third design. The first had one length for all, far too large. The second had 400 sentences, some with a
 wrong label, from which plain training did not learn the task. It also took for granted that plain attention follows
-gradients little; how much is no matter of the paper.
+gradients little; how much is no matter of the paper. What decides is closeness to gradients: attention becomes several
+times as steady, as the paper says, and comes no closer.
 """
 
 from __future__ import annotations
