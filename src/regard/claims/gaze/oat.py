@@ -1,14 +1,19 @@
 """People search for one of sixteen things in a scene: does a model of objects say where they look, in new scenes?
 
 Hybrid search (Ruarte et al., 2025), real data without pictures: of each thing its kind, its box and its place are
-known. Scenes are split in three; the network learns on the first, stops where it is best on the second, and is scored
-on the third. So that it learns distances rather than the few layouts, each is mirrored, stretched and moved a little,
-anew each time that it is shown. Without pictures the map of the pixel baseline is made of what is known to stand out:
-the things, smoothed by about one degree, times the density of the training scenes' fixations. Paths are cut to the
-length of the person's that they are compared with, since baselines are told where the target is and the network has to
-learn it. What is compared is drawn: paths from the network, pixels from the map, and as the control things in any
-order. Likeliest paths and the walk to the nearest thing, which is told the target, are reported: with sixteen things
-that walk is more alike to people than they are to each other. One design was tried before, which asked to beat it.
+known. Scenes are split in three; the network learns on the first, is kept as it was when paths drawn from it behaved
+most like people's on the second, and is scored on the third. Behaviour is the paper's: how many paths end at the
+target, how long they are, and which shares of looks are new, stay, and come back. So that it learns distances rather
+than the few layouts, each is mirrored, stretched and moved a little, anew each time that it is shown. Without pictures
+the map of the pixel baseline is made of what is known to stand out: the things, smoothed by about one degree, times the
+density of the training scenes' fixations. Paths are cut to the length of the person's that they are compared with,
+since baselines are told where the target is and the network has to learn it. What is compared is drawn: paths from the
+network, pixels from the map, and as the control things in any order until the target. Likeliest paths and the walk to
+the nearest thing, which is told the target, are reported: with sixteen things that walk is more alike to people than
+they are to each other. Two designs were tried before: one asked to beat it; the other kept the network of the least
+loss, which seldom ends at the target, and had a control that knew each person's length, being cut there and nowhere
+else. What decides is the sequence score, by which paths drawn from the network are no more alike to people's than
+pixels from the map; by string editing they are. People still are more alike to each other.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +45,7 @@ WITHIN = 60  # pixels from a box that still count as a look at it
 CELL, DEGREE = 16, 2  # pixels of a cell of the map; cells of a degree, roughly
 LONGEST, DRAWN = 30, 20  # looks of a path; paths drawn for a scene
 LEARNED = 20  # looks of a path that are learned
-STEPS, EVERY, BATCH, RATE, WARM = {"small": 800, "large": 8000}, 50, 32, 1.5e-3, 50
+STEPS, CHECKS, BATCH, RATE, WARM = {"small": 800, "large": 8000}, 10, 32, 1.5e-3, 50
 METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
     "sequence score": sequence_score,
     "string edit": string_edit,
@@ -48,8 +54,8 @@ OWN, AGAINST = "OAT, drawn", ("pixel map, drawn", "any order, drawn")
 
 EXPECTED = (
     "in scenes not trained on, by sequence score and by string editing, paths drawn from the network are more alike to "
-    "people's than pixels drawn from a saliency map and than things in any order: by two standard errors over scenes, "
-    "each"
+    "people's than pixels drawn from a saliency map and than things in any order until the target: by two standard "
+    "errors over scenes, each"
 )
 
 
@@ -81,7 +87,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         "OAT, drawn": partial(_drawn, model, kinds, generator=torch.Generator().manual_seed(seed)),
         "nearest thing": lambda scene: [_nearest(scene)],
         "pixel map, winner": lambda scene: [_pixels(scene, seen, None)],
-        "any order, drawn": lambda scene: [rng.permutation(len(scene.boxes)).tolist() for _ in range(DRAWN)],
+        "any order, drawn": lambda scene: [_any(scene, rng) for _ in range(DRAWN)],
         "pixel map, drawn": lambda scene: [_pixels(scene, seen, rng) for _ in range(DRAWN)],
     }
     made = {name: [way(scene) for scene in test] for name, way in ways.items()}
@@ -149,8 +155,7 @@ def _trained(train: list[Searched], valid: list[Searched], kinds: list[str], ste
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     inputs, of_scene = _inputs(train, kinds), [i for i, scene in enumerate(train) for _ in scene.paths]
     paths, lengths = padded([path for scene in train for path in scene.paths])
-    held_inputs, held_scene = _inputs(valid, kinds), [i for i, scene in enumerate(valid) for _ in scene.paths]
-    held_paths, held_lengths = padded([path for scene in valid for path in scene.paths])
+    people = _behaviour([scene.paths for scene in valid], valid)
     generator = torch.Generator().manual_seed(seed)
     best, least = deepcopy(model.state_dict()), float("inf")
     for step in range(steps):
@@ -164,14 +169,25 @@ def _trained(train: list[Searched], valid: list[Searched], kinds: list[str], ste
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % EVERY == 0:
-            with torch.no_grad():
-                loss = float(model.eval().loss(*(x[held_scene] for x in held_inputs), held_paths, held_lengths))
+        if (step + 1) % (steps // CHECKS) == 0:
+            model.eval()
+            drawn = [_drawn(model, kinds, scene, generator=generator) for scene in valid]
             model.train()
-            if loss < least:
-                best, least = deepcopy(model.state_dict()), loss
+            unlike = float(np.abs(_behaviour(drawn, valid) / people - 1).mean())
+            if unlike < least:
+                best, least = deepcopy(model.state_dict()), unlike
     model.load_state_dict(best)
     return model.eval()
+
+
+def _behaviour(paths: list[list[list[int]]], scenes: list[Searched]) -> NDArray[np.float64]:
+    """How many paths end at the target, their looks, and the shares of looks that are new, stay and come back."""
+    found = []
+    for of_scene, scene in zip(paths, scenes):
+        for path in of_scene:
+            new, stay = len(set(path)) / len(path), sum(a == b for a, b in pairwise(path)) / len(path)
+            found.append((path[-1] == scene.target, len(path), new, stay, 1 - new - stay))
+    return np.array(found, float).mean(0)
 
 
 def _moved(places: Tensor, generator: torch.Generator) -> Tensor:
@@ -195,6 +211,12 @@ def _nearest(scene: Searched) -> list[int]:
         left.remove(path[-1])
         at = middles[path[-1]]
     return path
+
+
+def _any(scene: Searched, rng: np.random.Generator) -> list[int]:
+    """Things in any order, each once, until the target."""
+    order = rng.permutation(len(scene.boxes)).tolist()
+    return order[: order.index(scene.target) + 1]
 
 
 def _shape(scene: Searched) -> tuple[int, int]:

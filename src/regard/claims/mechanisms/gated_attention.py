@@ -1,8 +1,10 @@
 """Qiu et al. (arXiv:2505.06708): gated heads need no sink at the first token, and stand larger learning rates.
 
-The task is that of `_backcopy`. The control has gates that do not see the input: the same for every token. Large rates
-were chosen on other seeds, where up to 0.048 neither model breaks, at 0.2 not for every chain of words; the sink in the
-paper falls from 47% to 5%, here by a part, and what is asked is the direction.
+The task is that of `_backcopy`. The control has gates that do not see the input: the same for every token. The sink in
+the paper falls from 47% to 5%; half of it is asked here, and that decides: gates that see the input take away somewhat
+less, and constant ones nothing. Rates were chosen on other seeds, and this is the second design: in the first, at 0.003
+and 300 steps, there is no sink to speak of yet; at 0.01 it comes with twice as many. Up to 0.048 neither model breaks,
+at 0.2 not for every chain of words.
 """
 
 from __future__ import annotations
@@ -21,29 +23,28 @@ from ._backcopy import TRIGGERS, Model, chain, loss_of, sequences, train
 
 SCALES = "small", "large"
 LENGTH, DIM, HEADS = 48, 64, 2
-RATE, LARGE, TRAININGS = 3e-3, 0.8, 4
-STEPS = {"small": 300, "large": 3000}
+RATE, LARGE, TRAININGS = 1e-2, 0.8, 4
+STEPS = {"small": {RATE: 600, LARGE: 300}, "large": {RATE: 3000, LARGE: 3000}}
 WAYS = ("no gates", "gates", "gates that see nothing")
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
-    """The same model without gates, with them, and with gates that do not see the input, at three learning rates."""
+    """The same model without gates, with them, and with gates that do not see the input, at two learning rates."""
     expected = (
-        f"trained at {RATE:g}, gates lower the weight on the first token of the head that sinks by two standard "
-        f"errors over {TRAININGS} trainings, and by two more than gates that do not see the input; at {LARGE:g} the "
-        "loss "
-        "with gates is lower by two standard errors than without"
+        f"trained at {RATE:g}, gates halve the weight on the first token of the head that sinks; by two standard "
+        f"errors over {TRAININGS} trainings it is lower than without gates, and than with gates that do not see the "
+        f"input; at {LARGE:g} the loss with gates is lower by two standard errors than without"
     )
     sinks: dict[str, list[float]] = {way: [] for way in WAYS}
-    losses: dict[float, dict[str, list[float]]] = {rate: {way: [] for way in WAYS} for rate in (RATE, LARGE)}
+    losses: dict[float, dict[str, list[float]]] = {rate: {way: [] for way in WAYS} for rate in STEPS[scale]}
     for run in range(TRAININGS):
         at = TRAININGS * seed + run
         likely, generator = chain(at), torch.Generator().manual_seed(at)
-        batches = [sequences(32, LENGTH, likely, generator) for _ in range(STEPS[scale])]
+        batches = [sequences(32, LENGTH, likely, generator) for _ in range(STEPS[scale][RATE])]
         held_out = sequences(256, LENGTH, likely, generator)
         for rate, of in losses.items():
             for way in WAYS if rate == RATE else WAYS[:2]:
-                loss, sink = _train(way, rate, batches, held_out, at)
+                loss, sink = _train(way, rate, batches[: STEPS[scale][rate]], held_out, at)
                 of[way].append(loss)
                 if rate == RATE:
                     sinks[way].append(sink)
@@ -53,7 +54,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 
     lost = less(losses[LARGE])
     fell, over = less(sinks), less(sinks, "gates that see nothing")
-    holds = fell.above() and over.above() and lost.above()
+    kept = mean(sinks["gates"]).value / mean(sinks["no gates"]).value
+    holds = kept <= 0.5 and fell.above() and over.above() and lost.above()
     share, steady = mean(sinks["no gates"]), mean(losses[RATE]["no gates"])
     broken = mean(losses[LARGE]["no gates"])
     premises = [
@@ -80,8 +82,8 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
 
     measured = (
         f"weight on the first token {', '.join(f'{mean(of):.2f} with {way}' for way, of in sinks.items())} (less by "
-        f"{fell:.2f}, and than with gates that see nothing by {over:.2f}); loss at {LARGE:g} "
-        f"{broken:.2f} without gates, less with by {lost:.2f}"
+        f"{fell:.2f}, and than with gates that see nothing by {over:.2f}): with gates {kept:.0%} of the sink stays; "
+        f"loss at {LARGE:g} {broken:.2f} without gates, less with by {lost:.2f}"
     )
     return Finding(holds, measured, expected, seed, premises=premises, draw=draw)
 

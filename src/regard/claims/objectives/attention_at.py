@@ -1,9 +1,13 @@
 """Kitada and Iyatomi (arXiv:2009.12064): training on perturbed attention makes it steadier and closer to gradients.
 
 The paper's own architecture: word embeddings, a bidirectional LSTM, one additive attention over words, a linear layer.
-On few sentences of which some have a wrong label, so that there is something to gain. As in the paper, the length of
-perturbations is chosen on sentences that nothing is reported of. One length for all, and all sentences with their own
-labels, were tried before: plain training then names every feeling.
+The paper chooses the length of perturbations for each data set; here that was done on another seed, where 2 is too far
+for AT, and 1 too short for iAT to make it much steadier. On that seed AT came closer to gradients, and iAT did not.
+
+This is the third design. The first had one length for all, far too large. The second had 400 sentences, some with a
+wrong label, from which plain training did not learn the task. It also took for granted that plain attention follows
+gradients little; how much is no matter of the paper. What decides is closeness to gradients: attention becomes several
+times as steady, as the paper says, and comes no closer.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from torch.nn import functional as F
 
 from ... import loading
 from ...catalog import Finding, Premise
-from ...data.sentences import FEELINGS
 from ...objectives import collect
 from ...objectives.attention_at import attention_at, perturbation
 from ...seam import intervene
@@ -25,10 +28,10 @@ from .._measure import Mean, mean
 from .._sentences import Batch, Namer, batches, encoded
 
 SCALES = "small", "large"
-STEPS = {"small": 220, "large": 3000}
-SIZE, RATE, SENTENCES, WRONG = 64, 2e-3, 400, 0.15  # WRONG: share of labels
-CHOICES, JUDGED, TRAININGS = (0.5, 1.0, 2.0), 5.0, 3  # lengths to choose from; the one that all stand
-WAYS = ("plain", "AT", "iAT")
+STEPS = {"small": 300, "large": 3000}
+SIZE, RATE, SENTENCES = 64, 2e-3, 2500
+WAYS = {"plain": 0.0, "AT": 1.0, "iAT": 2.0}  # lengths of perturbations in training
+JUDGED, TRAININGS = 5.0, 3  # the length that all stand
 
 
 def claim(*, scale: str = "small", seed: int = 0) -> Finding:
@@ -43,47 +46,32 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     alike: dict[str, list[Tensor]] = {way: [] for way in WAYS}
     right: dict[str, list[Tensor]] = {way: [] for way in WAYS}
     risen: dict[str, list[float]] = {way: [] for way in WAYS}
-    chosen: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
     for run in range(TRAININGS):
         at = TRAININGS * seed + run
         pool = encoded(tokenizer, SENTENCES, seed=at, held=False)
-        held = encoded(tokenizer, 1000, seed=at, held=True)
-        others, held = ({name: rows[part] for name, rows in held.items()} for part in (slice(300), slice(300, None)))
-        generator = torch.Generator().manual_seed(at)
-        wrong = torch.rand(SENTENCES, generator=generator) < WRONG
-        drawn = torch.randint(len(FEELINGS), (SENTENCES,), generator=generator)
-        pool["labels"] = torch.where(wrong, drawn, pool["labels"])
-        for way in WAYS:
-            lengths = CHOICES if way in chosen else (0.0,)
-            models = {length: _train(way, length, pool, len(tokenizer), STEPS[scale], at) for length in lengths}
-            best = min(lengths, key=lambda length: float(models[length].loss(others).detach()))
-            if way in chosen:
-                chosen[way].append(best)
-            alike[way].append(_correlations(models[best], held))
-            (plainly, named), (moved, _) = (_judged(models[best], held, length) for length in (0.0, JUDGED))
+        held = encoded(tokenizer, 700, seed=at, held=True)
+        for way, length in WAYS.items():
+            model = _train(way, length, pool, len(tokenizer), STEPS[scale], at)
+            alike[way].append(_correlations(model, held))
+            (plainly, named), (moved, _) = (_judged(model, held, length) for length in (0.0, JUDGED))
             right[way].append(named)
             risen[way].append(float((moved - plainly).mean()))
 
     def gain(of: dict[str, list[Tensor]], way: str) -> Mean:
         return mean(torch.stack(of[way]).nanmean(0) - torch.stack(of["plain"]).nanmean(0))
 
-    closer = {way: gain(alike, way) for way in chosen}
-    steadier = {way: sum(risen[way]) / sum(risen["plain"]) for way in chosen}
-    holds = all(closer[way].above() and gain(right, way).value >= -0.01 and steadier[way] <= 0.5 for way in chosen)
+    ours = [way for way in WAYS if way != "plain"]
+    closer = {way: gain(alike, way) for way in ours}
+    steadier = {way: sum(risen[way]) / sum(risen["plain"]) for way in ours}
+    holds = all(closer[way].above() and gain(right, way).value >= -0.01 and steadier[way] <= 0.5 for way in ours)
     plain = mean(torch.stack(alike["plain"]).nanmean(0))
     parts = [f"plain: correlation {plain:.3f}, accuracy {mean(torch.stack(right['plain']).mean(0)):.1%}"] + [
-        f"{way} (length {'/'.join(f'{length:g}' for length in chosen[way])}): correlation higher by {closer[way]:.3f}, "
+        f"{way} (length {WAYS[way]:g}): correlation higher by {closer[way]:.3f}, "
         f"accuracy by {gain(right, way):.1%}, the worst perturbation raises the loss {steadier[way]:.2f} times as much"
-        for way in chosen
+        for way in ours
     ]
     named = float(torch.stack(right["plain"]).mean())
     premises = [
-        Premise(
-            "there is room: plain attention does not follow gradients already",
-            "a correlation of 0.75 at most",
-            f"{plain:.3f}",
-            plain.value <= 0.75,
-        ),
         Premise("plain training learns the task", "70% right or more", f"{named:.1%}", named >= 0.7),
     ]
 

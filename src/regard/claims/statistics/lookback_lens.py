@@ -6,9 +6,10 @@ answer from them. In this training answers go over, at a random token, into what
 better known a subject, the more often. So the trained model hallucinates by itself. Two tasks: `question` asks for one
 subject, `summary` goes through three. An answer is grounded where it says of its subject what the document says. Spans
 are given, the easier of the paper's two settings; a chunk of guided decoding is as long as a subject and its fact. The
-control is guided by a lens that was fitted on shuffled labels. Three worlds and lengths of training were tried, on
-other seeds: where each subject goes over into memory less than half of the time, the likeliest words are grounded
-already.
+control is guided by lenses that were fitted on shuffled labels, one for each text: a single one leans to one side by
+chance. Three worlds and lengths of training were tried, on other seeds. An earlier form also took for granted that
+greedy decoding is no better than sampling, and could not tell where it was. The paper does not: it asks that guidance
+be better than greedy decoding, which is the harder the better that is.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TEXTS = {"small": (400, 40), "large": (2000, 200)}  # of each task; continued wi
 EXPECTED = (
     "on texts not seen, the AUROC of the detector on lookback ratios is at most 0.05 below that of the one on hidden "
     "states, and at least 0.8 on the task that it was not fitted on; guided decoding leaves fewer hallucinated answers "
-    "than sampling, than greedy decoding and than with a lens of shuffled labels, each by two standard errors"
+    "than sampling, than greedy decoding and than with lenses of shuffled labels, each by two standard errors"
 )
 
 
@@ -102,22 +103,25 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         return Finding(None, "no detector can be fitted", EXPECTED, seed, premises=[both])
     auroc, lenses = _detectors(answers)
     of = answers["summary"]
-    shuffled = of.grounded[~of.fresh][torch.randperm(int((~of.fresh).sum()), generator=world.generator).numpy()]
-    blind = LookbackLens.fit(of.ratios[~of.fresh], shuffled)
+    fitted, truth = of.ratios[~of.fresh], of.grounded[~of.fresh]
+    blind = [
+        LookbackLens.fit(fitted, truth[torch.randperm(len(truth), generator=world.generator).numpy()])
+        for _ in range(guided)
+    ]
 
     documents = world.documents(guided, "summary")
     wrong = {"greedy": _wrong(documents, _written(model, documents, do_sample=False))}
-    for name, lens, candidates in (
-        ("sampled", lenses["summary"], 1),
-        ("guided", lenses["summary"], 8),
-        ("guided by the lens of questions", lenses["question"], 8),
-        ("guided by a lens of shuffled labels", blind, 8),
+    for name, of_text, candidates in (
+        ("sampled", [lenses["summary"]] * guided, 1),
+        ("guided", [lenses["summary"]] * guided, 8),
+        ("guided by the lens of questions", [lenses["question"]] * guided, 8),
+        ("guided by lenses of shuffled labels", blind, 8),
     ):
         rows = [
             guided_decoding(
                 model,
                 {"input_ids": ids[None, : documents.prompt]},
-                lens,
+                of_text[i],
                 candidates=candidates,
                 chunk=1 + LENGTH,
                 max_new_tokens=len(ids) - documents.prompt,
@@ -128,19 +132,12 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
         ]
         wrong[name] = _wrong(documents, torch.stack(rows))
 
-    others = ("sampled", "greedy", "guided by a lens of shuffled labels")
+    others = ("sampled", "greedy", "guided by lenses of shuffled labels")
     fewer = {name: mean(wrong[name] - wrong["guided"]) for name in others}
     holds = (
         all(a["lookback ratios"] >= a["hidden states"] - 0.05 for a in auroc.values())
         and all(a["lens of the other task"] >= 0.8 for a in auroc.values())
         and all(difference.above() for difference in fewer.values())
-    )
-    better = mean(wrong["sampled"] - wrong["greedy"])
-    fair = Premise(
-        "the likeliest words are not grounded already",
-        "greedy decoding less than 0.1 better than sampling",
-        f"{better:.2f}",
-        better.value < 0.1,
     )
     figures = "; ".join(
         f"{task}: AUROC {a['lookback ratios']:.2f} (hidden states {a['hidden states']:.2f}, "
@@ -151,7 +148,7 @@ def claim(*, scale: str = "small", seed: int = 0) -> Finding:
     less = ", ".join(f"{name} {difference:.2f}" for name, difference in fewer.items())
     measured = f"{figures}. Hallucinated answers in {guided} summaries: {shares}; guided has fewer by: {less}"
     return Finding(
-        holds, measured, EXPECTED, seed, premises=[both, fair], draw=partial(_draw, answers["summary"], auroc, wrong)
+        holds, measured, EXPECTED, seed, premises=[both], draw=partial(_draw, answers["summary"], auroc, wrong)
     )
 
 
@@ -256,7 +253,7 @@ def _draw(found: Sampled, auroc: dict[str, dict[str, float]], wrong: dict[str, n
     middle.set(ylim=(0.5, 1.3), yticks=[0.5, 0.6, 0.7, 0.8, 0.9, 1.0], title="AUROC on answers not seen")
     middle.legend(frameon=False, fontsize=7, loc="upper left")
     names = [
-        name.replace(" by the lens of ", ",\nlens of\n").replace(" by a lens of ", ",\nlens of\n") for name in wrong
+        name.replace(" by the lens of ", ",\nlens of\n").replace(" by lenses of ", ",\nlenses of\n") for name in wrong
     ]
     errors = [share.std(ddof=1) / len(share) ** 0.5 for share in wrong.values()]
     right.bar(names, [share.mean() for share in wrong.values()], yerr=errors, color="grey")

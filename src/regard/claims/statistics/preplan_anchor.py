@@ -10,7 +10,15 @@ the language, not the model: the row that opens a chunk is the one that predicts
 the tokens; the control turns FAI round in a circle, by every number of tokens.
 
 Earlier forms had a language without chance, asked for the change of WAAD at opening rows, which equation 13 puts a row
-earlier, and let policies learn five times, too few to tell anything. They did not hold.
+earlier, and let policies learn five times, too few to tell anything. They did not hold. In this one it is the heads
+that decide: in so small a model those that reach least still look back 18 tokens of a hundred. Two remedies were tried
+on other seeds. In the zoo's reader, on prose, the 30% that reach least include far ones too (11 tokens), WAAD rises
+into rows after punctuation (area 0.85), but the next token at its peaks is less in doubt than elsewhere (0.79 times),
+and peaks of FAI keep away from them (17%, 34% turned round). In a model with layers of a window of eight, whose starts
+depend on the start three chunks before, heads are local and global (2.6 and 24.6), the entropy is 1.5 times that
+elsewhere, the area is 0.69, and peaks of FAI keep away still (32%, 37%). Part of the last is no matter of rhythm: they
+do so, by 6 to 16 points, in that model after 1 to 30 steps of training, when attention is even and FAI only falls with
+the position.
 
 At scale `large` policies learn too: group-relative policy optimisation without clipping, on policy, of a model that
 knows chunks and draws starts at random; the reward is the share of starts that are right, given once for the whole
