@@ -32,7 +32,7 @@ if [ ! -e "$here/complete" ]; then
     --python-version "$(arm -c 'import platform; print(platform.python_version())')"
     --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64)
   "$pip" install "${target[@]}" --no-deps "torch==2.9.*"  # later ones for ARM want CUDA
-  "$pip" install "${target[@]}" filelock fsspec hypothesis jinja2 networkx numpy pytest sympy transformers typing-extensions wrapt
+  "$pip" install "${target[@]}" filelock fsspec hypothesis jinja2 networkx numpy pytest sympy transformers typing-extensions wrapt xarray
   touch "$here/complete"
 fi
 arm -c 'from regard.kernels import native; print(native.why_not() or native.describe())'
