@@ -36,5 +36,6 @@ if [ ! -e "$here/complete" ]; then
   touch "$here/complete"
 fi
 arm -c 'from regard.kernels import native; print(native.why_not() or native.describe())'
-# What an older torch warns of is no fault here
-arm -m pytest --noconftest -p no:cacheprovider -o filterwarnings=default tests/kernels/test_native.py
+# What an older torch warns of is no fault here; one test starts another process, which would not be emulated.
+arm -m pytest --noconftest -p no:cacheprovider -o filterwarnings=default tests/kernels/test_native.py \
+  --deselect tests/kernels/test_native.py::test_info_says_which_path_and_why
