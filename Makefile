@@ -56,7 +56,8 @@ sanitize: $(VENV)/installed-test
 	REGARD_NATIVE=$(CURDIR)/build/sanitize/_native.so LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(VENV)/bin/python -m pytest -s tests/kernels/test_native.py
 
-# The kernel's tests as an ARM machine runs them, under emulation: on Debian, with qemu-user and a cross compiler
+# The kernel's tests as an ARM machine runs them, under emulation: on Debian, with qemu-user and a cross compiler; half
+# an hour
 arm: $(VENV)/installed-test
 	VENV=$(VENV) tests/arm.sh
 
