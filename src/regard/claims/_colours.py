@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -40,16 +40,25 @@ def network(seed: int) -> nn.Module:
             label2id={name: i for i, name in enumerate(NAMES)},
             problem_type="multi_label_classification",
         )
-    ).train()
-    optimiser = torch.optim.AdamW(model.parameters(), RATE)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
-    for step in range(STEPS):
-        some = [sample(TRAINING, seed, step * BATCH + i) for i in range(BATCH)]
-        loss = binary_cross_entropy_with_logits(model(pixels(some)).logits, labels(some))
+    )
+    return trained(
+        model, TRAINING, lambda logits, some: binary_cross_entropy_with_logits(logits, labels(some)), seed, STEPS, RATE
+    )
+
+
+def trained(
+    model: nn.Module, dials: Dials, loss: Callable[[Tensor, list[Scene]], Tensor], seed: int, steps: int, rate: float
+) -> nn.Module:
+    """A network after steps of `BATCH` new scenes each. loss: of logits and the scenes that they are of."""
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    for step in range(steps):
+        some = [sample(dials, seed, step * BATCH + i) for i in range(BATCH)]
         optimiser.zero_grad()
-        loss.backward()
+        loss(model(pixels(some)).logits, some).backward()
         optimiser.step()
-        rate.step()
+        schedule.step()
     model.zero_grad()
     return model.eval()
 

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ...attribution import attribute
 from ...attribution.salient_relevance import context_aware
 from ...catalog import Finding, Premise
-from ...data.scenes import SHAPES, TEXTURES, Dials, Scene, render, sample
+from ...data.scenes import SHAPES, TEXTURES, Dials, Scene, render
 from ...evaluation.localisation import iou_score
 from ...extras import needs
 from .. import _colours as colours
@@ -40,7 +40,7 @@ EXPECTED = (
 SCENES, MIXED = {"small": 75, "large": 500}, 20  # how many of them are shuffled
 LONGEST = 160  # pixels that relevance is enlarged to
 DIALS = Dials(objects=(1, 1), textures=TEXTURES)
-STEPS, BATCH, RATE = 500, 48, 2e-3
+STEPS, RATE = 500, 2e-3
 SMOOTHED = 1.5  # pixels
 
 
@@ -103,18 +103,8 @@ class _Network(nn.Module):
 
 def _trained(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = _Network().train()
-    optimiser = torch.optim.AdamW(model.parameters(), RATE)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
-    for step in range(STEPS):
-        some = [sample(DIALS, seed, step * BATCH + i) for i in range(BATCH)]
-        loss = cross_entropy(model(colours.pixels(some)).logits, _shapes(some))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        rate.step()
-    model.zero_grad()
-    return model.eval()
+    network = _Network()
+    return colours.trained(network, DIALS, lambda logits, some: cross_entropy(logits, _shapes(some)), seed, STEPS, RATE)
 
 
 def _shapes(scenes: Sequence[Scene]) -> Tensor:
