@@ -396,6 +396,15 @@ def test_standard_errors_of_a_hand_made_result():
     assert Result("tiny", runs[:1]).rows("recall")[0].cells()[1] == "0.300"  # one seed has no error
 
 
+def test_a_row_says_which_seeds_were_not_measured():
+    slow = {"task": "recall", "mechanism": "power", "seed": 2, "why": "450 steps would take 64 s, more than 60"}
+    runs = [run_of(key, s, 0.5) for key in ("softmax", "power") for s in range(2)]
+    found = Result("tiny", [*runs, run_of("softmax", 2, 0.5), slow])
+    cells = {row.mechanism: row.cells()[1] for row in found.rows("recall")}
+    assert cells == {"softmax": "0.500 ± 0.000", "power": "0.500 ± 0.000, 2 of 3 seeds"}
+    assert found.left_out("recall") == {"power": slow["why"]}
+
+
 def test_differences_are_of_the_same_seeds():
     runs = [run_of("softmax", 0, 0.3), run_of("softmax", 1, None), run_of("power", 0, 0.2), run_of("power", 1, 0.9)]
     power = next(r for r in Result("tiny", runs).rows("recall") if r.mechanism == "power")

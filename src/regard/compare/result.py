@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ class Row:
     task: str
     mechanism: str
     seeds: int
-    diverged: int  # how many of these did not stay finite; they have no quality
+    failed: int  # further seeds that were not measured: see `Result.left_out`
+    diverged: int  # how many of `seeds` did not stay finite; they have no quality
     quality: Mean
     over: Mean  # quality less that of softmax attention of the same seeds: of differences
     per_second: Mean
@@ -43,6 +45,7 @@ class Row:
         digits = 3
         quality = f"{self.quality:.{digits}f}" if self.seeds > self.diverged else "-"
         quality += f", diverged {self.diverged} of {self.seeds}" if self.diverged else ""
+        quality += f", {self.seeds} of {self.seeds + self.failed} seeds" if self.failed else ""
         over = "" if self.mechanism == SOFTMAX else f"{self.over:+.{digits}f}"
         return [
             self.mechanism + " =" * self.exact,
@@ -71,15 +74,16 @@ class Result:
     def rows(self, task: str) -> list[Row]:
         """Of a task, best first; softmax attention and no attention among them."""
         of: dict[str, list[dict[str, Any]]] = {}
+        failed = Counter(run["mechanism"] for run in self.runs if run["task"] == task and "why" in run)
         for run in self.runs:
             if run["task"] == task and "why" not in run:
                 of.setdefault(run["mechanism"], []).append(run)
-        found = [_row(task, key, runs, of.get(SOFTMAX, [])) for key, runs in of.items()]
+        found = [_row(task, key, runs, of.get(SOFTMAX, []), failed[key]) for key, runs in of.items()]
         better = -1 if TASKS[task].higher else 1
         return sorted(found, key=lambda r: (math.isnan(r.quality.value), better * r.quality.value))
 
     def left_out(self, task: str) -> dict[str, str]:
-        """Why, of each mechanism that was not measured on a task."""
+        """Why, of each mechanism that was not measured on a task, or not with every seed."""
         failed = {run["mechanism"]: run["why"] for run in self.runs if run["task"] == task and "why" in run}
         return {u["mechanism"]: u["why"] for u in self.unfit if u["task"] == task} | failed
 
@@ -192,8 +196,8 @@ def frontier(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int
 _MEANS = ("quality", "over", "per_second", "speed")
 
 
-def _row(task: str, key: str, runs: list[dict[str, Any]], usual: list[dict[str, Any]]) -> Row:
-    """usual: runs of softmax attention."""
+def _row(task: str, key: str, runs: list[dict[str, Any]], usual: list[dict[str, Any]], failed: int) -> Row:
+    """usual: runs of softmax attention; failed: seeds that were not measured."""
     soft = {run["seed"]: run["quality"] for run in usual}
     judged = [(run["seed"], run["quality"]) for run in runs if run["quality"] is not None]
     paired = [q - s for seed, q in judged if (s := soft.get(seed)) is not None]
@@ -202,6 +206,7 @@ def _row(task: str, key: str, runs: list[dict[str, Any]], usual: list[dict[str, 
         task,
         key,
         len(runs),
+        failed,
         len(runs) - len(judged),
         mean([q for _, q in judged]) if judged else nothing,
         mean(paired) if paired else nothing,
